@@ -1,0 +1,5370 @@
+#!/usr/bin/env python3
+"""pitboss.py - deals work to coding agents and never loses a hand.
+
+Street map.  Each section may name only the sections above it.
+
+    TERMS      words every other section uses: exit codes, errors, statuses        [pure]
+    TEXT       durations, money, cells, columns, redaction                         [pure]
+    FIELDS     one declaration of a field: check, schema, reference text           [pure]
+    MANIFEST   TOML text to a complete, checked, resolved manifest                 [pure]
+    STREAM     an agent's output line to what it said; usage; price                [pure]
+    FAILURES   exit status and log to status and reason                            [pure]
+    RUN        the run's state and its one reducer: step, fold                     [pure]
+    FILES      atomic write, journal, lock, paths, pinned copy of this file        [io]
+    GIT        worktrees, rescue refs                                              [async]
+    PROCESS    shim, adoption, signals, process trees, log tail                    [async]
+    AGENTS     adapter table: argv, environment, input, resume                     [pure]
+    DISPATCH   Dispatcher: the only owner of tasks; does what is owed; resume      [async]
+    VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    DEMO       a scripted agent and a demonstration run                            [cli]
+    COMMANDS   command table, handlers, main                                       [cli]
+
+Where do I add ...
+    a manifest key      one row in RUN_FIELDS, TASK_FIELDS, ... (FIELDS does the rest)
+    a check of values   one row in KINDS, or a check_ function called by read_manifest
+    a status            one row in STATUSES
+    an event            one handler and one row in EVENTS
+    something to do     one effect and one row in EFFECTS; a handler of EVENTS owes it
+    an agent            one row in AGENTS; a new output format is one row in FORMATS
+    a command           one handler and one row in COMMANDS
+    an exit code        one row in EXIT_CODES
+"""
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write("pitboss needs Python 3.11 or newer; this is Python %d.%d\n" % sys.version_info[:2])
+    sys.exit(2)
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import time
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+
+VERSION = "0.1.0"
+
+TYPE_CHECKING = False    # type checkers take any name TYPE_CHECKING as true
+if TYPE_CHECKING:
+    import asyncio
+
+
+class Late:
+    """A module that is imported at its first use and then takes this object's place.
+
+    Safe from any thread: the import lock orders the callers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attr: str):
+        module = globals()[self._name] = __import__(self._name)
+        return getattr(module, attr)
+
+
+asyncio = Late("asyncio")    # 35 ms that status, list and version never spend
+
+
+# ======================================================================================
+# TERMS: words every other section uses                                           [pure]
+# ======================================================================================
+# Exit codes and statuses are the contract with scripts; the README's tables are printed
+# from here.  A status is how an actor ended; a state is how it stands until then.
+
+EXIT_CODES = {
+    "ok": (0, "everything asked for was done, and every actor succeeded"),
+    "failed": (1, "the run finished, and something did not succeed or was not started"),
+    "invalid": (2, "usage or manifest invalid or unreadable, or a needed program is missing; nothing was started"),
+    "missing": (3, "the run or actor that was named does not exist"),
+    "refused": (4, "somebody else holds the run, or a rule forbids it"),
+    "environment": (5, "the environment is at fault (no space, no permission); the run can be resumed"),
+    "bug": (70, "pitboss itself broke; the traceback is in the run folder"),
+    "interrupted": (130, "a signal came before the last actor settled"),
+    "terminated": (143, "the same, and the first signal was TERM"),
+}
+
+
+class PitbossError(Exception):
+    """An error the operator can act on: one sentence, and what to do about it.
+
+    `code` names a row of EXIT_CODES.  Anything that is not a PitbossError is a bug and is
+    reported as one, with its traceback in a file.
+    """
+
+    code = "failed"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InvalidInput(PitbossError):
+    """What was given is wrong; nothing was started."""
+
+    code = "invalid"
+
+
+class NotFound(PitbossError):
+    """What was named is not there."""
+
+    code = "missing"
+
+
+class Refused(PitbossError):
+    """Somebody else holds the run, or a rule forbids it."""
+
+    code = "refused"
+
+
+class EnvironmentFault(PitbossError):
+    """The machine cannot do it now: no space, no permission.  The run can be resumed."""
+
+    code = "environment"
+
+
+class Status(NamedTuple):
+    """How an actor ended: the word of every record, and how people see it."""
+
+    name: str
+    glyph: str
+    colour: str
+    good: bool
+    meaning: str
+
+
+STATUSES = {s.name: s for s in (
+    #      name          glyph  colour    good   meaning
+    Status("Success",     "✓", "green",   True,  "a result that is not an error, exit status 0, and nobody stopped it"),
+    Status("Failed",      "✗", "red",     False, "the agent ended otherwise; failure_reason says how"),
+    Status("TimedOut",    "⧗", "yellow",  False, "stopped when its timeout_secs had passed"),
+    Status("Cancelled",   "⊘", "yellow",  False, "stopped by an operator"),
+    Status("SpawnFailed", "!", "red",     False, "its worktree or process could not be made"),
+)}
+
+
+class State(NamedTuple):
+    """How an actor stands before it has ended: `live` ones hold a slot."""
+
+    name: str
+    live: bool
+    meaning: str
+
+
+STATES = {s.name: s for s in (
+    #     name        live   meaning
+    State("waiting",  False, "no free slot yet"),
+    State("placing",  True,  "its worktree is being made"),
+    State("dealing",  True,  "a hand of it is about to start"),
+    State("running",  True,  "its process is alive"),
+    State("stopping", True,  "its process is being stopped"),
+    State("closing",  False, "it has ended; leftovers and its worktree are being dealt with"),
+    State("settled",  False, "its record is final"),
+)}
+
+FAILURE_KINDS = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument", "unknown")
+
+JOURNAL_FORMAT = 1        # what run_opened carries; a newer one is refused
+MAX_LOST_HANDS = 3        # hands that vanished without a trace, before an actor is Failed
+LINGER_S = 10.0           # from the close of an agent's input, or its result, to its exit
+INTERRUPT_S, TERMINATE_S, KILL_S = 2.0, 3.0, 10.0      # the steps of the stop ladder
+USAGE_EVERY_S = 5.0       # at most one usage event of a hand in that time
+
+
+# ======================================================================================
+# TEXT: durations, money, cells, columns, redaction                               [pure]
+# ======================================================================================
+
+def render_duration(seconds: float) -> str:
+    """`0.4s`, `59s`, `1m05s`, `2h03m`, `3d04h`."""
+    if seconds < 10:
+        return f"{max(0.0, seconds):.1f}s"
+    whole = int(seconds)
+    for size, unit, small, sub in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // small:02d}{sub}"
+    return f"{whole}s"
+
+
+def render_tokens(count: int) -> str:
+    """`950`, `12.3k`, `4.5M`."""
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def render_usd(amount: float | None) -> str:
+    """`$0.0042`, `$1.25`, `-` when the agent tells no cost."""
+    if amount is None:
+        return "-"
+    return f"${amount:.4f}" if amount < 0.1 else f"${amount:.2f}"
+
+
+def render_bytes(count: float) -> str:
+    """`512 B`, `3.4 MB`, `20 GB`."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{int(count)} B"
+
+
+def render_time(at: float | None) -> str | None:
+    """Unix seconds as RFC 3339 in UTC with milliseconds; None stays None."""
+    if at is None:
+        return None
+    millis = int(round(at * 1000))
+    days, rest = divmod(millis, 86_400_000)
+    year, month, day = civil_date(days)
+    hours, minutes, seconds = rest // 3_600_000, rest // 60_000 % 60, rest // 1000 % 60
+    return f"{year:04d}-{month:02d}-{day:02d}T{hours:02d}:{minutes:02d}:{seconds:02d}.{rest % 1000:03d}Z"
+
+
+def civil_date(days: int) -> tuple[int, int, int]:
+    """Year, month, day of a count of days since 1970-01-01."""
+    import datetime   # 3 ms that only records spend
+
+    date = datetime.date(1970, 1, 1) + datetime.timedelta(days)
+    return date.year, date.month, date.day
+
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x1f\x7f-\x9f]|[\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """`text` on one line, without escape sequences and control characters: safe on a terminal."""
+    return _CONTROL.sub(lambda m: " " if m[0] in "\n\t\r" else "", text)
+
+
+def cell_width(text: str) -> int:
+    """Columns that `text` takes on a terminal: wide characters two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(c) or c in "\u200b\u200d\ufe0f" else
+               2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def clip_cells(text: str, width: int) -> str:
+    """`text` in at most `width` columns, with an ellipsis where it was cut."""
+    if cell_width(text) <= width:
+        return text
+    kept, used = [], 1
+    for c in text:
+        used += cell_width(c)
+        if used > width:
+            break
+        kept.append(c)
+    return "".join(kept) + "…" if width > 0 else ""
+
+
+def pad_cells(text: str, width: int, right: bool = False) -> str:
+    """`text` clipped and filled up to exactly `width` columns."""
+    text = clip_cells(text, width)
+    fill = " " * (width - cell_width(text))
+    return fill + text if right else text + fill
+
+
+def render_table(rows: list[list[str]], right: Iterable[int] = (), width: int = 0) -> list[str]:
+    """Rows of cells as lines with aligned columns; `right` names columns of numbers.
+
+    With `width` the last column is clipped so that no line is longer.
+    """
+    if not rows:
+        return []
+    sizes = [max(cell_width(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [pad_cells(cell, sizes[n], n in right) for n, cell in enumerate(row[:-1])]
+        line = "  ".join([*cells, row[-1]]).rstrip()
+        lines.append(clip_cells(line, width) if width else line)
+    return lines
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for a known word that is near, else an empty string."""
+    import difflib
+
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Mask(NamedTuple):
+    """What must never be shown: one pattern for plain text, one for text inside JSON."""
+
+    plain: re.Pattern
+    inside_json: re.Pattern
+
+    def text(self, text: str) -> str:
+        """`text` with every secret replaced."""
+        return self.plain.sub("***", text)
+
+    def json(self, text: str) -> str:
+        """A JSON document with every secret in its strings replaced; it stays JSON."""
+        return self.inside_json.sub("***", text)
+
+
+# Shapes of well known keys: Anthropic and OpenAI, GitHub, GitLab, Slack, AWS, Google, JSON web tokens.
+_TOKEN_SHAPES = (r"\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{16,}"
+                 r"|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}"
+                 r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+")
+SECRET_NAMES = ("*KEY*", "*TOKEN*", "*SECRET*", "*PASSWORD*", "*PASSWD*", "*CREDENTIAL*")
+MIN_SECRET = 6            # characters; a shorter value would mask half of every text
+
+
+def make_mask(environments: Iterable[Mapping[str, str]], names: Iterable[str] = ()) -> Mask:
+    """The mask for the values of all variables that `names` (globs) or SECRET_NAMES match."""
+    import fnmatch
+
+    globs = [*SECRET_NAMES, *names]
+    values = {v for env in environments for k, v in env.items() if len(v) >= MIN_SECRET and
+              any(fnmatch.fnmatchcase(k, g) or fnmatch.fnmatchcase(k.upper(), g) for g in globs)}
+    longest_first = sorted(values, key=len, reverse=True)
+    plain = "|".join([re.escape(v) for v in longest_first] + [_TOKEN_SHAPES])
+    inside = "|".join([re.escape(json.dumps(v)[1:-1]) for v in longest_first] + [_TOKEN_SHAPES])
+    return Mask(re.compile(plain), re.compile(inside))
+
+
+NO_SECRETS = Mask(re.compile(_TOKEN_SHAPES), re.compile(_TOKEN_SHAPES))
+
+
+# ======================================================================================
+# FIELDS: one declaration of a field                                              [pure]
+# ======================================================================================
+# Every table of named values declares its names once, as rows of Field.  Checking, JSON
+# schema and the reference text of the README are derived here and nowhere else.
+# To add a kind of value: one row in KINDS.
+
+REQUIRED = object()
+UNSET = None
+
+
+class Field(NamedTuple):
+    """One named value of a table; `default` REQUIRED means that it must be given."""
+
+    name: str
+    kind: str                 # a key of KINDS
+    default: Any
+    help: str                 # one sentence, no final period
+    also: tuple = ()          # other spellings that mean the same
+    choices: tuple = ()
+    low: float | None = None
+    high: float | None = None
+    pattern: str = ""
+    shown: str = ""           # the default as people read it, where the value alone does not say it
+
+
+class Kind(NamedTuple):
+    """One kind of value: what Python and JSON call it, and what people do."""
+
+    types: tuple
+    words: str
+    schema: dict
+
+
+KINDS = {
+    #  kind         Python types          words                     JSON schema
+    "text":    Kind((str,),               "a text",                 {"type": "string"}),
+    "path":    Kind((str,),               "a path",                 {"type": "string", "minLength": 1}),
+    "count":   Kind((int,),               "an integer",             {"type": "integer"}),
+    "number":  Kind((int, float),         "a number",               {"type": "number"}),
+    "flag":    Kind((bool,),              "true or false",          {"type": "boolean"}),
+    "texts":   Kind((list,),              "a list of texts",        {"type": "array", "items": {"type": "string"}}),
+    "env":     Kind((dict,),              "a table of texts",       {"type": "object",
+                                                                     "additionalProperties": {"type": "string"}}),
+}
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a document: `path` as its author would write it."""
+
+    path: str
+    message: str
+    where: tuple = ()         # the same path as keys and indexes, to find its line
+
+
+def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple) -> tuple[dict, list[Problem]]:
+    """(`given` completed with defaults, everything wrong with it).
+
+    A value that is wrong is replaced by its default, so that later checks can go on.
+    """
+    spelled = {name: f for f in fields for name in (f.name, *f.also)}
+    problems = [Problem(path + k, f"unknown key{did_you_mean(k, spelled)}", (*where, k))
+                for k in given if k not in spelled]
+    values = {}
+    for f in fields:
+        names = [n for n in (f.name, *f.also) if n in given]
+        if len(names) > 1 and given[names[0]] != given[names[1]]:
+            problems.append(Problem(path + names[1], f"found {show_value(given[names[1]])}, but {path}{names[0]}, which means "
+                                    f"the same, is {show_value(given[names[0]])}; allowed: one of them", (*where, names[1])))
+        values[f.name] = None if f.default is REQUIRED else f.default
+        if not names and f.default is REQUIRED:
+            problems.append(Problem(path + f.name, f"is required: {f.help}", where))
+        for name in names[:1]:
+            wrong = wrong_value(f, given[name])
+            if wrong:
+                problems.append(Problem(path + name, f"found {show_value(given[name])}; allowed: {wrong}", (*where, name)))
+            else:
+                values[f.name] = given[name]
+    return values, problems
+
+
+def wrong_value(f: Field, value: Any) -> str:
+    """What is allowed for field `f`, when `value` is not; an empty string when it is."""
+    kind = KINDS[f.kind]
+    ok = isinstance(value, kind.types) and (isinstance(value, bool) == (f.kind == "flag"))
+    if ok and isinstance(value, (int, float)) and not isinstance(value, bool):
+        ok = math.isfinite(value) and (f.low is None or value >= f.low) and (f.high is None or value <= f.high)
+    if ok and f.kind in ("texts", "env"):
+        ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
+    if ok and isinstance(value, str):
+        ok = not (f.choices and value not in f.choices) and re.fullmatch(f.pattern or r"(?s).*", value) is not None
+        ok = ok and "\0" not in value and not (f.kind == "path" and not value)
+    if ok:
+        return ""
+    near = did_you_mean(value, f.choices) if f.choices and isinstance(value, str) else ""
+    return allowed_words(f) + near
+
+
+def allowed_words(f: Field) -> str:
+    """What field `f` takes, in words: `an integer >= 1`, `one of low, medium, high`."""
+    if f.choices:
+        return "one of " + ", ".join(f.choices)
+    words = KINDS[f.kind].words
+    if f.low is not None and f.high is not None:
+        return f"{words} from {f.low:g} to {f.high:g}"
+    if f.low is not None:
+        return f"{words} >= {f.low:g}"
+    return words + (f" matching {f.pattern}" if f.pattern else "") + (" without NUL" if f.kind in ("text", "path") else "")
+
+
+def show_value(value: Any) -> str:
+    """A found value, short, as its author would recognise it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):     # a TOML date
+        text = str(value)
+    return clip_cells(clean_text(text), 60)
+
+
+def schema_of(fields: tuple[Field, ...]) -> dict:
+    """The JSON schema of a field table, as an object."""
+    return {
+        "type": "object", "additionalProperties": False,
+        "required": [f.name for f in fields if f.default is REQUIRED],
+        "properties": {name: {
+            **KINDS[f.kind].schema, "description": f.help,
+            **({"enum": list(f.choices)} if f.choices else {}),
+            **({"minimum": f.low} if f.low is not None else {}),
+            **({"maximum": f.high} if f.high is not None else {}),
+            **({"pattern": f"^{f.pattern}$"} if f.pattern else {}),
+        } for f in fields for name in (f.name, *f.also)},
+    }
+
+
+def reference_of(fields: tuple[Field, ...]) -> str:
+    """Markdown table of a field table, as it stands in the README."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for f in fields:
+        default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None else f"`{json.dumps(f.default)}`")
+        names = f"`{f.name}`" + "".join(f" (`{n}`)" for n in f.also)
+        rows.append(f"| {names} | {allowed_words(f).replace(' without NUL', '').replace('|', chr(92) + '|')} | {default} | {f.help} |")
+    return "\n".join(rows)
+
+
+# ======================================================================================
+# MANIFEST: TOML text to a complete, checked, resolved manifest                   [pure]
+# ======================================================================================
+# Reading a manifest finds everything that is wrong with it in one go.  What needs the
+# file system (folders, repositories) is checked by check_places in GIT, with the same
+# kind of problems.  To add a key: one row; to add a table: its rows and one entry in
+# TABLES.
+
+MAX_MANIFEST = 8 << 20     # bytes
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+CLEANUPS = ("always", "on_success", "never")
+
+RUN_FIELDS = (
+    Field("name", "text", None, "label that groups runs", shown="the manifest's file name without extension, `stdin` for `-`",
+          pattern=r"(?s).+"),
+    Field("max_parallel", "count", None, "hands at once; it beats the environment", also=("max_parallel_tasks",), low=1,
+          shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`"),
+    Field("halt_on_failure", "flag", False, "after any status but Success start nothing more"),
+    Field("run_dir", "path", None, "where run folders go", shown="`$XDG_DATA_HOME/pitboss/runs`"),
+    Field("worktree_dir", "path", None, "where worktrees go, for example another disk", shown="the run folder's `worktrees/`"),
+    Field("keep_children", "flag", False, "leave a successful agent's leftover processes alone and list them"),
+    Field("secret_env", "texts", (), "names or globs of further variables whose values are masked in all that pitboss writes "
+          "or shows; names that look like keys always are"),
+    Field("worktree_cleanup", "text", "on_success", "when a settled actor's worktree may go; never one with unsaved work "
+          "that is not saved first", choices=CLEANUPS),
+    Field("emit_event_stream", "flag", False, "also export the journal as `events.jsonl` while the run goes on"),
+)
+
+HOUSE_FIELDS = (           # for runs with a lead; beside [[task]] they get a warning
+    Field("max_workers", "count", None, "live workers of a layer", low=1, high=16),
+    Field("budget_usd", "number", None, "what the run may spend", low=0),
+    Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1),
+    Field("approval_policy", "text", None, "what happens to an approval that no rule matches", also=("default_approval_policy",),
+          choices=("block", "auto_approve", "auto_reject")),
+    Field("require_plan_approval", "flag", None, "no worker before a plan was approved"),
+    Field("dump_shared_store", "flag", None, "write shared-store.json at the end"),
+)
+
+ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
+    Field("agent", "text", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`", pattern=r"(?s).+"),
+    Field("model", "text", "claude-sonnet-4-6", "the model, as the agent names it", pattern=r"(?s).+"),
+    Field("effort", "text", "high", "reasoning effort, where the agent knows such a thing", choices=EFFORTS),
+    Field("tools", "texts", ("Read", "Write", "Edit", "Bash", "Glob", "Grep"), "built-in tools that the agent may use",
+          shown="`Read Write Edit Bash Glob Grep`"),
+    Field("timeout_secs", "count", 3600, "seconds until a running actor is stopped", low=1),
+    Field("use_worktree", "flag", True, "work in a git worktree of its own"),
+    Field("env", "env", {}, "environment variables; tables are merged, the nearer wins", shown="–"),
+)
+
+TASK_FIELDS = (
+    Field("id", "text", REQUIRED, "name of the task, unique in the run", pattern=r"[A-Za-z0-9_-]{1,64}"),
+    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree"),
+    Field("prompt", "text", None, "what the agent is asked to do; this or `template`"),
+    Field("template", "text", None, "id of the `[[template]]` that makes the prompt"),
+    Field("vars", "env", None, "values for the places of the template"),
+    Field("branch", "text", None, "branch of its worktree", shown="`pitboss/<run8>/<id>`"),
+    *ACTOR_FIELDS,
+)
+
+TEMPLATE_FIELDS = (
+    Field("id", "text", REQUIRED, "name of the template, unique", pattern=r"[A-Za-z0-9_-]{1,64}"),
+    Field("prompt", "text", REQUIRED, "text with `{name}` places; `{{name}}` gives `{name}`"),
+)
+
+SERVER_FIELDS = (
+    Field("id", "text", REQUIRED, "name of the server, as in `mcp__ID__tool`", pattern=r"[A-Za-z0-9_-]{1,64}"),
+    Field("command", "text", REQUIRED, "the program that speaks MCP on its standard streams", pattern=r"(?s).+"),
+    Field("args", "texts", (), "its arguments", shown="none"),
+    Field("env", "env", {}, "environment variables of the server", shown="–"),
+)
+
+COMMAND_FIELDS = (
+    Field("command", "texts", REQUIRED, "argv with the places `{prompt_file}` `{model}` `{session_id}` `{mcp_config}`; without "
+          "`{prompt_file}` the prompt is its standard input"),
+    Field("format", "text", "text", "what it prints: claude's stream-json events, or text", choices=("claude", "text")),
+)
+
+TABLES = {
+    #  header           fields           many    what it is
+    "run":        (RUN_FIELDS + HOUSE_FIELDS, "one",  "the run as a whole"),
+    "defaults":   (ACTOR_FIELDS,    "one",  "what every task has unless it says otherwise"),
+    "task":       (TASK_FIELDS,     "list", "one actor of a flat run"),
+    "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
+    "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
+    "agent":      (COMMAND_FIELDS,  "named", "`[agent.NAME]`: a program of your own as agent"),
+}
+
+NOT_HERE = {
+    "container": "containers are not supported here; the table is ignored",
+}
+
+
+class Rules(NamedTuple):
+    """`[run]`, resolved: the names are those of RUN_FIELDS."""
+
+    name: str
+    max_parallel: int
+    halt_on_failure: bool
+    run_dir: str | None        # absolute, None: the data folder's
+    worktree_dir: str | None   # absolute, None: the run folder's
+    keep_children: bool
+    secret_env: tuple
+    worktree_cleanup: str
+    emit_event_stream: bool
+
+
+class Task(NamedTuple):
+    """One task, resolved: nothing is left to defaults."""
+
+    id: str
+    directory: str             # absolute
+    prompt: str
+    branch: str | None
+    agent: str
+    model: str
+    effort: str
+    tools: tuple
+    timeout_s: int
+    use_worktree: bool
+    env: dict
+    index: int                 # place in the manifest, counted from 0
+
+
+class Server(NamedTuple):
+    """One `[[mcp_server]]`."""
+
+    id: str
+    command: str
+    args: tuple
+    env: dict
+
+
+class Command(NamedTuple):
+    """One `[agent.NAME]`."""
+
+    command: tuple
+    format: str
+
+
+class Manifest(NamedTuple):
+    """A manifest as far as it could be read, and everything wrong with it."""
+
+    rules: Rules
+    mode: str
+    tasks: tuple
+    servers: tuple
+    agents: dict               # NAME to Command
+    problems: tuple
+    warnings: tuple
+
+
+class ManifestError(InvalidInput):
+    """Every problem found in one manifest, in file order."""
+
+    def __init__(self, name: str, problems: Iterable[Problem], lines: Mapping[tuple, int], ids: Mapping[tuple, str]) -> None:
+        shown = [render_problem(p, lines, ids) for p in sorted(problems, key=lambda p: find_line(p.where, lines) or 0)]
+        count = f"{len(shown)} problems" if len(shown) != 1 else "1 problem"
+        super().__init__("\n  ".join([f"{name}: {count}; nothing was started", *shown]))
+
+
+def render_problem(problem: Problem, lines: Mapping[tuple, int], ids: Mapping[tuple, str]) -> str:
+    """`task[2].timeout_secs (id "b", line 14): found 0; allowed: an integer >= 1`."""
+    notes = [f'id "{ids[problem.where[:2]]}"'] if problem.where[:2] in ids else []
+    line = find_line(problem.where, lines)
+    notes += [f"line {line}"] if line else []
+    return f"{problem.path}{' (' + ', '.join(notes) + ')' if notes else ''}: {problem.message}"
+
+
+def find_line(where: tuple, lines: Mapping[tuple, int]) -> int | None:
+    """The line of a key, or of the nearest table around it."""
+    while where:
+        if where in lines:
+            return lines[where]
+        where = where[:-1]
+    return None
+
+
+_KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
+_HEADER = re.compile(r"""^\s*(\[\[?)\s*((?:[A-Za-z0-9_.\s-]|"[^"]*"|'[^']*')+?)\s*\]\]?\s*(?:#.*)?$""")
+_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=\s*(.*)$""")
+
+
+def locate_keys(text: str) -> dict[tuple, int]:
+    """Where each key and table of a TOML document stands: path of keys and indexes to line from 1.
+
+    A reading for error messages only: it knows headers, keys, multi-line texts and arrays,
+    and takes the document to be valid.
+    """
+    lines, counts, here, closing, depth = {}, {}, (), "", 0
+    for number, line in enumerate(text.split("\n"), 1):
+        if closing:
+            closing = "" if closing in line else closing
+            continue
+        if depth > 0:
+            depth += bracket_depth(line)
+            continue
+        header = _HEADER.match(line)
+        if header:
+            here = ()
+            parts = [p.strip("\"'") for p in _KEY_PART.findall(header[2])]
+            for n, part in enumerate(parts):
+                here += (part,)
+                if header[1] == "[[" and n == len(parts) - 1:
+                    counts[here] = counts.get(here, -1) + 1
+                if here in counts:
+                    here += (counts[here],)
+            lines.setdefault(here, number)
+            continue
+        key = _KEY.match(line)
+        if key:
+            lines.setdefault(here + tuple(p.strip("\"'") for p in _KEY_PART.findall(key[1])), number)
+            value = key[2]
+            closing = next((q for q in ('"""', "'''") if value.startswith(q) and q not in value[3:]), "")
+            depth = 0 if closing or value.startswith(('"', "'")) else max(0, bracket_depth(value))
+    return lines
+
+
+def bracket_depth(line: str) -> int:
+    """Opened less closed brackets of a line, texts and comments left out."""
+    bare = re.sub(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|#.*', "", line)
+    return sum(bare.count(c) for c in "[{") - sum(bare.count(c) for c in "]}")
+
+
+_BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$|^@$")
+
+
+def wrong_branch(name: str) -> str:
+    """Why git would not take `name` as a branch; an empty string when it would."""
+    found = _BAD_BRANCH.search(name)
+    if not name or name == "HEAD":
+        return "a branch name as `git check-ref-format --branch` allows it"
+    return f"a branch name without {json.dumps(found[0])} there, as `git check-ref-format --branch` allows it" if found else ""
+
+
+def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str], expand: Callable[[str], str],
+                  agents: Iterable[str]) -> Manifest:
+    """A manifest's bytes, checked and resolved.
+
+    `label` names the document in errors, `stem` names a run that has no `name`, `env` is the
+    environment, `expand` makes a path of the manifest absolute, `agents` are the built-in ones.
+    Raises ManifestError for what is not TOML; every other problem is in the result.
+    """
+    text = decode_manifest(data, label)
+    doc = parse_toml(text, label)
+    problems, warnings, tables = [], [], {}
+    for name, value in doc.items():
+        if name in NOT_HERE:
+            warnings.append(Problem(name, NOT_HERE[name], (name,)))
+        elif name in ("lead", "sublead_defaults", "approval_policy", "notification", "lifecycle"):
+            problems.append(Problem(name, "runs with a lead are not supported by this version; allowed: [[task]]", (name,)))
+        elif name not in TABLES:
+            problems.append(Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)))
+    for name, (fields, many, _) in TABLES.items():
+        tables[name], wrong = read_table(name, doc.get(name), fields, many)
+        problems += wrong
+    rules, wrong, more = resolve_rules(tables["run"], doc.get("run", {}), stem, env, expand)
+    problems, warnings = problems + wrong, warnings + more
+    servers, wrong = resolve_servers(tables["mcp_server"])
+    own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
+    problems += wrong + check_commands(own, agents)
+    tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand)
+    return Manifest(rules, "flat", tuple(tasks), tuple(servers), own, tuple(problems + wrong), tuple(warnings + more))
+
+
+def decode_manifest(data: bytes, label: str) -> str:
+    """The text of a manifest.  Raises InvalidInput naming the offset of what is not UTF-8."""
+    if len(data) > MAX_MANIFEST:
+        raise InvalidInput(f"{label}: it has {len(data)} bytes; allowed: at most {MAX_MANIFEST}")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        raise InvalidInput(f"{label}: it is not UTF-8 at byte offset {e.start}") from None
+
+
+def parse_toml(text: str, label: str) -> dict:
+    """The document of a TOML text.  Raises InvalidInput with line and column."""
+    import tomllib   # 10 ms, and only a manifest needs it
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise InvalidInput(f"{label}: it is not TOML: {e}") from None
+    except RecursionError:
+        raise InvalidInput(f"{label}: it is nested too deeply") from None
+
+
+def read_table(name: str, given: Any, fields: tuple[Field, ...], many: str) -> tuple[Any, list[Problem]]:
+    """(the checked values of one kind of table, its problems).
+
+    `one`: a pair of one dict and what was given; `list`: such dicts with `_at`; `named`: pairs.
+    """
+    problems = []
+    if many == "one":
+        if given is not None and not isinstance(given, dict):
+            return ({}, {}), [Problem(name, f"found {show_value(given)}; allowed: one table [{name}]", (name,))]
+        values, problems = check_fields(fields, given or {}, f"{name}.", (name,))
+        return (values, given or {}), problems
+    if many == "list":
+        if given is not None and not (isinstance(given, list) and all(isinstance(t, dict) for t in given)):
+            return [], [Problem(name, f"found {show_value(given)}; allowed: tables [[{name}]]", (name,))]
+        rows = []
+        for n, table in enumerate(given or []):
+            values, wrong = check_fields(fields, table, f"{name}[{n}].", (name, n))
+            rows.append(values)
+            problems += wrong
+        return rows, problems + check_unique(name, rows)
+    if given is not None and not (isinstance(given, dict) and all(isinstance(t, dict) for t in given.values())):
+        return [], [Problem(name, f"found {show_value(given)}; allowed: tables [{name}.NAME]", (name,))]
+    rows = []
+    for key, table in (given or {}).items():
+        values, wrong = check_fields(fields, table, f"{name}.{key}.", (name, key))
+        rows.append((key, values))
+        problems += wrong
+    return rows, problems
+
+
+def check_unique(name: str, rows: list[dict]) -> list[Problem]:
+    """A problem for each `id` that was there before."""
+    seen, problems = {}, []
+    for n, row in enumerate(rows):
+        first = seen.setdefault(row["id"], n)
+        if row["id"] is not None and first != n:
+            problems.append(Problem(f"{name}[{n}].id", f"found {show_value(row['id'])} again, first in {name}[{first}]; "
+                                    "allowed: ids that differ", (name, n, "id")))
+    return problems
+
+
+def resolve_rules(checked: tuple[dict, dict], given: Any, stem: str, env: Mapping[str, str],
+                  expand: Callable[[str], str]) -> tuple[Rules, list[Problem], list[Problem]]:
+    """`[run]` with its defaults filled in, its problems, and its warnings."""
+    values, _ = checked
+    given = given if isinstance(given, dict) else {}
+    house = {name for f in HOUSE_FIELDS for name in (f.name, *f.also)}
+    warnings = [Problem(f"run.{k}", "a house rule of runs with a lead; beside [[task]] it has no effect", ("run", k))
+                for k in given if k in house]
+    parallel, problems = values.get("max_parallel"), []
+    if parallel is None:
+        text = env.get("ANTHROPIC_MAX_CONCURRENT", "")
+        parallel = int(text) if re.fullmatch(r"[1-9][0-9]{0,5}", text) else 4
+        if text and str(parallel) != text and "max_parallel" not in given and "max_parallel_tasks" not in given:
+            problems.append(Problem("environment variable ANTHROPIC_MAX_CONCURRENT",
+                                    f"found {show_value(text)}; allowed: an integer >= 1"))
+    return Rules(
+        name=values.get("name") or stem, max_parallel=parallel, halt_on_failure=bool(values.get("halt_on_failure")),
+        run_dir=expand(values["run_dir"]) if values.get("run_dir") else None,
+        worktree_dir=expand(values["worktree_dir"]) if values.get("worktree_dir") else None,
+        keep_children=bool(values.get("keep_children")), secret_env=tuple(values.get("secret_env") or ()),
+        worktree_cleanup=values.get("worktree_cleanup") or "on_success",
+        emit_event_stream=bool(values.get("emit_event_stream"))), problems, warnings
+
+
+def resolve_servers(rows: list[dict]) -> tuple[list[Server], list[Problem]]:
+    """The MCP servers; `pitboss` is the name of this program's own."""
+    problems = [Problem(f"mcp_server[{n}].id", 'found "pitboss"; allowed: another name, that one is taken', ("mcp_server", n, "id"))
+                for n, row in enumerate(rows) if row["id"] == "pitboss"]
+    return [Server(r["id"], r["command"], tuple(r["args"]), dict(r["env"])) for r in rows if r["id"] and r["command"]], problems
+
+
+def check_commands(own: dict[str, Command], builtin: Iterable[str]) -> list[Problem]:
+    """What is wrong with the command agents beyond their fields."""
+    problems = []
+    for name, command in own.items():
+        if name in builtin:
+            problems.append(Problem(f"agent.{name}", "this name is a built-in agent's; allowed: another name", ("agent", name)))
+        if not command.command or not command.command[0]:
+            problems.append(Problem(f"agent.{name}.command", "found an empty list; allowed: a program and its arguments",
+                                    ("agent", name, "command")))
+    return problems
+
+
+def resolve_tasks(tables: dict, doc: dict, agents: list[str],
+                  expand: Callable[[str], str]) -> tuple[list[Task], list[Problem], list[Problem]]:
+    """The tasks with templates filled in and defaults merged, their problems, and warnings."""
+    defaults, _ = tables["defaults"]
+    templates = {t["id"]: t["prompt"] for t in tables["template"] if t["id"] and t["prompt"] is not None}
+    given = doc.get("task") if isinstance(doc.get("task"), list) else []
+    tasks, problems, warnings = [], [], []
+    if not tables["task"] and not (doc.keys() & {"lead"}):
+        problems.append(Problem("task", "there is none; allowed: one or more [[task]]"))
+    for n, row in enumerate(tables["task"]):
+        path, where = f"task[{n}].", ("task", n)
+        spelled = {f.name for f in ACTOR_FIELDS if any(name in given[n] for name in (f.name, *f.also))}
+        merged = {f.name: row[f.name] if f.name in spelled else defaults.get(f.name, f.default) for f in ACTOR_FIELDS}
+        merged["env"] = {**(defaults.get("env") or {}), **(row["env"] or {})}
+        prompt, wrong = resolve_prompt(row, given[n], templates, path, where)
+        problems += wrong
+        agent_where = (*where, "agent") if "agent" in spelled else ("defaults", "agent")
+        if merged["agent"] not in agents:
+            problems.append(Problem(("task[%d]." % n if "agent" in spelled else "defaults.") + "agent", f"found "
+                                    f"{show_value(merged['agent'])}; allowed: one of {', '.join(agents)}"
+                                    f"{did_you_mean(merged['agent'], agents)}", agent_where))
+        if row["branch"] is not None and wrong_branch(row["branch"]):
+            problems.append(Problem(path + "branch", f"found {show_value(row['branch'])}; allowed: {wrong_branch(row['branch'])}",
+                                    (*where, "branch")))
+        problems += check_env(merged["env"], row["env"] or {}, path, where)
+        warnings += [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own permission gate is off",
+                             (*where, "tools")) for t in merged["tools"] if "(" in t]
+        tasks.append(Task(
+            row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt, row["branch"], merged["agent"],
+            merged["model"], merged["effort"], tuple(merged["tools"]), merged["timeout_secs"], merged["use_worktree"],
+            merged["env"], n))
+    used = {row["template"] for row in tables["task"]}
+    warnings += [Problem(f"template[{n}]", f"no task uses the template {show_value(t['id'])}", ("template", n))
+                 for n, t in enumerate(tables["template"]) if t["id"] not in used]
+    unique = {(p.path, p.message): p for p in problems}
+    return tasks, list(unique.values()), warnings
+
+
+def check_env(env: dict, own: dict, path: str, where: tuple) -> list[Problem]:
+    """Names and values that no process can be given."""
+    bad = [k for k, v in env.items() if not k or "=" in k or "\0" in k or "\0" in v]
+    return [Problem((path if k in own else "defaults.") + f"env.{clean_text(k)}", "allowed: a name without = and NUL, a text without NUL",
+                    (*where, "env", k) if k in own else ("defaults", "env", k)) for k in bad]
+
+
+_PLACE = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+
+
+def resolve_prompt(row: dict, given: dict, templates: dict[str, str], path: str, where: tuple) -> tuple[str, list[Problem]]:
+    """The prompt of a task, written out or made from its template, and what is wrong with it."""
+    if "prompt" in given and "template" in given:
+        return "", [Problem(path + "template", "found beside prompt; allowed: one of the two", (*where, "template"))]
+    if "vars" in given and "template" not in given:
+        return row["prompt"] or "", [Problem(path + "vars", "found without template; allowed: only with it", (*where, "vars"))]
+    if "template" in given:
+        return fill_template(row, templates, path, where)
+    if "prompt" in given:
+        if isinstance(given["prompt"], str) and not given["prompt"].strip():
+            return "", [Problem(path + "prompt", "found an empty text; allowed: what the agent is to do", (*where, "prompt"))]
+        return row["prompt"] or "", []
+    for table in ("env", "vars"):
+        if isinstance(given.get(table), dict) and "prompt" in given[table]:
+            return "", [Problem(f"{path}{table}.prompt", f"it stands below [task.{table}], so it is not the task's prompt; move it "
+                                "above that header", (*where, table, "prompt"))]
+    return "", [Problem(path + "prompt", "is required: what the agent is asked to do, or a template", where)]
+
+
+def fill_template(row: dict, templates: dict[str, str], path: str, where: tuple) -> tuple[str, list[Problem]]:
+    """The prompt that a task's template and vars make, and what is wrong with them."""
+    name, values = row["template"], row["vars"] or {}
+    if name not in templates:
+        known = ", ".join(sorted(templates)) or "none is defined"
+        return "", [Problem(path + "template", f"found {show_value(name)}; allowed: {known}{did_you_mean(name or '', templates)}",
+                            (*where, "template"))]
+    places = {m[2] for m in _PLACE.finditer(templates[name]) if m[2]}
+    problems = [Problem(f"{path}vars.{p}", f"is required: template {name} has a place {{{p}}}", (*where, "vars"))
+                for p in sorted(places - values.keys())]
+    problems += [Problem(f"{path}vars.{v}", f"template {name} has no place {{{v}}}{did_you_mean(v, places)}", (*where, "vars", v))
+                 for v in values if v not in places]
+    prompt = _PLACE.sub(lambda m: "{" + m[1] + "}" if m[1] else values.get(m[2], ""), templates[name])
+    if not prompt.strip():
+        problems.append(Problem(path + "prompt", f"template {name} makes an empty prompt", (*where, "template")))
+    return prompt, problems
+
+
+# ======================================================================================
+# STREAM: an agent's output line to what it said; usage; price                    [pure]
+# ======================================================================================
+# One Talk holds what one hand has printed so far.  A format folds one line of a log into
+# it; a line that it cannot read stays in the log and changes nothing.
+# To add a format: one fold_ function, one row in FORMATS.
+
+class Usage(NamedTuple):
+    """Tokens, as providers count them."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+
+    def plus(self, other: Usage) -> Usage:
+        """The sum of two."""
+        return Usage(*(a + b for a, b in zip(self, other)))
+
+
+PRICES = {
+    # part of a model's name: USD per million tokens: input, output, cache read, cache creation
+    "opus":   (5.0, 25.0, 0.50, 6.25),
+    "sonnet": (3.0, 15.0, 0.30, 3.75),
+    "haiku":  (1.0, 5.0, 0.10, 1.25),
+}
+
+
+def price_usd(model: str, usage: Usage) -> float:
+    """What `usage` costs at list prices; an unknown model counts as the middle one."""
+    prices = next((p for name, p in PRICES.items() if name in model.lower()), PRICES["sonnet"])
+    return sum(count * price for count, price in zip(usage, prices)) / 1e6
+
+
+CHARS_PER_TOKEN = 4        # claude tells true output tokens only in its result: until then, an estimate
+KEPT_MESSAGES = 256        # message ids remembered, so that one message's usage counts once
+MAX_TEXT = 64 << 10        # bytes of a text agent's output that are kept as its final message
+
+
+class Talk:
+    """What an agent has said in one hand: filled by the functions of FORMATS, read by all."""
+
+    def __init__(self, model: str = "") -> None:
+        self.model = model
+        self.session_id = ""          # as the agent tells it
+        self.began = False            # the first message was taken up
+        self.echoed: set[str] = set()           # uuids of messages that were taken up
+        self.tasks: set[str] = set()            # background tasks of the agent's own, begun and not ended
+        self.results = 0              # result events so far
+        self.result: dict | None = None         # the last one
+        self.error = ""               # code of the last synthetic message: the machine-readable reason
+        self.resets_at: float | None = None     # when a usage limit ends, unix seconds
+        self.retries = 0              # requests that the agent repeats by itself
+        self.text = ""                # last text of the main conversation
+        self.lines: list[str] = []    # of a program that prints text: the last ones
+        self.kept = 0                 # their characters
+        self.words = ""               # last thing said or done, for people
+        self.skipped = 0              # lines that could not be read
+        self.known = Usage()          # told by a result: true
+        self.known_usd = 0.0
+        self.running: dict[str, Usage] = {}     # message id to usage since that result: output is an estimate
+
+    def usage(self) -> Usage:
+        """Tokens of this hand so far, cumulative."""
+        return functools.reduce(Usage.plus, self.running.values(), self.known)
+
+    def cost_usd(self) -> float:
+        """Cost of this hand so far: told, plus list prices for what no result has covered yet."""
+        running = functools.reduce(Usage.plus, self.running.values(), Usage())
+        return self.known_usd + price_usd(self.model, running)
+
+    def last_text(self) -> str:
+        """The last thing said in the main conversation, or the end of a plain output."""
+        return self.text or "\n".join(self.lines)[-MAX_TEXT:]
+
+    def done(self) -> bool:
+        """A result, and nothing of its own still going on: its input can be closed."""
+        return self.result is not None and not self.tasks
+
+
+def fold_claude(talk: Talk, line: bytes) -> None:
+    """One line of `claude -p --output-format stream-json --verbose` (measured with 2.1.197)."""
+    head = line[:64]
+    if b'"assistant"' in head:
+        _fold_message(talk, json.loads(line))
+    elif b'"result"' in head:
+        _fold_result(talk, json.loads(line))
+    elif b'"system"' in head:
+        _fold_system(talk, json.loads(line))
+    elif b'"rate_limit_event"' in head:
+        info = json.loads(line).get("rate_limit_info") or {}
+        if isinstance(info.get("resetsAt"), (int, float)):
+            talk.resets_at = float(info["resetsAt"])
+    elif b'"user"' in head and b'"isReplay":true' in line[-400:]:
+        event = json.loads(line)
+        talk.began = True
+        talk.echoed.add(str(event.get("uuid", "")))
+
+
+def _fold_message(talk: Talk, event: dict) -> None:
+    """One API message comes as several events of one id, each with the usage of its start."""
+    message = event["message"]
+    talk.began = True
+    if event.get("session_id"):
+        talk.session_id = event["session_id"]
+    if message.get("model") == "<synthetic>":
+        talk.error = str(event.get("error") or "")
+        return
+    usage, said = message.get("usage") or {}, 0
+    for block in message.get("content") or ():
+        kind = block.get("type")
+        if kind == "text":
+            said += len(block["text"])
+            if event.get("parent_tool_use_id") is None and block["text"].strip():
+                talk.text = talk.words = block["text"]
+        elif kind == "tool_use":
+            said += len(json.dumps(block.get("input")))
+            talk.words = f"{block.get('name')} …"
+        elif kind == "thinking":
+            said += len(block.get("thinking") or "")
+    key = str(message.get("id"))
+    before = talk.running.pop(key, Usage())
+    if len(talk.running) >= KEPT_MESSAGES:    # fold the oldest into one entry: its id will not come again
+        oldest = next(k for k in talk.running if k)
+        talk.running[""] = talk.running.pop("", Usage()).plus(talk.running.pop(oldest))
+    talk.running[key] = Usage(
+        int(usage.get("input_tokens") or 0), before.output + -(-said // CHARS_PER_TOKEN),
+        int(usage.get("cache_read_input_tokens") or 0), int(usage.get("cache_creation_input_tokens") or 0))
+
+
+def _fold_result(talk: Talk, event: dict) -> None:
+    """Cost and modelUsage are cumulative in one process, sub-agents included; `usage` is not."""
+    talk.results += 1
+    talk.result = {k: event.get(k) for k in ("subtype", "is_error", "api_error_status", "result", "terminal_reason", "errors")}
+    if event.get("session_id"):
+        talk.session_id = event["session_id"]
+    if not event.get("is_error"):
+        talk.error = ""
+    models = event.get("modelUsage") or {}
+    if models:
+        talk.known = functools.reduce(Usage.plus, (Usage(
+            int(m.get("inputTokens") or 0), int(m.get("outputTokens") or 0), int(m.get("cacheReadInputTokens") or 0),
+            int(m.get("cacheCreationInputTokens") or 0)) for m in models.values()))
+        talk.running.clear()
+    cost = event.get("total_cost_usd")
+    if isinstance(cost, (int, float)) and math.isfinite(cost):
+        talk.known_usd = float(cost)
+    if isinstance(event.get("result"), str) and event["result"].strip():
+        talk.words = event["result"]
+
+
+def _fold_system(talk: Talk, event: dict) -> None:
+    kind = event.get("subtype")
+    if kind == "init":
+        talk.session_id = event.get("session_id") or talk.session_id
+    elif kind == "api_retry":
+        talk.retries += 1
+        talk.words = f"retry {event.get('attempt')}/{event.get('max_retries')}: {event.get('error')}"
+    elif kind == "task_started":
+        talk.tasks.add(str(event.get("task_id")))
+    elif kind == "task_notification":
+        talk.tasks.discard(str(event.get("task_id")))
+    elif kind == "task_updated" and (event.get("patch") or {}).get("status") not in ("pending", "running", None):
+        talk.tasks.discard(str(event.get("task_id")))
+
+
+def fold_text(talk: Talk, line: bytes) -> None:
+    """One line of a program that prints plain text: its last part is its final message."""
+    text = line.decode("utf-8", "replace")
+    talk.began = True
+    if text.strip():
+        talk.words = text
+    talk.lines.append(text)
+    talk.kept += len(text) + 1
+    if talk.kept > 2 * MAX_TEXT:
+        talk.lines = [talk.last_text()]
+        talk.kept = len(talk.lines[0])
+
+
+class Format(NamedTuple):
+    """One way in which an agent prints what it does."""
+
+    fold: Callable            # (talk, line without its newline) -> None; may raise what bad lines raise
+    results: bool             # success needs a result event
+    tells_cost: bool
+
+
+FORMATS = {
+    "claude": Format(fold_claude, results=True, tells_cost=True),
+    "text":   Format(fold_text, results=False, tells_cost=False),
+}
+
+
+def fold_line(talk: Talk, line: bytes, form: str) -> None:
+    """Fold one line of a log into `talk`; one that cannot be read is counted and skipped."""
+    try:
+        FORMATS[form].fold(talk, line)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        talk.skipped += 1
+
+
+# ======================================================================================
+# FAILURES: exit status and log to status and reason                              [pure]
+# ======================================================================================
+# The reason of a failure is read from codes that agents print for machines, never from
+# the words of the work.  To add one: a row in ERROR_KINDS.
+
+ERROR_KINDS = {
+    # `error` of claude's synthetic message and of its api_retry events (2.1.197): kind
+    "rate_limit": "rate_limit",
+    "authentication_failed": "auth_failure",
+    "billing_error": "auth_failure",
+    "server_error": "network_error",
+    "overloaded": "network_error",
+    "invalid_request": "invalid_argument",
+    "model_not_found": "invalid_argument",
+}
+
+SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE",
+           9: "SIGKILL", 11: "SIGSEGV", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM", 24: "SIGXCPU", 25: "SIGXFSZ", 31: "SIGSYS"}
+
+
+class Ending(NamedTuple):
+    """How one hand ended, as far as files and the process table tell."""
+
+    code: int | None          # exit status; None: ended by a signal, or nobody knows
+    signal: int | None = None
+    vanished: bool = False    # no exit record and no process: the machine, or somebody, took both
+    no_folder: bool = False   # its folder was gone when it started
+    log_cut: bool = False     # there was no room for its log
+    stderr: str = ""          # its last lines
+
+
+def split_status(status: int) -> tuple[int | None, int | None]:
+    """(exit code, signal) of a shell's status: 128+n of a standard signal is that signal."""
+    return (None, status - 128) if status - 128 in SIGNALS else (status, None)
+
+
+def find_reason(talk: Talk, end: Ending) -> dict:
+    """`{kind, message}` of a hand that did not succeed, and `resets_at` (unix seconds) where it is known."""
+    result = talk.result or {}
+    said = result.get("result") if isinstance(result.get("result"), str) else ""
+    errors = [e for e in result.get("errors") or [] if isinstance(e, str)]
+    message = said or "; ".join(errors) or last_lines(end.stderr) or how_ended(end)
+    kind = ERROR_KINDS.get(talk.error, "unknown")
+    if talk.result is None and not talk.error and not end.log_cut:
+        message = how_ended(end) + " without a result" + (f": {last_lines(end.stderr)}" if end.stderr.strip() else "")
+    if result.get("terminal_reason") == "prompt_too_long":
+        kind = "context_exceeded"
+    elif kind == "unknown" and result.get("is_error") and result.get("api_error_status") == 400:
+        kind = "invalid_argument"
+    if end.log_cut:
+        kind, message = "unknown", "no space was left for its log, which may be cut; " + how_ended(end)
+    reason = {"kind": kind, "message": message[:2000]}
+    if kind == "rate_limit" and talk.resets_at:
+        reason["resets_at"] = talk.resets_at
+    return reason
+
+
+def how_ended(end: Ending) -> str:
+    """`exit status 1`, `ended by SIGKILL`, `it vanished`."""
+    if end.signal is not None:
+        return f"ended by {SIGNALS.get(end.signal, f'signal {end.signal}')}"
+    return "its process vanished" if end.code is None else f"exit status {end.code}"
+
+
+def last_lines(text: str, count: int = 5) -> str:
+    """The last lines of an error output that say something."""
+    lines = [clean_text(line).strip() for line in text.strip().splitlines() if line.strip()]
+    return "\n".join(line[:500] for line in lines[-count:])
+
+
+def succeeded(talk: Talk, end: Ending, form: str) -> bool:
+    """The one rule of success; a good last result decides where no exit status is known."""
+    if end.log_cut:
+        return False
+    if not FORMATS[form].results:
+        return end.code == 0
+    good = talk.result is not None and not talk.result.get("is_error")
+    return good and (end.code == 0 or end.vanished)
+
+
+# ======================================================================================
+# RUN: the run's state and its one reducer                                        [pure]
+# ======================================================================================
+# All that happens to a run arrives here as an event.  Records are immutable; the tables of
+# a run are changed in place, by the handlers of EVENTS alone.  What must now happen stands
+# in `owed` until an event says that it has: a living dispatcher acts on what is newly owed,
+# a resumed one on all that is owed, both through the same function.
+# To add an event: one handler, one row in EVENTS.
+
+class Actor(NamedTuple):
+    """One actor of a run: what it is, how it stands, what it has used."""
+
+    id: str
+    role: str                      # task lead sublead worker
+    agent: str
+    model: str
+    directory: str
+    use_worktree: bool
+    timeout_s: float
+    branch: str | None             # wanted; None: one of the run's own
+    parent: str | None = None
+    prompt_preview: str = ""
+    format: str = "claude"
+    resumes: bool = True           # its agent can go on in a session
+    session_id: str = ""
+    former: dict | None = None     # of the run that this one resumes: {path, branch, base, repo, rescue_ref, made}
+    state: str = "waiting"         # a key of STATES
+    how: str = "prompt"            # of the next hand: prompt, afresh (the prompt in a new session), resume (the
+    #                                session, with `continue`), again (the session, with the whole prompt)
+    hand: int = 0                  # number of the last one dealt
+    message: str = ""              # uuid of its first message
+    hands: int = 0                 # how many were started
+    lost: int = 0                  # hands that vanished and were dealt again
+    afresh: bool = False           # a hand that never began was dealt again once
+    handle: dict | None = None     # of the living process; opaque outside PROCESS
+    hand_at: float = 0.0           # when this hand started
+    log_at: int = 0                # size of its log then, bytes
+    lived_s: float = 0.0           # by earlier hands
+    stop: str = ""                 # why it is being stopped: timeout, cancel, linger; empty: it is not
+    stop_reason: str = ""
+    stop_done: bool = False        # its work was done before that
+    started_at: float | None = None
+    ended_at: float | None = None
+    status: str = ""               # a key of STATUSES once it has ended
+    exit_code: int | None = None
+    reason: dict | None = None
+    usage: Usage = Usage()         # of earlier hands
+    cost_usd: float | None = None
+    hand_usage: Usage = Usage()    # of this one so far
+    hand_usd: float = 0.0
+    final: Any = None              # text, or {"blob": sha256}
+    place: dict | None = None      # {path, cwd, branch, base, made, repo}
+    closed: dict | None = None     # {path, rescue_ref, kept, restore, leftovers}
+
+
+class RunState:
+    """The tables of a run.  Only the handlers of EVENTS change them."""
+
+    def __init__(self) -> None:
+        self.run_id = self.name = self.mode = ""
+        self.opened_at = self.last_at = 0.0
+        self.facts: dict = {}                     # of run_opened: what does not change
+        self.actors: dict[str, Actor] = {}        # in the order they were added
+        self.waiting: dict[str, None] = {}        # an ordered set
+        self.live = 0                             # actors that hold a slot
+        self.closing = 0                          # actors that have ended and are not settled
+        self.failed = 0                           # settled or closing ones that are not Success
+        self.settled: list[str] = []              # in the order in which their records became final
+        self.halted = False
+        self.draining = ""                        # why nothing new starts
+        self.cancelled = ""                       # why everything is stopped
+        self.signal = ""                          # the first one that came
+        self.finished_at: float | None = None
+        self.seq = 0                              # of the last event
+        self.owed: dict[tuple, dict] = {}         # (verb, actor) to its facts, oldest first
+        self.fresh: list[tuple] = []              # keys owed since a dispatcher last looked
+
+
+class JournalError(EnvironmentFault):
+    """A journal that cannot be read as it is."""
+
+
+def step(run: RunState, event: dict) -> None:
+    """Fold one event into the run.  A kind from a newer version changes nothing."""
+    run.seq, run.last_at = event["seq"], event["at"]
+    row = EVENTS.get(event["kind"])
+    if row:
+        row.handler(run, event)
+
+
+def fold(events: Iterable[dict]) -> RunState:
+    """The run that a journal's events make."""
+    run = RunState()
+    for event in events:
+        step(run, event)
+    run.fresh.clear()
+    return run
+
+
+def owe(run: RunState, verb: str, actor: str = "", **facts: Any) -> None:
+    """Note that something must happen."""
+    run.owed[verb, actor] = facts
+    run.fresh.append((verb, actor))
+
+
+def change(run: RunState, actor: str, **facts: Any) -> Actor:
+    """Exchange an actor's record for one with other facts."""
+    run.actors[actor] = new = run.actors[actor]._replace(**facts)
+    return new
+
+
+def on_run_opened(run: RunState, event: dict) -> None:
+    """The run begins.  Raises JournalError for a journal of a newer version."""
+    if event.get("format", 0) > JOURNAL_FORMAT:
+        raise JournalError(f"the journal has format {event['format']}; this pitboss knows formats up to {JOURNAL_FORMAT}",
+                           hint="use the version of pitboss that began the run, or a newer one")
+    run.run_id, run.name, run.mode = event["run_id"], event["name"], event["mode"]
+    run.opened_at, run.facts = event["at"], event
+
+
+def on_actor_added(run: RunState, event: dict) -> None:
+    """An actor waits for a slot."""
+    facts = {k: v for k, v in event.items() if k in Actor._fields}
+    run.actors[event["actor"]] = Actor(id=event["actor"], **facts)
+    run.waiting[event["actor"]] = None
+    fill_slots(run)
+
+
+def on_dispatcher_started(run: RunState, event: dict) -> None:
+    """A dispatcher took the run over: a drain of the one before is lifted."""
+    run.draining = ""
+    fill_slots(run)
+    finish_when_done(run)
+
+
+def on_placed(run: RunState, event: dict) -> None:
+    """An actor's worktree stands."""
+    run.owed.pop(("place", event["actor"]), None)
+    actor = change(run, event["actor"], place=event["place"], state="dealing")
+    if actor.stop:
+        end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
+    else:
+        owe(run, "deal", actor.id)
+
+
+def on_place_failed(run: RunState, event: dict) -> None:
+    """An actor's worktree could not be made."""
+    run.owed.pop(("place", event["actor"]), None)
+    end_actor(run, event["actor"], "SpawnFailed", event["at"], reason={"kind": "unknown", "message": event["message"]})
+
+
+def on_hand_dealt(run: RunState, event: dict) -> None:
+    """A hand has its number and session; it may start from now on."""
+    run.owed.pop(("deal", event["actor"]), None)
+    change(run, event["actor"], hand=event["hand"], session_id=event["session_id"], how=event["how"],
+           log_at=event["log_at"], message=event["message"])
+    owe(run, "spawn", event["actor"])
+
+
+def on_hand_voided(run: RunState, event: dict) -> None:
+    """A hand that was dealt never started and never will: its number is fenced off."""
+    run.owed.pop(("spawn", event["actor"]), None)
+    owe(run, "deal", event["actor"])
+
+
+def on_hand_started(run: RunState, event: dict) -> None:
+    """A hand's process lives."""
+    actor = run.actors[event["actor"]]
+    run.owed.pop(("spawn", actor.id), None)
+    change(run, actor.id, handle=event["handle"], hand_at=event["at"], hands=actor.hands + 1,
+           state="stopping" if actor.stop else "running", hand_usage=Usage(), hand_usd=0.0,
+           started_at=event["at"] if actor.started_at is None else actor.started_at)
+    owe(run, "watch", actor.id)
+    if actor.stop:
+        owe(run, "stop", actor.id)
+
+
+def on_spawn_failed(run: RunState, event: dict) -> None:
+    """A hand's process could not be made."""
+    run.owed.pop(("spawn", event["actor"]), None)
+    end_actor(run, event["actor"], "SpawnFailed", event["at"], reason={"kind": "unknown", "message": event["message"]})
+
+
+def on_hand_skipped(run: RunState, event: dict) -> None:
+    """An actor was stopped before its next hand had started."""
+    for verb in ("deal", "spawn"):
+        run.owed.pop((verb, event["actor"]), None)
+    actor = run.actors[event["actor"]]
+    end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
+
+
+def on_usage(run: RunState, event: dict) -> None:
+    """What a running hand has used so far."""
+    change(run, event["actor"], hand_usage=Usage(*event["usage"]), hand_usd=event["cost_usd"])
+
+
+def on_stop_decided(run: RunState, event: dict) -> None:
+    """An actor is to be stopped, wherever it stands."""
+    actor = change(run, event["actor"], stop=event["why"], stop_reason=event.get("reason", ""),
+                   stop_done=event.get("done", False))
+    if actor.state == "waiting":
+        run.waiting.pop(actor.id, None)
+        run.live += 1            # end_actor gives back what it never had
+        end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
+    elif actor.state == "running":
+        change(run, actor.id, state="stopping")
+        owe(run, "stop", actor.id)
+
+
+def on_hand_ended(run: RunState, event: dict) -> None:
+    """A hand's process is gone: the actor gets another hand, or has ended."""
+    actor = run.actors[event["actor"]]
+    for verb in ("watch", "stop", "spawn"):
+        run.owed.pop((verb, actor.id), None)
+    spent = event.get("cost_usd")
+    change(run, actor.id, hand_usage=Usage(), hand_usd=0.0, lived_s=actor.lived_s + event["lived_s"],
+           usage=actor.usage.plus(Usage(*event["usage"])), exit_code=event["code"],
+           cost_usd=actor.cost_usd if spent is None else (actor.cost_usd or 0.0) + spent,
+           session_id=event.get("session_id") or actor.session_id,
+           final=event["final"] if event.get("final") is not None else actor.final)
+    again = event.get("again")
+    if again:
+        change(run, actor.id, state="dealing", how=again, stop="", stop_done=False, lost=actor.lost + (event["cause"] == "lost"),
+               afresh=actor.afresh or event["cause"] == "unbegun")
+        owe(run, "deal", actor.id)
+    else:
+        end_actor(run, actor.id, event["status"], event["at"], reason=event.get("reason"))
+
+
+def on_closed(run: RunState, event: dict) -> None:
+    """An actor's leftovers and worktree are dealt with: its record is final."""
+    run.owed.pop(("close", event["actor"]), None)
+    change(run, event["actor"], closed={k: event.get(k) for k in ("path", "branch", "rescue_ref", "kept", "restore", "leftovers")},
+           state="settled")
+    run.closing -= 1
+    run.settled.append(event["actor"])
+    finish_when_done(run)
+
+
+def on_drained(run: RunState, event: dict) -> None:
+    """Nothing new starts from now on."""
+    run.draining, run.signal = event["why"], run.signal or event.get("signal", "")
+    finish_when_done(run)
+
+
+def on_cancelled(run: RunState, event: dict) -> None:
+    """Every living actor is stopped; those that wait never start and get no record."""
+    run.cancelled, run.signal = event["why"], run.signal or event.get("signal", "")
+    for actor in list(run.actors.values()):
+        if STATES[actor.state].live and not actor.stop:
+            change(run, actor.id, stop="cancel", stop_reason=event.get("reason", ""), stop_done=actor.id in event.get("done", ()))
+            if actor.state == "running":
+                change(run, actor.id, state="stopping")
+                owe(run, "stop", actor.id)
+    finish_when_done(run)
+
+
+def on_run_finished(run: RunState, event: dict) -> None:
+    """Every record is final and the summary is written."""
+    run.owed.pop(("finish", ""), None)
+    run.finished_at = event["at"]
+
+
+class EventKind(NamedTuple):
+    """One kind of event: its handler, and whether it is on disk before anything follows from it."""
+
+    handler: Callable
+    durable: bool = False
+
+
+EVENTS = {
+    #  kind                         handler                durable
+    "run_opened":         EventKind(on_run_opened,         True),
+    "actor_added":        EventKind(on_actor_added),
+    "dispatcher_started": EventKind(on_dispatcher_started),
+    "placed":             EventKind(on_placed),
+    "place_failed":       EventKind(on_place_failed,       True),
+    "hand_dealt":         EventKind(on_hand_dealt),
+    "hand_voided":        EventKind(on_hand_voided),
+    "hand_skipped":       EventKind(on_hand_skipped,       True),
+    "hand_started":       EventKind(on_hand_started),
+    "spawn_failed":       EventKind(on_spawn_failed,       True),
+    "usage":              EventKind(on_usage),
+    "stop_decided":       EventKind(on_stop_decided),
+    "hand_ended":         EventKind(on_hand_ended,         True),
+    "closed":             EventKind(on_closed),
+    "drained":            EventKind(on_drained),
+    "cancelled":          EventKind(on_cancelled),
+    "run_finished":       EventKind(on_run_finished,       True),
+}
+
+
+def fill_slots(run: RunState) -> None:
+    """Give each free slot to the actor that waits longest."""
+    limit = run.facts.get("max_parallel", 0)
+    while run.waiting and run.live < limit and not (run.draining or run.halted or run.cancelled):
+        actor = run.actors[next(iter(run.waiting))]
+        del run.waiting[actor.id]
+        run.live += 1
+        verb = "place" if actor.use_worktree and actor.place is None else "deal"
+        change(run, actor.id, state="placing" if verb == "place" else "dealing")
+        owe(run, verb, actor.id)
+
+
+def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | None = None) -> None:
+    """An actor has ended: hand its slot on, and owe what must be cleared away."""
+    old = run.actors[actor]
+    change(run, actor, state="closing", status=status, reason=reason, ended_at=at,
+           started_at=at if old.started_at is None else old.started_at)
+    run.live -= 1
+    run.closing += 1
+    if not STATUSES[status].good:
+        run.failed += 1
+        run.halted = run.halted or bool(run.facts.get("halt_on_failure"))
+    owe(run, "close", actor)
+    fill_slots(run)
+
+
+def finish_when_done(run: RunState) -> None:
+    """Owe the run's end once nothing lives and nothing may start.
+
+    A run that drained for want of room is not at its end: it is resumed.
+    """
+    may_start = run.waiting and not (run.draining or run.halted or run.cancelled)
+    if not run.live and not run.closing and not may_start and run.finished_at is None and run.draining != "no_space":
+        owe(run, "finish")
+
+
+def stop_reason(actor: Actor) -> dict | None:
+    """The failure reason of an actor that was stopped with words."""
+    return {"kind": "unknown", "message": actor.stop_reason} if actor.stop_reason else None
+
+
+def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
+    """What the end of a hand means: the facts of its `hand_ended` event beyond the measured ones.
+
+    Either `again` (how the next hand goes) with its `cause`, or `status` and `reason`.
+    """
+    form = actor.format
+    was_done = actor.stop_done and FORMATS[form].results
+    if actor.stop and not was_done:
+        status, words = ("TimedOut", f"{actor.timeout_s:g} s had passed") if actor.stop == "timeout" else ("Cancelled", actor.stop_reason)
+        words = "; ".join(w for w in (words, how_ended(end) if end.signal is not None else "") if w)
+        return {"status": status, "reason": {"kind": "unknown", "message": words} if words else None}
+    if actor.stop and talk.result and not talk.result.get("is_error") and not end.log_cut:
+        return {"status": "Success", "reason": None}     # it was done, and only would not go
+    if end.no_folder:
+        return {"status": "SpawnFailed", "reason": {"kind": "unknown", "message": f"its folder is gone: {actor.directory}"}}
+    if succeeded(talk, end, form):
+        return {"status": "Success", "reason": None}
+    errors = " ".join(str(e) for e in (talk.result or {}).get("errors") or ()) + end.stderr
+    unknown_session = "No conversation found" in errors or "is already in use" in errors
+    silent = not talk.began and talk.result is None
+    unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0 or end.signal is not None)
+    if (unknown_session or unbegun) and not actor.afresh:
+        return {"again": "afresh", "cause": "unbegun"}
+    if end.vanished and silent and not actor.afresh:
+        return {"again": actor.how if actor.how in ("resume", "again") else "afresh", "cause": "unbegun"}
+    if end.vanished and actor.lost < MAX_LOST_HANDS:
+        return {"again": "resume" if actor.resumes else "prompt", "cause": "lost"}
+    return {"status": "Failed", "reason": find_reason(talk, end)}
+
+
+def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
+    """The TaskRecord of an actor; `final_message` may still be a blob's name."""
+    closed = actor.closed or {}
+    path = closed.get("path") if actor.closed else (actor.place or {}).get("path")
+    cost = actor.cost_usd
+    if actor.hand_usd:
+        cost = (cost or 0.0) + actor.hand_usd
+    ended = actor.ended_at if actor.ended_at is not None else run.last_at
+    return {
+        "task_id": actor.id, "status": actor.status or None, "exit_code": actor.exit_code,
+        "started_at": render_time(actor.started_at), "ended_at": render_time(actor.ended_at),
+        "duration_ms": int(round(((ended - actor.started_at) if actor.started_at is not None else 0) * 1000)),
+        "worktree_path": path, "branch": actor.place["branch"] if actor.place else None, "log_path": log_path,
+        "token_usage": actor.usage.plus(actor.hand_usage)._asdict(), "claude_session_id": actor.session_id or None,
+        "final_message": actor.final, "final_message_preview": preview(actor.final),
+        "parent_task_id": actor.parent, "role": actor.role, "agent": actor.agent, "model": actor.model,
+        "cost_usd": round(cost, 10) if cost is not None else None, "pause_count": 0, "reprompt_count": 0,
+        "approvals_requested": 0, "approvals_approved": 0, "approvals_rejected": 0,
+        "failure_reason": public_reason(actor.reason), "rescue_ref": closed.get("rescue_ref"),
+        "worktree_kept": closed.get("kept"), "hands": actor.hands,
+    }
+
+
+def public_reason(reason: dict | None) -> dict | None:
+    """A failure reason as records show it: moments as text."""
+    if reason and isinstance(reason.get("resets_at"), (int, float)):
+        return {**reason, "resets_at": render_time(reason["resets_at"])}
+    return reason
+
+
+def preview(final: Any) -> str | None:
+    """The first 200 characters of a final message, then an ellipsis."""
+    if final is None:
+        return None
+    text = final.get("head", "") if isinstance(final, dict) else final
+    return text if len(text) <= 200 and not isinstance(final, dict) else text[:200] + "…"
+
+
+def summary_of(run: RunState, records: list[dict], meta: dict) -> dict:
+    """`summary.json` of a run whose actors have all settled."""
+    costs = [r["cost_usd"] for r in records if r["cost_usd"] is not None]
+    ended = run.finished_at if run.finished_at is not None else run.last_at
+    return {
+        "run_id": run.run_id, "name": run.name, "mode": run.mode, "manifest_path": meta.get("manifest_path"),
+        "manifest_name": meta.get("manifest_name"), "pitboss_version": meta.get("pitboss_version"),
+        "claude_version": meta.get("claude_version"), "started_at": render_time(run.opened_at),
+        "ended_at": render_time(ended), "total_duration_ms": int(round((ended - run.opened_at) * 1000)),
+        "tasks_total": len(run.actors), "tasks_failed": run.failed,
+        "was_interrupted": bool(run.signal or run.cancelled), "total_cost_usd": round(sum(costs), 10) if costs else None,
+        "tasks_not_started": len(run.waiting), "tasks": records,
+    }
+
+
+def exit_code_of(run: RunState) -> str:
+    """The key of EXIT_CODES that a finished run gives its dispatcher."""
+    if run.signal:
+        return "terminated" if run.signal == "TERM" else "interrupted"
+    return "failed" if run.failed or run.waiting or run.cancelled else "ok"
+
+
+# ======================================================================================
+# FILES: atomic write, journal, lock, paths, pinned copy of this file               [io]
+# ======================================================================================
+# A file of a run is either appended to, one whole line a write, or written beside its
+# place and renamed.  Everything is 0600 in folders of 0700: a dispatcher sets its umask
+# to 077 and gives the caller's own to git and to agents.
+
+BLOB_FROM = 4096           # characters; a longer text of an event lies in RUN/blobs
+RESERVE = 256 << 10        # bytes kept back in RUN/reserve, so that a full disk can still be journalled
+NO_ROOM = ("ENOSPC", "EDQUOT", "EFBIG")
+RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+def mint_run_id(now: float) -> str:
+    """A UUIDv7: 48 bits of unix milliseconds, then randomness."""
+    import uuid
+
+    random = int.from_bytes(os.urandom(10), "big")
+    value = (int(now * 1000) & (1 << 48) - 1) << 80 | 7 << 76 | (random >> 64 & 0xFFF) << 64 | 2 << 62 | random & (1 << 62) - 1
+    return str(uuid.UUID(int=value))
+
+
+def mint_uuid() -> str:
+    """A random UUID: a session, a message."""
+    import uuid
+
+    return str(uuid.uuid4())
+
+
+def data_folder(env: Mapping[str, str]) -> str:
+    """`$XDG_DATA_HOME/pitboss`, else `~/.local/share/pitboss`."""
+    base = env.get("XDG_DATA_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".local", "share")
+    return os.path.join(base, "pitboss")
+
+
+def runs_folder(env: Mapping[str, str], given: str | None = None) -> str:
+    """Where run folders are: `given`, else in the data folder."""
+    return os.path.abspath(given) if given else os.path.join(data_folder(env), "runs")
+
+
+def fault_of(error: OSError, doing: str) -> EnvironmentFault:
+    """An OSError as an error that an operator can act on."""
+    import errno
+
+    name = errno.errorcode.get(error.errno or 0, "")
+    hint = "make room, then `pitboss resume` the run" if name in NO_ROOM else ""
+    return EnvironmentFault(f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), hint=hint)
+
+
+def has_no_room(error: OSError) -> bool:
+    """Whether an error says that the disk, the quota or the file's limit is full."""
+    import errno
+
+    return errno.errorcode.get(error.errno or 0, "") in NO_ROOM
+
+
+def write_file(path: str, data: bytes, durable: bool = False) -> None:
+    """Write a whole file beside its place and rename it there."""
+    beside = f"{path}.{os.getpid()}.new"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, data)
+        if durable:
+            os.fsync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    finally:
+        os.close(fd)
+    os.replace(beside, path)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write every byte; a short write goes on where it stopped."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def write_json(path: str, value: Any, mask: Mask, durable: bool = False) -> None:
+    """Write a JSON document for people and programs."""
+    write_file(path, (mask.json(json.dumps(value, indent=2, allow_nan=False)) + "\n").encode(), durable)
+
+
+def read_json(path: str) -> Any:
+    """The JSON document in a file; None when it is missing or broken."""
+    try:
+        with open(path, "rb") as f:
+            return json.loads(f.read())
+    except (OSError, ValueError):
+        return None
+
+
+def put_blob(run_dir: str, text: str) -> dict:
+    """Keep a long text in RUN/blobs, on disk before it is named; returns what stands for it."""
+    import hashlib
+
+    data = text.encode("utf-8", "surrogatepass")
+    name = hashlib.sha256(data).hexdigest()
+    path = os.path.join(run_dir, "blobs", name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        write_file(path, data, durable=True)
+    return {"blob": name, "head": text[:200]}
+
+
+def get_blob(run_dir: str, value: Any) -> Any:
+    """The text that a value stands for; a value that is no blob is itself."""
+    if not (isinstance(value, dict) and "blob" in value):
+        return value
+    try:
+        with open(os.path.join(run_dir, "blobs", os.path.basename(value["blob"])), "rb") as f:
+            return f.read().decode("utf-8", "surrogatepass")
+    except OSError:
+        return value.get("head", "")
+
+
+class Journal:
+    """The open journal of a run, held by the one process that has the run's lock."""
+
+    def __init__(self, run_dir: str, mask: Mask, seq: int, at: float) -> None:
+        self.run_dir = run_dir
+        self.path = os.path.join(run_dir, "journal.jsonl")
+        self.mask = mask
+        self.seq = seq
+        self.base_at, self.base_mono = max(time.time(), at), time.monotonic()
+        self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.size = os.fstat(self.fd).st_size
+        self.full = False          # the reserve had to be used
+
+    def now(self) -> float:
+        """Unix seconds that never go back: the last event's moment plus monotonic time."""
+        return self.base_at + time.monotonic() - self.base_mono
+
+    def append(self, kind: str, facts: dict) -> dict:
+        """Write one event and return it as it was written.
+
+        Where there is no room the reserve is given up for it once; after that, and for any
+        other error, EnvironmentFault is raised and the journal is as it was.
+        """
+        try:
+            facts = {k: put_blob(self.run_dir, self.mask.text(v)) if isinstance(v, str) and len(v) > BLOB_FROM else v
+                     for k, v in facts.items()}
+        except OSError as e:
+            if not has_no_room(e):
+                raise fault_of(e, "writing a blob") from None
+            self.give_up_reserve()
+            facts = {k: {"blob": "0" * 64, "head": self.mask.text(v)[:2000]} if isinstance(v, str) and len(v) > BLOB_FROM else v
+                     for k, v in facts.items()}
+        event = {"seq": self.seq + 1, "at": round(self.now(), 6), "kind": kind, **facts}
+        line = json.dumps(event, separators=(",", ":"), allow_nan=False)
+        masked = self.mask.json(line)
+        if masked is not line and masked != line:
+            event = json.loads(masked)
+        try:
+            self.write_line(masked.encode("ascii") + b"\n")
+        except OSError as e:
+            raise fault_of(e, f"writing the journal {self.path}") from None
+        self.seq += 1
+        return event
+
+    def write_line(self, data: bytes) -> None:
+        """One write; a part of a line is taken back, and tried again from the reserve."""
+        try:
+            self.try_line(data)
+        except OSError as e:
+            if not has_no_room(e) or not self.give_up_reserve():
+                raise
+            self.try_line(data)
+
+    def try_line(self, data: bytes) -> None:
+        """Append `data` or leave the journal as it was.  Raises OSError."""
+        import errno
+
+        try:
+            if os.write(self.fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+        except OSError:
+            os.ftruncate(self.fd, self.size)
+            raise
+        self.size += len(data)
+
+    def give_up_reserve(self) -> bool:
+        """Free the space that was kept back.  False when there was none left."""
+        self.full = True
+        try:
+            os.unlink(os.path.join(self.run_dir, "reserve"))
+        except OSError:
+            return False
+        return True
+
+    def sync(self) -> None:
+        """Force what was appended to disk.  Raises OSError; a failed fsync is never tried again."""
+        os.fsync(self.fd)
+
+
+def keep_reserve(run_dir: str) -> None:
+    """Set space aside for the journal.  Raises OSError."""
+    path = os.path.join(run_dir, "reserve")
+    if not os.path.exists(path):
+        write_file(path, b"\0" * RESERVE)
+
+
+def read_journal(path: str, start: int = 0) -> Iterator[dict]:
+    """Every event of a journal, from byte `start` on; what is torn off at its end is left out.
+
+    Raises JournalError with file and line for a broken line anywhere else.
+    """
+    try:
+        with open(path, "rb") as f:
+            f.seek(start)
+            bad = 0
+            for number, line in enumerate(f, 1):
+                if bad:
+                    raise JournalError(f"{path}:{bad}: this line of the journal is broken",
+                                       hint="the journal was changed by something else; restore that line, or keep the folder as it is")
+                event = parse_event(line)
+                if event is None:
+                    bad = number
+                else:
+                    yield event
+    except OSError as e:
+        raise fault_of(e, "reading the journal") from None
+
+
+def parse_event(line: bytes) -> dict | None:
+    """One whole, valid line of a journal; None for anything else."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    ok = isinstance(event, dict) and isinstance(event.get("seq"), int) and isinstance(event.get("kind"), str)
+    return event if ok and isinstance(event.get("at"), (int, float)) else None
+
+
+def mend_journal(path: str) -> int:
+    """Move what is torn at the end of a journal to `journal.torn`; returns how many bytes.
+
+    Only for the holder of the lock.
+    """
+    whole = 0
+    with open(path, "rb") as f:
+        for line in f:
+            if parse_event(line) is None:
+                break
+            whole += len(line)
+        f.seek(whole)
+        torn = f.read()
+    if torn.strip(b"\n").count(b"\n"):
+        return 0                    # a broken line in the middle: read_journal says which
+    if torn:
+        beside = os.open(os.path.join(os.path.dirname(path), "journal.torn"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            write_all(beside, torn + b"\n")
+            os.fsync(beside)
+        finally:
+            os.close(beside)
+        os.truncate(path, whole)
+    return len(torn)
+
+
+def fold_run(run_dir: str) -> RunState:
+    """The state of a run, from its journal.  Raises JournalError."""
+    return fold(read_journal(os.path.join(run_dir, "journal.jsonl")))
+
+
+LOCK_PATIENCE_S = 1.0      # a reader that probes the lock must not turn its next holder away
+
+
+def take_lock(run_dir: str) -> int:
+    """Hold the run: returns the lock's descriptor.  Raises Refused naming who holds it."""
+    import errno
+    import fcntl
+
+    path = os.path.join(run_dir, "lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as e:
+            holder = read_json(path) or {}
+            if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(fd)
+                raise EnvironmentFault(f"this file system cannot lock {path}: {e.strerror}", hint="use --run-dir on a local disk") from None
+            if time.monotonic() > deadline or is_living_holder(holder):
+                os.close(fd)
+                raise Refused(f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')} holds the run {os.path.basename(run_dir)}",
+                              hint=f"pitboss status {os.path.basename(run_dir)}") from None
+            time.sleep(0.02)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "boot": boot_id(),
+                              "start": process_start(os.getpid())}).encode(), 0)
+    return fd
+
+
+def is_living_holder(holder: dict) -> bool:
+    """Whether the content of a lock names a process of this machine that lives."""
+    pid = holder.get("pid")
+    return (isinstance(pid, int) and holder.get("host") == os.uname().nodename and holder.get("boot") == boot_id()
+            and holder.get("start") is not None and process_start(pid) == holder.get("start"))
+
+
+def is_locked(run_dir: str) -> bool:
+    """Whether a dispatcher holds the run."""
+    import fcntl
+
+    try:
+        fd = os.open(os.path.join(run_dir, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+@functools.lru_cache(maxsize=1)
+def boot_id() -> str:
+    """What tells this boot of the machine from any other; empty where nothing does."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+            return f.read().strip()
+    except OSError:
+        return ""
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, as an opaque word: with the pid it names a process for good.
+
+    Linux: field 22 of /proc/PID/stat, clock ticks after boot; elsewhere what ps says.  None: no such process, or a zombie.
+    """
+    if sys.platform == "linux":
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as f:
+                fields = f.read().rpartition(b")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+    import subprocess
+
+    done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state, _, start = done.stdout.strip().partition(" ")
+    return None if not state or state.startswith("Z") else start.strip()
+
+
+def list_runs(runs_dir: str) -> list[str]:
+    """Run ids, newest first: a UUIDv7 sorts by its time."""
+    try:
+        names = os.listdir(runs_dir)
+    except OSError:
+        return []
+    return sorted((n for n in names if RUN_ID.fullmatch(n)), reverse=True)
+
+
+def find_run(runs_dir: str, prefix: str) -> str:
+    """The folder of the run whose id begins with `prefix`.  Raises NotFound, with candidates."""
+    if not re.fullmatch(r"[0-9a-fA-F-]+", prefix):
+        raise NotFound(f"{show_value(prefix)} is not a run id", hint="pitboss list shows the runs; a run is named by the beginning of its id")
+    found = [r for r in list_runs(runs_dir) if r.startswith(prefix.lower())]
+    if not found:
+        raise NotFound(f"no run {prefix} in {runs_dir}", hint="pitboss list shows the runs")
+    if len(found) > 1:
+        raise NotFound(f"{prefix} is the beginning of {len(found)} runs: {', '.join(found[:10])}", hint="give more of the id")
+    return os.path.join(runs_dir, found[0])
+
+
+def pin_self(run_dir: str) -> None:
+    """Copy this file and its bytecode into RUN/self; self_argv starts that copy.
+
+    Python never caches the script it is started with, and a file in a read-only place cannot
+    be cached beside itself.  Every process that a run starts uses the copy: it starts without
+    compiling, and an upgrade of pitboss.py cannot change a run half way.
+    """
+    import py_compile
+    import shutil
+
+    here = os.path.join(run_dir, "self")
+    os.makedirs(here, mode=0o700, exist_ok=True)
+    source = os.path.abspath(__file__)
+    if source.endswith(".pyc"):
+        source = source[:-1]
+    copy = shutil.copyfile(source, os.path.join(here, "pitboss.py"))
+    py_compile.compile(copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    write_file(os.path.join(here, "start"), b"import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
+               b"from pitboss import main\nsys.exit(main())\n")
+
+
+def self_argv(run_dir: str) -> list[str]:
+    """The command that starts the run's pinned copy of this file."""
+    return [sys.executable, "-I", "-S", os.path.join(run_dir, "self", "start")]
+
+
+# ======================================================================================
+# GIT: worktrees, rescue refs                                                    [async]
+# ======================================================================================
+# A worktree is removed only when everything in it, ignored files apart, is provably kept
+# elsewhere: in a branch, or in a rescue ref.  When in doubt it stays, and the reason is said.
+# Nothing here runs a hook of the repository, signs, or reads the caller's GIT_DIR.
+
+GIT_ALWAYS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.fsmonitor=false", "-c", "gc.auto=0",
+              "-c", "maintenance.auto=false", "-c", "advice.detachedHead=false")
+# What `git rev-parse --local-env-vars` names (git 2.39), and GIT_NAMESPACE: they would point git at another repository.
+GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_CONFIG",
+                 "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG_PARAMETERS", "GIT_CONFIG_COUNT", "GIT_IMPLICIT_WORK_TREE",
+                 "GIT_GRAFT_FILE", "GIT_NO_REPLACE_OBJECTS", "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_NAMESPACE")
+LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with when it is ours
+GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
+_CONTENTION = re.compile(r"File exists|could not lock|cannot lock|unable to lock|Another git process|failed to read \S*commondir")
+_UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply", "sequencer")
+
+
+class GitError(PitbossError):
+    """git said no; the message is git's own."""
+
+
+class Repo(NamedTuple):
+    """Where a folder stands in its repository."""
+
+    common: str                # the git common dir, absolute
+    top: str                   # top of the work tree
+    prefix: str                # the folder's place below it; empty at the top
+    head: str                  # commit
+
+
+class Place(NamedTuple):
+    """A worktree that an actor works in."""
+
+    path: str
+    cwd: str                   # where the actor starts: the same place below the top as its directory
+    branch: str | None
+    base: str                  # commit that it began at
+    made: bool                 # whether this run made the branch
+    repo: str                  # git common dir
+    directory: str             # the actor's directory in the original work tree
+
+
+def git_env(env: Mapping[str, str], **more: str) -> dict[str, str]:
+    """The environment for git: plain messages, no questions, no other repository's variables."""
+    clean = {k: v for k, v in env.items() if k not in GIT_VARIABLES}
+    return {**clean, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", **more}
+
+
+def repo_query(folder: str) -> list[str]:
+    """The git command that tells a Repo, one line a field."""
+    return ["git", "-C", folder, "rev-parse", "--path-format=absolute", "--is-inside-work-tree", "--git-common-dir",
+            "--show-toplevel", "--show-prefix", "--verify", "-q", "HEAD^{commit}"]
+
+
+def parse_repo(code: int, out: str, err: str) -> Repo | str:
+    """The answer to repo_query, or what is wrong with the folder."""
+    lines = out.split("\n")
+    if lines[0] == "false":
+        return "a bare repository or a .git folder; allowed: a folder inside a git work tree"
+    if code and len(lines) >= 5:
+        return "a repository without a commit; allowed: one with a commit to start from"
+    if code or len(lines) < 6:
+        said = err.strip().splitlines()[0] if err.strip() else "git does not know it"
+        if "not a git repository" in said:
+            said = "it is not inside a git work tree"
+        return f"{said}; allowed: a folder inside a git work tree, or use_worktree = false"
+    return Repo(lines[1], lines[2], lines[3].rstrip("/"), lines[4])
+
+
+@functools.lru_cache(maxsize=None)
+def look_at_folder(folder: str) -> Repo | str:
+    """Where a folder stands in its repository, or what is wrong with it.  Raises InvalidInput without git."""
+    import subprocess
+
+    try:
+        done = subprocess.run(repo_query(folder), env=git_env(os.environ), capture_output=True, text=True, errors="replace", check=False)
+    except OSError:
+        raise InvalidInput("git is needed for worktrees and is not on PATH", hint="install git, or set use_worktree = false") from None
+    return parse_repo(done.returncode, done.stdout, done.stderr)
+
+
+def check_places(manifest: Manifest) -> list[Problem]:
+    """What is wrong with the folders and branches of the tasks."""
+    problems, taken = [], {}
+    for task in manifest.tasks:
+        where, path = ("task", task.index, "directory"), f"task[{task.index}]."
+        if not task.directory:
+            continue
+        if not os.path.isdir(task.directory):
+            there = "it is not a folder" if os.path.exists(task.directory) else "there is no such folder"
+            problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {there}", where))
+            continue
+        if not task.use_worktree:
+            continue
+        repo = look_at_folder(task.directory)
+        if isinstance(repo, str):
+            problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {repo}", where))
+        elif task.branch:
+            first = taken.setdefault((os.path.realpath(repo.common), task.branch), task.index)
+            if first != task.index:
+                problems.append(Problem(path + "branch", f"found {show_value(task.branch)}, which task[{first}] has in the same repository; "
+                                        "allowed: branches that differ", ("task", task.index, "branch")))
+    return problems
+
+
+class Git:
+    """How this process runs git: environment, the caller's umask, one creation at a time a repository."""
+
+    def __init__(self, env: Mapping[str, str], umask: int) -> None:
+        self.env = env
+        self.umask = umask
+        self.locks: dict[str, asyncio.Lock] = {}
+
+    async def run(self, folder: str, *args: str, pass_fds: tuple = (), input: bytes | None = None, **env: str) -> tuple[int, bytes, str]:
+        """(exit status, standard output, standard error) of one git command in `folder`."""
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            "git", *GIT_ALWAYS, "-C", folder, *args, env=git_env(self.env, **env), umask=self.umask, pass_fds=pass_fds,
+            stdin=asyncio.subprocess.DEVNULL if input is None else pipe, stdout=pipe, stderr=pipe)
+        out, err = await process.communicate(input)
+        return process.returncode or 0, out, err.decode("utf-8", "replace").strip()
+
+    async def ask(self, folder: str, *args: str, **options: Any) -> str:
+        """The output of a git command.  Raises GitError with git's own words."""
+        code, out, err = await self.run(folder, *args, **options)
+        if code:
+            raise GitError(err or f"git {args[0]} ended with status {code}")
+        return out.decode("utf-8", "surrogateescape").strip("\n")
+
+    async def look(self, folder: str) -> Repo:
+        """Where a folder stands in its repository.  Raises GitError."""
+        code, out, err = await self.run(folder, *repo_query(folder)[3:])
+        repo = parse_repo(code, out.decode("utf-8", "replace"), err)
+        if isinstance(repo, str):
+            raise GitError(f"{folder}: {repo}")
+        return repo
+
+    @contextlib.asynccontextmanager
+    async def repository_lock(self, common: str) -> Any:
+        """One creation at a time in a repository, across processes; yields a descriptor for git to inherit.
+
+        git goes on when the dispatcher is killed, and then still holds the lock.  Raises GitError
+        naming the lock when another process keeps it too long.
+        """
+        import fcntl
+
+        async with self.locks.setdefault(common, asyncio.Lock()):
+            folder = os.path.join(common, "pitboss")
+            os.makedirs(folder, exist_ok=True)
+            path = os.path.join(folder, "worktree.lock")
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                deadline = time.monotonic() + GIT_PATIENCE_S
+                while True:
+                    try:
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > deadline:
+                            raise GitError(f"another process held {path} for {GIT_PATIENCE_S:g} s") from None
+                        await asyncio.sleep(0.02)
+                yield fd
+            finally:
+                os.close(fd)
+
+    async def add_worktree(self, directory: str, path: str, branch: str, own: bool, reason: str, start: str | None = None) -> Place:
+        """Make a worktree for `directory` at `path`, on `branch`.
+
+        `own`: the name is this run's, so a taken one gets a number; else a branch that exists and is
+        free is used.  `start` is where a new branch begins (None: the directory's HEAD).  A worktree
+        that was begun for the same `reason` and never handed out is made again.  Raises GitError.
+        """
+        repo = await self.look(directory)
+        async with self.repository_lock(repo.common) as fd:
+            found = await self.find_begun(repo, path, reason)
+            if found:
+                return self.place_of(repo, directory, path, found, own)
+            exists, wanted, number = await self.has_branch(repo, branch), branch, 1
+            while exists and own:
+                number += 1
+                branch = f"{wanted}-{number}"
+                exists = await self.has_branch(repo, branch)
+            base = start or repo.head
+            await self.try_worktree(repo, path, branch, exists, reason, base, fd)
+            if exists:
+                base = await self.ask(path, "rev-parse", "HEAD")
+            return self.place_of(repo, directory, path, (branch, base), not exists)
+
+    def place_of(self, repo: Repo, directory: str, path: str, head: tuple[str, str], made: bool) -> Place:
+        """The Place of a worktree whose HEAD is `head` (branch, commit)."""
+        cwd = os.path.join(path, repo.prefix) if repo.prefix else path
+        os.makedirs(cwd, mode=0o777 & ~self.umask, exist_ok=True)     # a folder that HEAD does not have
+        return Place(path, cwd, head[0], head[1], made, repo.common, directory)
+
+    async def has_branch(self, repo: Repo, branch: str) -> bool:
+        """Whether the repository has that branch."""
+        code, _, _ = await self.run(repo.top, "show-ref", "--verify", "--quiet", f"refs/heads/{branch}")
+        return code == 0
+
+    async def find_begun(self, repo: Repo, path: str, reason: str) -> tuple[str, str] | None:
+        """The head of a worktree that an earlier dispatcher made at `path` for the same reason.
+
+        One that it only began, or something else that is ours, is cleared: nobody has worked in it.
+        """
+        if not os.path.lexists(path):
+            return None
+        gitdir = worktree_gitdir(path)
+        if gitdir and read_text(os.path.join(gitdir, "locked")) == reason:
+            code, out, _ = await self.run(path, "rev-parse", "--symbolic-full-name", "HEAD", "HEAD^{commit}")
+            status, dirty, _ = await self.run(path, "status", "--porcelain", "-z", "-uno")
+            lines = out.decode("utf-8", "replace").split("\n")
+            if not code and not status and not dirty and lines[0].startswith("refs/heads/"):
+                return lines[0].removeprefix("refs/heads/"), lines[1]
+            await self.run(repo.top, "worktree", "remove", "--force", "--force", path)
+        elif os.path.isdir(path) and not gitdir and f"{os.sep}worktrees{os.sep}" in path:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        return None
+
+    async def try_worktree(self, repo: Repo, path: str, branch: str, exists: bool, reason: str, base: str, fd: int) -> None:
+        """`git worktree add`, again and again while another process holds a lock of git's own."""
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        deadline, pause, flag = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b"
+        while True:
+            start = [path, branch] if exists else [flag, branch, path, base]
+            code, _, err = await self.run(repo.top, "worktree", "add", "--no-track", "--lock", "--reason", reason, *start, pass_fds=(fd,))
+            if not code:
+                return
+            contended = _CONTENTION.search(err) and "a branch named" not in err
+            if not contended or time.monotonic() > deadline:
+                if not exists:       # git may leave the new branch behind; delete it only where it is as it was made
+                    await self.run(repo.top, "update-ref", "-d", f"refs/heads/{branch}", base)
+                raise GitError(err + (f" (waited {GIT_PATIENCE_S:g} s)" if contended else ""))
+            flag = "-B"
+            await asyncio.sleep(pause)
+            pause = min(1.0, pause * 2)
+
+    async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str, scratch: str) -> dict:
+        """Let a settled actor's worktree go if everything in it is kept, and say what became of it.
+
+        `remove`: `keep` leaves it, `saved` removes it when nothing is unsaved, `rescue` saves what is
+        unsaved to `ref` first.  Returns {path, branch, rescue_ref, kept, restore}; never raises for git.
+        """
+        told = {"path": place.path, "branch": place.branch, "rescue_ref": None, "kept": None, "restore": None}
+        try:
+            if not os.path.isdir(place.path):
+                return {**told, "path": None, "kept": "its folder was removed by something else"}
+            if remove == "keep":
+                return told
+            tree = await self.inspect(place)
+            if tree.doubt or (tree.unsaved and remove == "saved"):
+                return {**told, "kept": tree.doubt or "unsaved work: " + ", ".join(tree.unsaved)}
+            if tree.unsaved:
+                told["rescue_ref"] = await self.rescue(place, tree, ref, message, scratch)
+                told["restore"] = render_argv(["git", "-C", place.directory, "worktree", "add", place.path, told["rescue_ref"]])
+            await self.remove_worktree(place, force=bool(tree.unsaved))
+            told["path"] = None
+        except (GitError, OSError, UnicodeError) as e:
+            kept = clean_text(str(e)) or type(e).__name__
+            return {**told, "path": place.path if os.path.isdir(place.path) else None, "kept": kept}
+        finally:
+            gitdir = worktree_gitdir(place.path)
+            if gitdir and read_text(os.path.join(gitdir, "locked")).startswith(LOCK_PREFIX):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(gitdir, "locked"))
+        if place.made and place.branch:
+            await self.run(place.repo, "update-ref", "-d", f"refs/heads/{place.branch}", place.base)
+        return told
+
+    async def inspect(self, place: Place) -> Tree:
+        """What a worktree holds that is nowhere else, and why it had better stay.  Raises GitError."""
+        gitdir = worktree_gitdir(place.path)
+        if not gitdir:
+            return Tree("it is no longer a worktree of its repository", [], [])
+        lock = read_text(os.path.join(gitdir, "locked"))
+        under_way = next((n for n in _UNDER_WAY if os.path.lexists(os.path.join(gitdir, n))), "")
+        nested = await asyncio.to_thread(find_nested, place.path)
+        doubt = (f"it is locked: {lock}" if os.path.exists(os.path.join(gitdir, "locked")) and not lock.startswith(LOCK_PREFIX) else
+                 f"{under_way} says that something is under way in it" if under_way else
+                 f"it holds another repository: {nested}" if nested else
+                 "another git process holds its index" if os.path.exists(os.path.join(gitdir, "index.lock")) else "")
+        if doubt:
+            return Tree(doubt, [], [])
+        async with asyncio.TaskGroup() as group:
+            status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all",
+                                                "--ignore-submodules=none"))
+            flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        code, out, err = status.result()
+        if code or flags.result()[0]:
+            raise GitError(err or flags.result()[2])
+        unsaved, doubt = read_status(out)
+        if any(entry[:1].islower() or entry[:1] == b"S" for entry in flags.result()[1].split(b"\0") if entry):
+            doubt = doubt or "files in it are marked assume-unchanged or skip-worktree"
+        commits = [] if doubt else await self.find_unheld(place, gitdir, out)
+        return Tree(doubt, unsaved + ([f"{len(commits)} commits that no branch holds"] if commits else []), commits)
+
+    async def find_unheld(self, place: Place, gitdir: str, status: bytes) -> list[str]:
+        """Commits that this worktree's HEAD was on and that no branch, tag or rescue ref holds."""
+        head = next((line.split()[2].decode() for line in status.split(b"\0") if line.startswith(b"# branch.oid ")), "")
+        detached = b"# branch.head (detached)" in status.split(b"\0")
+        seen = reflog_commits(read_text(os.path.join(gitdir, "logs", "HEAD")))
+        if not detached and seen <= {head, place.base}:
+            return []
+        out = await self.ask(place.path, "rev-list", "--ignore-missing", *sorted(seen | {head}), "--not", "--branches", "--tags",
+                             "--remotes", "--glob=refs/pitboss/rescue/*")
+        return out.split()
+
+    async def rescue(self, place: Place, tree: Tree, ref: str, message: str, scratch: str) -> str:
+        """Commit everything unsaved to a new rescue ref; returns its name.  Raises GitError."""
+        import shutil
+
+        gitdir = worktree_gitdir(place.path)
+        index = os.path.join(scratch, "rescue.index")
+        if os.path.exists(os.path.join(gitdir, "index")):
+            shutil.copyfile(os.path.join(gitdir, "index"), index)
+        env = {"GIT_INDEX_FILE": index, "GIT_AUTHOR_NAME": "pitboss", "GIT_AUTHOR_EMAIL": "pitboss@localhost",
+               "GIT_COMMITTER_NAME": "pitboss", "GIT_COMMITTER_EMAIL": "pitboss@localhost"}
+        ask = functools.partial(self.ask, place.path, "-c", "core.fsync=objects,reference", **env)
+        head = await ask("rev-parse", "--verify", "HEAD^{commit}")
+        staged = await ask("write-tree")
+        await ask("add", "-A", "--", ":/")
+        whole = await ask("write-tree")
+        parents = [head]
+        if staged not in (whole, await ask("rev-parse", "HEAD^{tree}")):
+            parents.append(await ask("commit-tree", staged, "-p", head, "-m", f"{message}: the index"))
+        lost = [c for c in tree.commits if c != head]
+        if lost:
+            parents += (await ask("merge-base", "--independent", *lost)).split() if len(lost) > 1 else lost
+        parent_args = [word for p in dict.fromkeys(parents) for word in ("-p", p)]
+        commit = await ask("commit-tree", whole, *parent_args, "-m", message)
+        for number in range(1, 100):
+            name = ref if number == 1 else f"{ref}-{number}"
+            code, _, err = await self.run(place.path, "-c", "core.fsync=objects,reference", "update-ref", name, commit, "0" * len(commit))
+            if not code:
+                break
+        else:
+            raise GitError(err)
+        await ask("add", "-A", "--", ":/")
+        if await ask("write-tree") != whole:
+            raise GitError("it changed while it was being saved")
+        os.unlink(index)
+        return name
+
+    async def remove_worktree(self, place: Place, force: bool) -> None:
+        """`git worktree remove`: without `force` git looks once more for unsaved content.  Raises GitError."""
+        import shutil
+
+        gitdir = worktree_gitdir(place.path)
+        locked = os.path.join(gitdir, "locked")
+        if os.path.exists(locked):
+            os.unlink(locked)
+        code, _, err = await self.run(place.repo, "worktree", "remove", *(["--force"] if force else []), place.path)
+        if code and not os.path.exists(gitdir):       # something wrote while git deleted: git has forgotten the tree
+            await asyncio.to_thread(shutil.rmtree, place.path, True)
+        elif code:
+            raise GitError(err)
+
+
+class Tree(NamedTuple):
+    """What a worktree holds."""
+
+    doubt: str                 # why it stays whatever the policy; empty: nothing speaks against
+    unsaved: list              # kinds of unsaved content, in words
+    commits: list              # commits that no branch holds
+
+
+def read_text(path: str) -> str:
+    """A small text file without its last newline; empty where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as f:
+            return f.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def worktree_gitdir(path: str) -> str:
+    """The folder in which git keeps what it knows of a linked worktree; empty when `path` is none."""
+    text = read_text(os.path.join(path, ".git"))
+    gitdir = text.removeprefix("gitdir: ") if text.startswith("gitdir: ") else ""
+    return gitdir if gitdir and os.path.isfile(os.path.join(gitdir, "commondir")) else ""
+
+
+def find_nested(path: str) -> str:
+    """A folder below `path` that is a repository or a worktree itself; empty when none is."""
+    for folder, names, files in os.walk(path):
+        if folder != path and (".git" in names or ".git" in files):
+            return os.path.relpath(folder, path)
+        if ".git" in names:
+            names.remove(".git")
+    return ""
+
+
+def read_status(out: bytes) -> tuple[list[str], str]:
+    """(kinds of unsaved content, a doubt) of `git status --porcelain=v2 -z`."""
+    kinds, doubt, skip = {}, "", False
+    for entry in out.split(b"\0"):
+        if skip or not entry or entry.startswith(b"#"):
+            skip = False
+            continue
+        if entry.startswith(b"u "):
+            doubt = "it has unmerged files"
+        elif entry.startswith(b"? "):
+            kinds["untracked files"] = None
+        else:
+            staged, changed = entry[2:3], entry[3:4]
+            kinds.update({"staged changes": None} if staged != b"." else {})
+            kinds.update({"modified files": None} if changed != b"." else {})
+        skip = entry.startswith(b"2 ")        # a rename: its old path follows
+    return list(kinds), doubt
+
+
+def reflog_commits(text: str) -> set[str]:
+    """The commits in a reflog, less those that were only replaced by an amend or a rebase."""
+    entries = [(line.split(" ", 2)[1], line.partition("\t")[2]) for line in text.splitlines() if line.count(" ") > 2]
+    left_by = [message for _, message in entries[1:]] + [""]
+    return {commit for (commit, _), message in zip(entries, left_by)
+            if not message.startswith(("commit (amend)", "rebase")) and commit.strip("0")}
+
+
+def render_argv(argv: Iterable[str]) -> str:
+    """A command as a shell would take it."""
+    import shlex
+
+    return shlex.join(argv)
+
+
+# ======================================================================================
+# PROCESS: shim, adoption, signals, process trees, log tail                      [async]
+# ======================================================================================
+# An agent runs under a shim of a few lines of sh, in a session of its own, with its output
+# going straight to files: it needs no dispatcher to live.  A handle names such a hand for
+# good: pid and start time, boot, host and pid namespace.  It is opaque outside this section;
+# another way to run hands is another row of EXECUTORS.
+
+# Arguments: the task's folder, the hand's number, the agent's folder, the caller's umask, then the agent's argv.
+# Whoever creates hand.N owns the hand.  The agent runs in the foreground: `&` would take its input away and make it
+# ignore INT.  The traps keep the shim alive to write down how the agent ended; children start with the defaults.
+SHIM = """set -C; echo $$ >"$1/hand.$2" || exit 125
+set +C; trap : TERM INT HUP; d=$1 n=$2 m=$(umask)
+cd -- "$3" || { echo cd >"$d/exit.$n"; exit 126; }
+umask "$4"; shift 4; "$@"; r=$?
+umask "$m"; echo $r >"$d/exit.$n"; exit $r"""
+
+LINEAGE = "PITBOSS_LINEAGE"    # variable of every process of a hand: OUTER/RUN:ACTOR:HAND
+PIPE_MAX = 1 << 20             # bytes: Linux's limit for a pipe without privileges (/proc/sys/fs/pipe-max-size)
+POLL_S = 0.04                  # between two looks at a tree that is being stopped
+
+
+class Launch(NamedTuple):
+    """All that starting a hand needs."""
+
+    argv: list
+    cwd: str
+    env: dict
+    task_dir: str
+    hand: int
+    marker: str                # RUN:ACTOR:HAND
+    umask: int
+    stdin: int                 # a descriptor
+
+
+class Process(NamedTuple):
+    """One row of the process table."""
+
+    pid: int
+    ppid: int
+    sid: int
+    start: str                 # as process_start tells it
+    zombie: bool
+
+
+def read_processes() -> dict[int, Process]:
+    """The process table of this machine."""
+    return _linux_processes() if sys.platform == "linux" else _ps_processes()
+
+
+def _linux_processes() -> dict[int, Process]:
+    table = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as f:
+                    fields = f.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            table[int(name)] = Process(int(name), int(fields[1]), int(fields[3]), fields[19].decode(), fields[0] in (b"Z", b"X"))
+    return table
+
+
+def _ps_processes() -> dict[int, Process]:
+    import subprocess
+
+    done = subprocess.run(["ps", "-axo", "pid=,ppid=,sess=,stat=,lstart="], capture_output=True, text=True, check=False)
+    table = {}
+    for line in done.stdout.splitlines():
+        pid, ppid, sess, stat, start = line.split(None, 4)
+        try:
+            sid = os.getsid(int(pid))      # macOS prints addresses for sess
+        except OSError:
+            sid = 0
+        table[int(pid)] = Process(int(pid), int(ppid), sid, start.strip(), stat.startswith("Z"))
+    return table
+
+
+def read_lineage(pid: int) -> str:
+    """The value of LINEAGE in a process's environment; empty where it has none or cannot be read."""
+    if sys.platform == "linux":
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                found = re.search(rb"(?:^|\0)" + LINEAGE.encode() + rb"=([^\0]*)", f.read())
+        except OSError:
+            return ""
+        return found[1].decode("utf-8", "replace") if found else ""
+    import subprocess
+
+    done = subprocess.run(["ps", "-Eww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    found = re.search(LINEAGE + r"=(\S*)", done.stdout)
+    return found[1] if found else ""
+
+
+class ProcessTable:
+    """The process table and each process's lineage, read again at most every POLL_S / 2.
+
+    A lineage is remembered for as long as its process lives: one that was seen with a marker and
+    then replaced its environment stays known.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Process] = {}
+        self.lineages: dict[tuple[int, str], str] = {}
+        self.read_at = -1.0
+
+    def refresh(self) -> None:
+        """Read the table, unless it was just read."""
+        now = time.monotonic()
+        if now - self.read_at < POLL_S / 2:
+            return
+        self.read_at = now
+        self.rows = read_processes()
+        keys = {(p.pid, p.start) for p in self.rows.values() if not p.zombie}
+        self.lineages = {k: self.lineages[k] if self.lineages.get(k) else read_lineage(k[0]) for k in keys}
+
+    def members(self, handle: dict, known: dict[int, str]) -> dict[int, str]:
+        """The living processes of a hand, pid to start: its tree, its sessions, and all that carry its marker.
+
+        `known` are members found before; they and what descends from them stay members.
+        """
+        self.refresh()
+        alive = {p.pid: p for p in self.rows.values() if not p.zombie and p.pid != os.getpid()}
+        found = {p: s for p, s in known.items() if p in alive and alive[p].start == s}
+        own_sid, shim = os.getsid(0), self.rows.get(handle["pid"])
+        # a number is not given again while a session is named by it: without its leader it is still this hand's
+        sid = handle["pid"] if handle["boot"] == boot_id() and (shim is None or shim.start == handle["start"]) else -1
+        for p in alive.values():
+            lineage = self.lineages.get((p.pid, p.start), "")
+            if (p.sid == sid and sid != own_sid) or f"/{handle['marker']}/" in f"/{lineage}/":
+                found[p.pid] = p.start
+        grown = bool(found)
+        while grown:
+            grown = False
+            for p in alive.values():
+                if p.pid not in found and (p.ppid in found or (p.sid in found and p.sid != own_sid)):
+                    found[p.pid], grown = p.start, True
+        return found
+
+
+def send_signal(pid: int, start: str, number: int) -> bool:
+    """Signal the one process that `pid` and `start` name.  False when it is gone."""
+    import signal
+
+    try:
+        if hasattr(signal, "pidfd_send_signal"):
+            fd = os.pidfd_open(pid)          # the descriptor first: from here on the pid cannot mean another
+            try:
+                if process_start(pid) != start:
+                    return False
+                signal.pidfd_send_signal(fd, number)
+            finally:
+                os.close(fd)
+        elif process_start(pid) == start:
+            os.kill(pid, number)
+        return True
+    except OSError:
+        return False
+
+
+def be_subreaper() -> bool:
+    """Have orphans of hands become this process's children (Linux): then leftovers are found in one look."""
+    if sys.platform != "linux":
+        return False
+    try:
+        import ctypes
+
+        return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0    # PR_SET_CHILD_SUBREAPER
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def own_children() -> list[int] | None:
+    """The pids of this process's children; None where the kernel does not tell."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as f:
+            return [int(word) for word in f.read().split()]
+    except OSError:
+        return None
+
+
+def start_local(launch: Launch) -> dict:
+    """Start a hand under its shim; returns its handle.  Raises OSError.
+
+    posix_spawn, not asyncio: the agent outlives this process and writes to files.
+    """
+    import signal
+
+    stdout, stderr = (os.open(os.path.join(launch.task_dir, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                      for name in ("stdout.log", "stderr.log"))
+    run_id, actor, hand = launch.marker.split(":")
+    argv = ["/bin/sh", "-c", SHIM, f"pitboss {run_id} {actor} hand {hand}", launch.task_dir, str(launch.hand), launch.cwd,
+            f"{launch.umask:03o}", *launch.argv]
+    # Python ignores SIGPIPE and a caller may ignore SIGINT: both would be inherited through exec
+    defaults = [getattr(signal, n) for n in ("SIGPIPE", "SIGXFSZ", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTERM") if hasattr(signal, n)]
+    moves = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((launch.stdin, stdout, stderr))]
+    try:
+        try:
+            pid = os.posix_spawn("/bin/sh", argv, launch.env, file_actions=moves, setsid=True, setsigmask=[], setsigdef=defaults)
+        except NotImplementedError:     # a libc without POSIX_SPAWN_SETSID
+            pid = _popen_local(argv, launch.env, (launch.stdin, stdout, stderr))
+    finally:
+        os.close(stdout)
+        os.close(stderr)
+    return make_handle(pid, launch.marker)
+
+
+def _popen_local(argv: list[str], env: dict, streams: tuple[int, int, int]) -> int:
+    import subprocess
+
+    process = subprocess.Popen(argv, env=env, stdin=streams[0], stdout=streams[1], stderr=streams[2], start_new_session=True)
+    process.returncode = 0           # its exit is collected by pid, not by this object
+    return process.pid
+
+
+def make_handle(pid: int, marker: str) -> dict:
+    """What names a hand's shim for good."""
+    return {"executor": "local", "pid": pid, "start": process_start(pid), "boot": boot_id(), "host": os.uname().nodename,
+            "ns": pid_namespace(), "marker": marker}
+
+
+@functools.lru_cache(maxsize=1)
+def pid_namespace() -> str:
+    """What tells this pid namespace from others; empty where there is no such thing."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def age_of(handle: dict) -> float | None:
+    """Seconds since a living hand's start by the kernel's clock, which nobody sets; None where it does not tell."""
+    if sys.platform != "linux" or not handle["start"] or handle["boot"] != boot_id():
+        return None
+    try:
+        with open("/proc/uptime", encoding="ascii") as f:
+            return max(0.0, float(f.read().split()[0]) - int(handle["start"]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError):
+        return None
+
+
+def may_live_elsewhere(handle: dict) -> bool:
+    """Whether a hand may live where this process cannot see it: another host, another pid namespace."""
+    if handle["host"] != os.uname().nodename:
+        return True
+    return handle["boot"] == boot_id() and handle["ns"] != pid_namespace()
+
+
+def is_alive_local(handle: dict) -> bool:
+    """Whether the shim of a hand lives."""
+    return handle["boot"] == boot_id() and handle["start"] is not None and process_start(handle["pid"]) == handle["start"]
+
+
+def wait_local(loop: asyncio.AbstractEventLoop, handle: dict) -> asyncio.Future:
+    """A future that is done when the hand's shim is gone; close_wait gives up its descriptor.
+
+    A pidfd where there is one, else a kqueue, else None is returned and the caller looks now and then.
+    """
+    future, pid = loop.create_future(), handle["pid"]
+    try:
+        if hasattr(os, "pidfd_open"):
+            fd = os.pidfd_open(pid)
+        else:
+            import select
+
+            queue = select.kqueue()
+            fd = os.dup(queue.fileno())
+            queue.control([select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)], 0)
+    except (OSError, AttributeError):
+        future.descriptor = None
+        return future
+
+    def gone() -> None:
+        close_wait(loop, future)
+        if not future.done():
+            future.set_result(None)
+
+    future.descriptor = fd
+    loop.add_reader(fd, gone)
+    return future
+
+
+def close_wait(loop: asyncio.AbstractEventLoop, future: asyncio.Future) -> None:
+    """Stop waiting for an exit."""
+    if future.descriptor is not None:
+        loop.remove_reader(future.descriptor)
+        os.close(future.descriptor)
+        future.descriptor = None
+
+
+def interrupt_local(table: ProcessTable, handle: dict) -> None:
+    """SIGINT to the agent itself: the shim's child, not its group, in which a bridge may be."""
+    import signal
+
+    table.refresh()
+    for p in list(table.rows.values()):
+        if p.ppid == handle["pid"] and not p.zombie:
+            send_signal(p.pid, p.start, signal.SIGINT)
+
+
+class Executor(NamedTuple):
+    """One way to run hands."""
+
+    start: Callable            # (Launch) -> handle
+    is_alive: Callable         # (handle) -> bool
+    wait: Callable             # (loop, handle) -> future
+    interrupt: Callable        # (ProcessTable, handle) -> None
+
+
+EXECUTORS = {
+    "local": Executor(start_local, is_alive_local, wait_local, interrupt_local),
+}
+
+
+def collect_child(pid: int) -> int | None:
+    """The exit status of a child that is gone, as a shell would say it; None: not ours, or still there."""
+    try:
+        done, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if not done:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def read_exit(task_dir: str, hand: int) -> str | None:
+    """What the shim wrote down: an exit status, `cd`, or None when it could not (a line is whole when it ends)."""
+    try:
+        with open(os.path.join(task_dir, f"exit.{hand}"), encoding="ascii", errors="replace") as f:
+            text = f.read()
+    except OSError:
+        return None
+    return text.strip() if text.endswith("\n") and text.strip() else None
+
+
+def read_fence(task_dir: str, hand: int) -> int | str | None:
+    """The pid of the shim that took hand `hand`; `fenced`; empty: taken just now; None: by nobody yet."""
+    try:
+        with open(os.path.join(task_dir, f"hand.{hand}"), encoding="ascii", errors="replace") as f:
+            text = f.read()
+    except OSError:
+        return None
+    return int(text) if text.strip().isdigit() and text.endswith("\n") else "fenced" if text == "fenced\n" else ""
+
+
+def fence_off(task_dir: str, hand: int) -> bool:
+    """Take a hand's number so that a shim that comes late does nothing.  False: a shim was first."""
+    try:
+        fd = os.open(os.path.join(task_dir, f"hand.{hand}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return False
+    with os.fdopen(fd, "w") as f:
+        f.write("fenced\n")
+    return True
+
+
+async def stop_ladder(find: Callable[[], dict[int, str]], interrupt: Callable[[], None] | None,
+                      steps: tuple[float, float, float]) -> None:
+    """End every process that `find` names: interrupt, TERM, KILL, each with its time, until nothing new appears."""
+    import signal
+
+    find()                      # before the first signal: what a dying parent lets go of stays known
+    if interrupt:
+        interrupt()
+        if await _gone_within(find, steps[0]):
+            return
+    for pid, start in find().items():
+        send_signal(pid, start, signal.SIGTERM)
+        send_signal(pid, start, signal.SIGCONT)       # a stopped process takes no TERM
+    if await _gone_within(find, steps[1]):
+        return
+    deadline = time.monotonic() + steps[2]
+    while (left := find()) and time.monotonic() < deadline:
+        for pid, start in left.items():
+            send_signal(pid, start, signal.SIGKILL)
+        await asyncio.sleep(POLL_S)
+
+
+async def _gone_within(find: Callable[[], dict[int, str]], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while find():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
+
+
+MAX_LINE = 1 << 20         # bytes of a log line that are kept whole; of a longer one its head and tail
+KEEP_ENDS = 64 << 10
+
+
+class Tail:
+    """Reads a growing file in whole lines, however long, in bounded memory."""
+
+    def __init__(self, path: str, at: int) -> None:
+        self.path = path
+        self.at = at                  # bytes read so far
+        self.fd: int | None = None
+        self.part = b""               # of a line that has no end yet
+        self.head = b""               # of a line that is too long to keep
+
+    def read(self, limit: int) -> list[bytes]:
+        """The lines that were completed in the next `limit` bytes; [] when there is nothing new."""
+        if self.fd is None:
+            try:
+                self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return []
+        data = os.pread(self.fd, limit, self.at)
+        if not data:
+            return []
+        self.at += len(data)
+        lines = (self.part + data).split(b"\n")
+        self.part = lines.pop()
+        if self.head and lines:
+            lines[0], self.head = join_ends(self.head, lines[0][-KEEP_ENDS:]), b""
+        if len(self.part) > MAX_LINE:
+            self.head = self.head or self.part[:KEEP_ENDS]
+            self.part = self.part[-KEEP_ENDS:]
+        return lines
+
+    def rest(self) -> list[bytes]:
+        """A last line without an end, once nothing more will come."""
+        last = join_ends(self.head, self.part) if self.head else self.part
+        self.head = self.part = b""
+        return [last] if last else []
+
+    def behind(self) -> bool:
+        """Whether the file holds more than was read."""
+        return self.fd is None or os.fstat(self.fd).st_size > self.at
+
+    def close(self) -> None:
+        """Give up the descriptor."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def join_ends(head: bytes, tail: bytes) -> bytes:
+    """The two ends of a JSON line too long to keep: still JSON when both lie in one string."""
+    head = re.sub(rb"\\[^\\]{0,12}\Z", b"", head[:-8] if len(head) > 8 else head).rstrip(b"\\")
+    start = re.search(rb"(?<![\\u0-9a-fA-F])[A-Za-z ]", tail[1:])
+    return head.decode("utf-8", "ignore").encode() + b" ... " + (tail[1 + start.start():] if start else b"")
+
+
+def open_input(data: bytes) -> tuple[int, int, bytes]:
+    """A pipe that already holds what an agent shall read first: (its end, ours, what did not fit).
+
+    Before the process starts: an agent that finds its input empty may leave, and half a line kills it.
+    """
+    import fcntl
+
+    their_end, write_end = os.pipe()
+    with contextlib.suppress(OSError, AttributeError):
+        if len(data) > 65536:
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, min(PIPE_MAX, 1 << (len(data) + 4096).bit_length()))
+    os.set_blocking(write_end, False)
+    try:
+        data = data[os.write(write_end, data):]
+    except BlockingIOError:
+        pass
+    return their_end, write_end, data
+
+
+# ======================================================================================
+# AGENTS: adapter table: argv, environment, input, resume                         [pure]
+# ======================================================================================
+# One row an agent says how it is driven; nothing else in this file knows an agent by name.
+# To add one: an argv_ function, an env_ function where it needs one, one row in AGENTS.
+
+class Deal(NamedTuple):
+    """What an adapter needs to know of the hand that it starts."""
+
+    task: Task
+    program: tuple             # argv of the program itself
+    how: str                   # prompt, afresh, resume, again
+    session_id: str
+    message_id: str            # uuid of the first message
+    root: str                  # top of the worktree, or the directory
+    prompt_file: str
+    mcp_config: str            # path; empty: no servers
+    sessions: str              # a folder beside the runs, for agents that keep sessions there
+    superuser: bool
+
+
+class Agent(NamedTuple):
+    """How one agent program is driven."""
+
+    name: str
+    program: str               # its name on PATH; empty: a part of this file
+    argv: Callable             # (Deal) -> list
+    env: Callable              # (Deal) -> dict; the operator's own values win
+    format: str                # a key of FORMATS
+    input: str                 # stream: messages in JSON lines, kept open; prompt: the prompt, then its end; none
+    resumes: bool
+    interrupt: str             # a line that interrupts a turn; empty: SIGINT
+    version: tuple             # arguments that print its version; empty: it is not asked
+    limits: str                # what it cannot do, for people
+
+
+def argv_claude(deal: Deal) -> list:
+    """Claude Code, measured with 2.1.197.
+
+    The last four flags of the first line, with CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD, keep memory files as in
+    an ordinary session and shut out hooks, servers, permissions and environment of a repository's settings.
+    """
+    task = deal.task
+    argv = [*deal.program, "-p", "--output-format", "stream-json", "--verbose", "--input-format", "stream-json", "--replay-user-messages",
+            "--dangerously-skip-permissions", "--strict-mcp-config", "--setting-sources", "user",
+            "--settings", '{"disableAllHooks":true}', "--add-dir", deal.root, "--model", task.model, "--effort", task.effort]
+    if deal.mcp_config:
+        argv += ["--mcp-config", deal.mcp_config]
+    bare = dict.fromkeys(t.partition("(")[0] for t in task.tools if not t.startswith("mcp__"))
+    rules = [t for t in task.tools if "(" in t or t.startswith("mcp__")]
+    argv += ["--tools", ",".join(bare)]
+    if rules:
+        argv += ["--allowedTools", ",".join(rules)]
+    return argv + (["--resume", deal.session_id] if deal.how in ("resume", "again") else ["--session-id", deal.session_id])
+
+
+def env_claude(deal: Deal) -> dict:
+    """Variables that claude needs: root is refused without IS_SANDBOX, servers are waited for."""
+    return {
+        "CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD": "1", "MCP_CONNECTION_NONBLOCKING": "0", "MCP_CONNECT_TIMEOUT_MS": "30000",
+        "CLAUDE_CODE_ENTRYPOINT": "sdk-ts", "DISABLE_AUTOUPDATER": "1", **({"IS_SANDBOX": "1"} if deal.superuser else {}),
+    }
+
+
+def argv_demo(deal: Deal) -> list:
+    """The scripted agent in this file."""
+    session = ["--resume" if deal.how in ("resume", "again") else "--session-id", deal.session_id]
+    return [*deal.program, "demo-agent", "--model", deal.task.model, "--sessions", deal.sessions, *session]
+
+
+def argv_command(deal: Deal) -> list:
+    """An `[agent.NAME]`: its words with the places filled in."""
+    places = {"prompt_file": deal.prompt_file, "model": deal.task.model, "session_id": deal.session_id, "mcp_config": deal.mcp_config}
+    return [re.sub(r"\{(prompt_file|model|session_id|mcp_config)\}", lambda m: places[m[1]], word) for word in deal.program]
+
+
+def env_nothing(deal: Deal) -> dict:
+    """No variables of its own."""
+    return {}
+
+
+CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"subtype":"interrupt"}}'
+
+AGENTS = {a.name: a for a in (
+    Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True, CLAUDE_INTERRUPT, ("--version",), ""),
+    Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (), "follows the script in its prompt; no model, no network"),
+)}
+
+
+def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
+    """The row of an agent, built in or an `[agent.NAME]`."""
+    own = commands.get(name)
+    if own is None:
+        return AGENTS[name]
+    takes_file = any("{prompt_file}" in word for word in own.command)
+    return Agent(name, own.command[0], argv_command, env_nothing, own.format, "none" if takes_file else "prompt", False, "", (),
+                 "no message can reach it while it runs" + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
+
+
+def first_message(deal: Deal) -> str:
+    """What a hand is told first: the prompt, or `continue` in a session that knows it.
+
+    claude takes a first word with a slash for a command of its own, which never reaches the model; a newline before it cures that.
+    """
+    text = "continue" if deal.how == "resume" else deal.task.prompt
+    return "\n" + text if text.startswith("/") else text
+
+
+def render_message(text: str, uuid: str) -> str:
+    """A message as a line of claude's `--input-format stream-json`; its echo carries the uuid."""
+    return json.dumps({"type": "user", "message": {"role": "user", "content": text}, "uuid": uuid}, separators=(",", ":")) + "\n"
+
+
+def server_config(servers: Iterable[Server]) -> dict:
+    """The MCP servers as claude's `--mcp-config` file; `alwaysLoad` makes it wait for them."""
+    return {"mcpServers": {s.id: {"command": s.command, "args": list(s.args), "env": s.env, "alwaysLoad": True} for s in servers}}
+
+
+# ======================================================================================
+# DISPATCH: Dispatcher, the only owner of tasks; does what is owed; resume       [async]
+# ======================================================================================
+# A request, a timer or a process leads to one event; the event is appended and stepped in
+# one go; what is then newly owed is acted on, after an fsync where the event is durable.
+# A resumed dispatcher acts on all that is owed.  Dispatcher.act is the one caller of EFFECTS.
+# To add something to do: one effect, one row in EFFECTS, and a handler of EVENTS that owes it.
+
+TICK_S, BUSY_TICK_S = 0.25, 0.05       # between two looks at logs and timers: nothing new, something new
+READ_AT_ONCE = 256 << 10               # bytes of one log before the others get their turn
+
+
+class LiveHand:
+    """What this process knows of a hand that lives, beyond the journal."""
+
+    def __init__(self, actor: Actor, child: bool, pipe: int | None, unsent: bytes, log: str, began: float) -> None:
+        self.actor = actor.id
+        self.hand = actor.hand
+        self.handle: dict = {}
+        self.child = child                 # of this process: else it was adopted
+        self.pipe = pipe                   # our end of its input
+        self.unsent = unsent               # what did not fit into it yet
+        self.form = actor.format
+        self.tail = Tail(log, actor.log_at)
+        self.talk = Talk(actor.model)
+        self.began = began                 # monotonic moment of its start
+        self.idle_at: float | None = None  # since when it is done and should leave
+        self.known: dict[int, str] = {}    # processes of it seen so far
+        self.told_at = began               # last usage event
+        self.stopped: asyncio.Event | None = None      # set when the stop ladder has come to its end
+        self.exit: asyncio.Future | None = None
+
+    def read_log(self, limit: int = READ_AT_ONCE) -> bool:
+        """Fold what the agent has newly printed; False when there was nothing."""
+        before = self.tail.at
+        for line in self.tail.read(limit):
+            fold_line(self.talk, line, self.form)
+        return self.tail.at > before
+
+
+class Dispatcher:
+    """The one owner of a run's tasks: records events, acts on what is owed."""
+
+    def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *, env: Mapping[str, str], umask: int,
+                 notice: Callable, draw: Callable) -> None:
+        self.run_dir = run_dir
+        self.manifest = manifest
+        self.plans = {t.id: t for t in manifest.tasks}
+        self.journal = journal
+        self.mask = journal.mask
+        self.run = run
+        self.env = env
+        self.git = Git(env, umask)
+        self.umask = umask
+        self.notice = notice               # (run, event): something happened
+        self.draw = draw                   # (run, talks): a tick has passed
+        self.meta = read_json(os.path.join(run_dir, "meta.json")) or {}
+        self.hands: dict[str, LiveHand] = {}
+        self.table = ProcessTable()
+        self.subreaper = False
+        self.dealt: set[tuple[str, int]] = set()       # hands that this process dealt itself
+        self.unsynced: list[tuple] = []                # owed keys that wait for an fsync
+        self.sync_wanted: asyncio.Event | None = None
+        self.fault: PitbossError | None = None         # why this process must end before the run does
+        self.ended: asyncio.Event | None = None
+        self.kill_now = False
+        self.programs: dict[str, tuple] = {}
+        self.cancel_first: str | None = None           # a reason: the run is cancelled before anything else
+
+    # ---- recording
+
+    def record(self, kind: str, **facts: Any) -> None:
+        """Append one event, step it, and see to what is now owed."""
+        event = self.journal.append(kind, facts)
+        step(self.run, event)
+        self.notice(self.run, event)
+        fresh, self.run.fresh = self.run.fresh, []
+        if EVENTS[kind].durable or self.unsynced:      # in journal order: later events wait behind a durable one
+            self.unsynced += fresh
+            self.sync_wanted.set()
+        else:
+            for key in fresh:
+                self.act(key)
+        if self.journal.full and not self.run.draining:
+            self.record("drained", why="no_space")
+        if self.run.draining == "no_space" and not self.run.live and not self.run.closing:
+            self.ended.set()           # not the run's end: it goes on when there is room
+
+    async def keep_synced(self) -> None:
+        """One fsync for all events that wait, in a thread; then what they owe is acted on."""
+        while True:
+            await self.sync_wanted.wait()
+            self.sync_wanted.clear()
+            waiting = len(self.unsynced)
+            try:
+                await asyncio.to_thread(self.journal.sync)
+            except OSError as e:
+                return self.give_up(fault_of(e, "forcing the journal to disk"))
+            keys, self.unsynced = self.unsynced[:waiting], self.unsynced[waiting:]
+            for key in keys:
+                self.act(key)
+
+    def act(self, key: tuple) -> None:
+        """Start doing what is owed under `key`.  The only way to act, for a living and a resumed run."""
+        if key in self.run.owed and not self.ended.is_set():
+            verb, actor = key
+            self.group.create_task(self.perform(EFFECTS[verb], actor), name=f"{verb} {actor}")
+
+    async def perform(self, effect: Callable, actor: str) -> None:
+        """Run one effect.  A machine that cannot is the end of this process, not of the run."""
+        try:
+            await effect(self, *([actor] if actor else []))
+        except OSError as e:
+            self.give_up(fault_of(e, "running the hands"))
+        except EnvironmentFault as e:
+            self.give_up(e)
+
+    def give_up(self, fault: PitbossError) -> None:
+        """End this process; agents go on, and the run can be resumed."""
+        self.fault = self.fault or fault
+        self.ended.set()
+
+    # ---- serving
+
+    async def serve(self) -> None:
+        """Deal the run to its end, or to a fault that is kept in `fault`."""
+        self.ended, self.sync_wanted = asyncio.Event(), asyncio.Event()
+        self.subreaper = be_subreaper()
+        async with asyncio.TaskGroup() as self.group:
+            own = [self.group.create_task(self.keep_synced(), name="sync"), self.group.create_task(self.keep_ticking(), name="tick")]
+            try:
+                with self.signals():
+                    owed = list(self.run.owed)
+                    self.run.fresh.clear()
+                    self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename, boot=boot_id(), version=VERSION)
+                    if self.cancel_first is not None:
+                        self.record("cancelled", why="operator", reason=self.cancel_first)
+                    for key in owed:
+                        self.act(key)
+                    await self.ended.wait()
+            except EnvironmentFault as e:
+                self.give_up(e)
+            finally:
+                for task in own:
+                    task.cancel()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        for live in self.hands.values():
+            live.tail.close()
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """INT and TERM drain, then cancel, then kill; USR1 cancels; a lost terminal changes nothing."""
+        import signal
+
+        loop = asyncio.get_running_loop()
+        wanted = {signal.SIGINT: lambda: self.on_signal("INT"), signal.SIGTERM: lambda: self.on_signal("TERM"),
+                  signal.SIGUSR1: self.on_cancel, signal.SIGHUP: lambda: None}
+        for number, handler in wanted.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            yield
+        finally:
+            for number in wanted:
+                loop.remove_signal_handler(number)
+
+    def on_signal(self, name: str) -> None:
+        """The first signal drains, the second cancels, the third kills.
+
+        A dispatcher inside another one's hand is being stopped by it when TERM comes: it cancels at once.
+        """
+        nested = name == "TERM" and bool(self.env.get(LINEAGE))
+        if not self.run.signal and not nested:
+            self.record("drained", why="signal", signal=name)
+        elif not self.run.cancelled:
+            self.record("cancelled", why="signal", signal=name, done=self.done_hands())
+        else:
+            self.kill_everything()
+
+    def on_cancel(self) -> None:
+        """An operator cancels the run; why stands in RUN/cancel.json."""
+        if not self.run.cancelled:
+            wish = read_json(os.path.join(self.run_dir, "cancel.json")) or {}
+            self.record("cancelled", why="operator", reason=str(wish.get("reason") or ""), done=self.done_hands())
+
+    def done_hands(self) -> list[str]:
+        """Actors whose hand has done its work and only has to leave."""
+        return [a for a, live in self.hands.items() if live.idle_at is not None]
+
+    def kill_everything(self) -> None:
+        """SIGKILL to every process of every hand."""
+        import signal
+
+        self.kill_now = True
+        for live in self.hands.values():
+            for pid, start in self.find(live).items():
+                send_signal(pid, start, signal.SIGKILL)
+
+    def find(self, live: LiveHand) -> dict[int, str]:
+        """The living processes of a hand."""
+        live.known = self.table.members(live.handle, live.known)
+        return live.known
+
+    # ---- time
+
+    async def keep_ticking(self) -> None:
+        """Read logs, look at timers, draw."""
+        last = time.monotonic()
+        while True:
+            busy = False
+            for live in list(self.hands.values()):
+                busy = live.read_log() or busy
+                await asyncio.sleep(0)
+            now = time.monotonic()
+            late, last = now - last > 2.0, now      # this process was stopped: exits are looked at first
+            try:
+                for live in list(self.hands.values()):
+                    if live.actor in self.hands:
+                        self.look_at(live, now, late)
+                if os.fstat(self.journal.fd).st_nlink == 0:
+                    return await self.abandon()
+            except EnvironmentFault as e:
+                return self.give_up(e)
+            self.reap_orphans()
+            self.draw(self.run, {a: h.talk for a, h in self.hands.items()})
+            await asyncio.sleep(BUSY_TICK_S if busy else TICK_S)
+
+    def look_at(self, live: LiveHand, now: float, late: bool) -> None:
+        """What time, or its own words, mean for one hand."""
+        actor = self.run.actors[live.actor]
+        if live.unsent:
+            self.send_rest(live)
+        done = live.talk.done()
+        if done and live.idle_at is None:
+            live.idle_at = now
+            self.close_input(live)
+        elif not done:
+            live.idle_at = None
+        if now - live.told_at >= USAGE_EVERY_S and live.talk.usage() != actor.hand_usage:
+            live.told_at = now
+            self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()), cost_usd=live.talk.cost_usd(),
+                        log_at=live.tail.at)
+        if actor.state != "running" or late or live.tail.behind() and live.tail.fd is not None or self.has_left(live):
+            return
+        if live.idle_at is not None and now - live.idle_at > LINGER_S:
+            self.record("stop_decided", actor=actor.id, why="linger", done=True)
+        elif actor.lived_s + now - live.began > actor.timeout_s:
+            self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
+
+    def has_left(self, live: LiveHand) -> bool:
+        """Whether its exit is already on file or its process gone, before anything is called a timeout."""
+        return read_exit(self.task_dir(live.actor), live.hand) is not None or live.exit is not None and live.exit.done()
+
+    def send_rest(self, live: LiveHand) -> None:
+        """Write on what did not fit into an agent's input."""
+        try:
+            live.unsent = live.unsent[os.write(live.pipe, live.unsent):]
+        except BlockingIOError:
+            return
+        except OSError:            # it closed its input: how it ends will say more
+            live.unsent = b""
+        if not live.unsent and live.idle_at is not None:
+            self.close_input(live)
+
+    def close_input(self, live: LiveHand) -> None:
+        """Let the agent see the end of its input."""
+        if live.pipe is not None and not live.unsent:
+            os.close(live.pipe)
+            live.pipe = None
+
+    async def abandon(self) -> None:
+        """The run folder was deleted: nothing could be resumed, so nothing is left running."""
+        self.kill_everything()
+        self.give_up(EnvironmentFault(f"the run folder {self.run_dir} was deleted while the run went on; its agents were ended"))
+
+    def reap_orphans(self) -> None:
+        """Collect dead children that hands left behind."""
+        if not self.subreaper:
+            return
+        shims = {live.handle.get("pid") for live in self.hands.values()}
+        for pid in own_children() or ():
+            if pid not in shims:
+                with contextlib.suppress(OSError):
+                    if os.getsid(pid) != os.getsid(0):      # helpers of this process stay asyncio's
+                        os.waitpid(pid, os.WNOHANG)
+
+    # ---- effects: each does one thing that is owed, and records that it has happened
+
+    def task_dir(self, actor: str) -> str:
+        """An actor's folder in the run folder."""
+        return os.path.join(self.run_dir, "tasks", actor)
+
+    async def effect_place(self, name: str) -> None:
+        """Make an actor's worktree, or take over the one that it had."""
+        actor = self.run.actors[name]
+        try:
+            place = await self.make_place(actor)
+        except GitError as e:
+            return self.record("place_failed", actor=name, message=str(e))
+        except OSError as e:
+            if has_no_room(e):
+                raise
+            return self.record("place_failed", actor=name, message=str(fault_of(e, "making its worktree")))
+        write_file(os.path.join(self.make_task_dir(name), "worktree.path"), (place.path + "\n").encode("utf-8", "surrogateescape"))
+        self.record("placed", actor=name, place=place._asdict())
+
+    async def make_place(self, actor: Actor) -> Place:
+        """The worktree of an actor: its former one, else a new one.  Raises GitError."""
+        run8, former = self.run.run_id[:8], actor.former or {}
+        reason = f"{LOCK_PREFIX}{self.run.run_id} {actor.id}"
+        if former.get("path") and worktree_gitdir(former["path"]):
+            repo = await self.git.look(former["path"])
+            await self.git.run(repo.top, "worktree", "lock", "--reason", reason, former["path"])
+            below = os.path.relpath(former.get("cwd") or former["path"], former["path"])
+            return self.git.place_of(repo._replace(prefix="" if below == "." else below), actor.directory, former["path"],
+                                     (former.get("branch"), former.get("base") or repo.head), bool(former.get("made")))
+        base = self.run.facts.get("worktree_dir")
+        path = os.path.join(base, run8, actor.id) if base else os.path.join(self.run_dir, "worktrees", actor.id)
+        branch, own, start = actor.branch, actor.branch is None, None
+        if former.get("path"):     # sessions belong to a place: the old one is made again
+            path = former["path"] if os.path.isdir(os.path.dirname(os.path.dirname(former["path"]))) else path
+            start = former.get("rescue_ref")
+            branch, own = former.get("branch") or branch, False
+        return await self.git.add_worktree(actor.directory, path, branch or f"pitboss/{run8}/{actor.id}", own and not former.get("branch"),
+                                           reason, start)
+
+    def make_task_dir(self, actor: str) -> str:
+        """An actor's folder, made where it is missing."""
+        path = self.task_dir(actor)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        return path
+
+    async def effect_deal(self, name: str) -> None:
+        """Give an actor's next hand its number and its session."""
+        actor = self.run.actors[name]
+        if actor.stop:
+            return self.record("hand_skipped", actor=name)
+        log = os.path.join(self.make_task_dir(name), "stdout.log")
+        fresh = actor.how == "afresh" or not actor.session_id
+        self.dealt.add((name, actor.hand + 1))
+        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message=mint_uuid(), log_at=end_line(log),
+                    session_id=mint_uuid() if fresh else actor.session_id)
+
+    async def effect_spawn(self, name: str) -> None:
+        """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
+        actor = self.run.actors[name]
+        if (name, actor.hand) not in self.dealt:
+            return await self.find_spawned(actor)
+        if actor.stop:
+            return self.record("hand_skipped", actor=name)
+        try:
+            live = self.start_hand(actor)
+        except OSError as e:
+            if has_no_room(e):
+                raise
+            return self.record("spawn_failed", actor=name, hand=actor.hand, message=f"its process could not be started: {e.strerror}")
+        except InvalidInput as e:
+            return self.record("spawn_failed", actor=name, hand=actor.hand, message=str(e))
+        self.hands[name] = live
+        self.record("hand_started", actor=name, hand=actor.hand, handle=live.handle)
+
+    async def find_spawned(self, actor: Actor) -> None:
+        """A hand was dealt and nobody wrote down its pid: whoever holds its fence decides."""
+        folder, marker = self.make_task_dir(actor.id), self.marker_of(actor)
+        if not fence_off(folder, actor.hand):
+            deadline = time.monotonic() + 1.0
+            while read_fence(folder, actor.hand) == "" and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            pid = read_fence(folder, actor.hand)
+            if isinstance(pid, int):
+                handle = make_handle(pid, marker)
+                if f"/{marker}/" not in f"/{read_lineage(pid)}/":
+                    handle["start"] = None          # the number belongs to something else by now
+                return self.record("hand_started", actor=actor.id, hand=actor.hand, handle=handle)
+        self.record("hand_voided", actor=actor.id, hand=actor.hand)
+
+    def marker_of(self, actor: Actor) -> str:
+        """What the environment of each process of the actor's present hand carries."""
+        return f"{self.run.run_id}:{actor.id}:{actor.hand}"
+
+    def start_hand(self, actor: Actor) -> LiveHand:
+        """Start the process of a hand that was dealt.  Raises OSError."""
+        folder, row = self.task_dir(actor.id), agent_row(actor.agent, self.manifest.agents)
+        deal = self.make_deal(actor, row, folder)
+        began, unsent, pipe = time.monotonic(), b"", None
+        if row.input == "stream":
+            data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
+            stdin, pipe, unsent = open_input(data)
+        else:
+            stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            place = actor.place or {}
+            cwd = place.get("cwd") or actor.directory
+            launch = Launch([str(word) for word in row.argv(deal)], cwd, self.agent_env(actor, deal, row), folder, actor.hand,
+                            self.marker_of(actor), self.umask, stdin)
+            handle = EXECUTORS["local"].start(launch)
+        except OSError:
+            if pipe is not None:
+                os.close(pipe)
+            raise
+        finally:
+            os.close(stdin)
+        live = LiveHand(actor, True, pipe, unsent, os.path.join(folder, "stdout.log"), began)
+        live.handle = handle
+        return live
+
+    def make_deal(self, actor: Actor, row: Agent, folder: str) -> Deal:
+        """What the adapter needs; the files that it names are written."""
+        task = self.plans[actor.id]._replace(directory=actor.directory, model=actor.model)
+        prompt_file = os.path.join(folder, "prompt.txt")
+        write_file(prompt_file, task.prompt.encode("utf-8", "surrogatepass"))
+        config = ""
+        if self.manifest.servers:
+            config = os.path.join(folder, "mcp-config.json")
+            write_file(config, json.dumps(server_config(self.manifest.servers), indent=1).encode())
+        program = self.programs.get(actor.agent)
+        if program is None:
+            program = find_program(row, self.env, self.manifest.agents, self.meta.get("base_dir") or "/") or tuple(self_argv(self.run_dir))
+            self.programs[actor.agent] = program
+        place = actor.place or {}
+        return Deal(task, program, actor.how, actor.session_id, actor.message, place.get("path") or actor.directory, prompt_file, config,
+                    os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
+
+    def agent_env(self, actor: Actor, deal: Deal, row: Agent) -> dict[str, str]:
+        """The environment of a hand: the caller's, the adapter's, the manifest's, and where it is."""
+        own = {k: v for k, v in self.env.items() if k not in GIT_VARIABLES}
+        outer = self.env.get(LINEAGE)
+        return {
+            **row.env(deal), **own, **deal.task.env,
+            "PITBOSS_RUN_ID": self.run.run_id, "PITBOSS_TASK_ID": actor.id, "PITBOSS_RUN_DIR": self.run_dir,
+            "PITBOSS_WORKTREE": deal.root, LINEAGE: (outer + "/" if outer else "") + self.marker_of(actor),
+        }
+
+    async def effect_watch(self, name: str) -> None:
+        """Stay with a hand until it is gone, then record how it ended.  Also adopts one that is found alive."""
+        live = self.hands.get(name) or self.adopt(name)
+        self.hands[name] = live
+        await self.await_exit(live)
+        if live.stopped:
+            await live.stopped.wait()
+        end = await self.harvest(live)
+        self.reap_orphans()
+        actor = self.run.actors[name]
+        if live.pipe is not None:
+            os.close(live.pipe)
+        live.tail.close()
+        usage, tells = live.talk.usage(), FORMATS[live.form].tells_cost
+        final = (live.talk.result or {}).get("result")
+        facts = decide_hand_end(actor, live.talk, end)
+        del self.hands[name]
+        self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal, usage=list(usage),
+                    cost_usd=live.talk.cost_usd() if tells else None, session_id=live.talk.session_id,
+                    final=final if isinstance(final, str) else live.talk.last_text() or None, log_at=live.tail.at,
+                    lived_s=0.0 if end.vanished and not live.child else round(max(0.0, time.monotonic() - live.began), 3),
+                    skipped=live.talk.skipped, **facts)
+
+    def adopt(self, name: str) -> LiveHand:
+        """A hand that an earlier dispatcher started: its log is read again from its start."""
+        actor = self.run.actors[name]
+        age = age_of(actor.handle)
+        if age is None:
+            age = max(0.0, self.journal.now() - actor.hand_at)
+        live = LiveHand(actor, False, None, b"", os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age)
+        live.handle = actor.handle
+        return live
+
+    async def await_exit(self, live: LiveHand) -> None:
+        """Return when a hand's shim is gone, and with it the agent."""
+        executor = EXECUTORS[live.handle["executor"]]
+        live.exit = executor.wait(asyncio.get_running_loop(), live.handle)
+        try:
+            if live.exit.descriptor is not None and (live.child or executor.is_alive(live.handle)):
+                await live.exit
+            while executor.is_alive(live.handle):        # where nothing tells of an exit
+                await asyncio.sleep(POLL_S)
+        finally:
+            close_wait(asyncio.get_running_loop(), live.exit)
+            if not live.exit.done():
+                live.exit.set_result(None)
+        while read_exit(self.task_dir(live.actor), live.hand) is None and self.find(live):
+            await asyncio.sleep(TICK_S)        # the shim was killed, and the agent lives without it
+
+    async def harvest(self, live: LiveHand) -> Ending:
+        """Read a dead hand's log to its end, and how it ended."""
+        folder = self.task_dir(live.actor)
+        status = collect_child(live.handle["pid"]) if live.child else None
+        while live.tail.behind() and live.read_log():
+            await asyncio.sleep(0)
+        for line in live.tail.rest():
+            fold_line(live.talk, line, live.form)
+        written = read_exit(folder, live.hand)
+        if written == "cd":
+            return Ending(None, no_folder=True)
+        if written is not None and written.isdigit():
+            status = int(written)
+        cut = written is None and os.path.exists(os.path.join(folder, f"exit.{live.hand}"))
+        cut = cut or self.journal.full or no_room_left(folder)
+        code, number = split_status(status) if status is not None else (None, None)
+        stderr = read_end(os.path.join(folder, "stderr.log"), 4096) if status or status is None else ""
+        return Ending(code, number, vanished=status is None and not cut, log_cut=cut, stderr=stderr)
+
+    async def effect_stop(self, name: str) -> None:
+        """Bring a hand and all that it started to an end."""
+        live = self.hands.get(name)
+        if live is None or ("stop", name) not in self.run.owed:
+            return                     # it left by itself
+        live.stopped = asyncio.Event()
+        try:
+            steps = (0.0, 0.0, KILL_S) if self.kill_now else (INTERRUPT_S, TERMINATE_S, KILL_S)
+            if self.env.get(LINEAGE):
+                steps = (0.5, 1.0, KILL_S)       # an outer pitboss gives this one three seconds
+            await stop_ladder(functools.partial(self.find_unreaped, live), functools.partial(self.interrupt, live), steps)
+        finally:
+            live.stopped.set()
+
+    def find_unreaped(self, live: LiveHand) -> dict[int, str]:
+        """The living processes of a hand; its dead ones are collected on the way."""
+        self.reap_orphans()
+        return self.find(live)
+
+    def interrupt(self, live: LiveHand) -> None:
+        """The agent's own interrupt where its input is open, else SIGINT to it."""
+        row = agent_row(self.run.actors[live.actor].agent, self.manifest.agents)
+        if row.interrupt and live.pipe is not None and not live.unsent:
+            try:
+                os.write(live.pipe, row.interrupt.encode() + b"\n")
+                return self.close_input(live)
+            except OSError:
+                pass
+        EXECUTORS[live.handle["executor"]].interrupt(self.table, live.handle)
+
+    async def effect_close(self, name: str) -> None:
+        """Clear away what an ended actor left, and make its record final."""
+        actor = self.run.actors[name]
+        leftovers = await self.end_leftovers(actor)
+        told = {"path": None, "branch": None, "rescue_ref": None, "kept": None, "restore": None}
+        if actor.place:
+            told = await self.close_place(actor)
+        self.record("closed", actor=name, leftovers=leftovers, **told)
+        self.export_record(name)
+
+    async def end_leftovers(self, actor: Actor) -> list[str]:
+        """End what a settled actor left running, or list it; returns command lines."""
+        if not actor.hands or not actor.handle:
+            return []
+        if self.subreaper and (actor.id, actor.hand) in self.dealt and not self.strangers():
+            return []
+        known: dict[int, str] = {}
+
+        def find() -> dict[int, str]:
+            nonlocal known
+            self.reap_orphans()
+            known = self.table.members(actor.handle, known)
+            return known
+
+        self.table.read_at = -1.0
+        names = [f"{pid} {read_command(pid)}" for pid in find()]
+        if names and not (self.run.facts.get("keep_children") and actor.status == "Success"):
+            await stop_ladder(find, None, (0.0, 0.0 if self.kill_now else TERMINATE_S, KILL_S))
+        return names
+
+    def strangers(self) -> list[int]:
+        """Living children of this process that are neither shims of living hands nor helpers of its own."""
+        children = own_children()
+        if children is None:
+            return [-1]
+        shims = {live.handle.get("pid") for live in self.hands.values()}
+        found = []
+        for pid in children:
+            with contextlib.suppress(OSError):
+                if pid not in shims and os.getsid(pid) != os.getsid(0) and process_start(pid) is not None:
+                    found.append(pid)
+        return found
+
+    async def close_place(self, actor: Actor) -> dict:
+        """What becomes of a settled actor's worktree."""
+        policy = self.run.facts["worktree_cleanup"]
+        remove = {"never": "keep", "always": "rescue", "on_success": "saved" if STATUSES[actor.status].good else "keep"}[policy]
+        if self.run.draining == "no_space":
+            remove = "keep"
+        return await self.git.close_worktree(
+            Place(**actor.place), remove, actor.id, f"refs/pitboss/rescue/{self.run.run_id[:8]}/{actor.id}",
+            f"pitboss: unsaved work of {actor.id} in run {self.run.run_id}", self.task_dir(actor.id))
+
+    def export_record(self, name: str) -> None:
+        """Append a settled actor's record to summary.jsonl."""
+        line = self.mask.json(json.dumps(self.record_line(name), allow_nan=False)) + "\n"
+        fd = os.open(os.path.join(self.run_dir, "summary.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            write_all(fd, line.encode())
+        finally:
+            os.close(fd)
+
+    def record_line(self, name: str) -> dict:
+        """The TaskRecord of an actor, its texts in full."""
+        record = record_of(self.run, self.run.actors[name], os.path.join(self.task_dir(name), "stdout.log"))
+        return {**record, "final_message": get_blob(self.run_dir, record["final_message"])}
+
+    async def effect_finish(self) -> None:
+        """Write the summary; the run is at its end."""
+        await self.end_strangers()
+        records = [self.record_line(name) for name in self.run.settled]
+        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta), self.mask, durable=True)
+        self.record("run_finished", tasks_total=len(self.run.actors), tasks_failed=self.run.failed)
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.run_dir, "reserve"))
+        self.ended.set()
+
+    async def end_strangers(self) -> None:
+        """End children that nothing could be told of: every hand is gone, so they are leftovers."""
+        if self.subreaper and not self.run.facts.get("keep_children") and self.strangers() not in ([], [-1]):
+            await stop_ladder(lambda: self.reap_orphans() or {p: process_start(p) or "" for p in self.strangers() if p > 0}, None,
+                              (0.0, TERMINATE_S, KILL_S))
+
+
+EFFECTS = {
+    "place":  Dispatcher.effect_place,
+    "deal":   Dispatcher.effect_deal,
+    "spawn":  Dispatcher.effect_spawn,
+    "watch":  Dispatcher.effect_watch,
+    "stop":   Dispatcher.effect_stop,
+    "close":  Dispatcher.effect_close,
+    "finish": Dispatcher.effect_finish,
+}
+
+
+def end_line(path: str) -> int:
+    """Size of a log in bytes, after a newline was added to a last line that has none."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            size += os.pwrite(fd, b"\n", size)
+        return size
+    finally:
+        os.close(fd)
+
+
+def read_end(path: str, size: int) -> str:
+    """The last `size` bytes of a file as text; empty where it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - size))
+            return f.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def read_command(pid: int) -> str:
+    """A process's command line, short; empty where it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as f:
+            return clip_cells(clean_text(f.read(400).replace(b"\0", b" ").decode("utf-8", "replace")), 80).strip()
+    except OSError:
+        return ""
+
+
+def no_room_left(folder: str) -> bool:
+    """Whether the file system of `folder` is full for this user."""
+    try:
+        stat = os.statvfs(folder)
+    except OSError:
+        return False
+    free = stat.f_bfree if os.geteuid() == 0 else stat.f_bavail
+    return free == 0 and stat.f_blocks > 0
+
+
+def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Command], base_dir: str) -> tuple:
+    """The argv that starts an agent's program.  Raises InvalidInput when there is none.
+
+    `PITBOSS_<AGENT>_BINARY` names a built-in agent's program; a command's path is relative to the manifest.
+    """
+    import shutil
+
+    own = commands.get(row.name)
+    variable = f"PITBOSS_{row.name.upper()}_BINARY"
+    program = own.command[0] if own else env.get(variable) or row.program
+    if not program:
+        return ()
+    hint = "" if own else f"install {row.program}, or set {variable} to its path"
+    if os.sep in program:
+        program = os.path.join(base_dir, os.path.expanduser(program))
+    path = shutil.which(program, path=env.get("PATH"))
+    if path is None:
+        there = "is not an executable program" if os.path.exists(program) else "was not found"
+        raise InvalidInput(f"agent {row.name}: {program} {there}" + ("" if os.sep in program else " on PATH"), hint=hint)
+    return (path, *(own.command[1:] if own else ()))
+
+
+def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | None:
+    """What an agent's program says its version is.  Raises InvalidInput when it cannot say."""
+    import subprocess
+
+    if not row.version:
+        return None
+    try:
+        done = subprocess.run([*program, *row.version], env=dict(env), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)}: {clean_text(str(e))}") from None
+    if done.returncode:
+        said = last_lines(done.stderr or done.stdout, 1)
+        raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)} ended with status {done.returncode}: {said}")
+    return clean_text(done.stdout.strip().splitlines()[0]) if done.stdout.strip() else ""
+
+
+class Order(NamedTuple):
+    """What a new run is made of."""
+
+    data: bytes                # the manifest's exact bytes
+    manifest: Manifest
+    label: str                 # its path, or `stdin`
+    stem: str                  # its name without extension
+    base_dir: str              # what its paths are relative to
+    runs_dir: str
+    claude_version: str | None
+    only: tuple | None = None  # ids of the tasks to deal; None: all
+    former: dict | None = None # actor to what a resumed one had: session_id and the fields of a place
+    resumed_from: str | None = None
+
+
+def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
+    """Make a run folder with everything that starting, or resuming, the run needs; returns its path."""
+    now = time.time()
+    run_id = mint_run_id(now)
+    run_dir = os.path.join(order.runs_dir, run_id)
+    try:
+        os.makedirs(order.runs_dir, mode=0o700, exist_ok=True)
+        os.mkdir(run_dir, 0o700)
+        for name in ("tasks", "blobs", "worktrees"):
+            os.mkdir(os.path.join(run_dir, name), 0o700)
+        write_file(os.path.join(run_dir, "manifest.snapshot.toml"), order.data)
+        pin_self(run_dir)
+        keep_reserve(run_dir)
+        write_json(os.path.join(run_dir, "resolved.json"), render_resolved(order, run_id), mask)
+        write_json(os.path.join(run_dir, "meta.json"), {
+            "run_id": run_id, "name": order.manifest.rules.name, "mode": order.manifest.mode,
+            "manifest_path": os.path.join(order.base_dir, order.label) if order.label != "stdin" else "stdin",
+            "manifest_name": order.stem, "base_dir": order.base_dir, "started_at": render_time(now), "pitboss_version": VERSION,
+            "claude_version": order.claude_version, "pid": os.getpid(), "host": os.uname().nodename,
+            "parent_run_id": env.get("PITBOSS_RUN_ID"),
+            "max_parallel": order.manifest.rules.max_parallel, "resumed_from": order.resumed_from, "only": order.only,
+            "former": order.former}, mask, durable=True)
+    except OSError as e:
+        raise fault_of(e, "making the run folder") from None
+    return run_dir
+
+
+def render_resolved(order: Order, run_id: str) -> dict:
+    """`resolved.json`: the manifest with nothing left to defaults."""
+    former = order.former or {}
+    tasks = [{**{("timeout_secs" if k == "timeout_s" else k): v for k, v in t._asdict().items() if k != "index"},
+              "resume_session_id": (former.get(t.id) or {}).get("session_id")}
+             for t in order.manifest.tasks if order.only is None or t.id in order.only]
+    return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(), "tasks": tasks, "lead": None,
+            "mcp_servers": [s._asdict() for s in order.manifest.servers]}
+
+
+class Taken(NamedTuple):
+    """A run that this process holds."""
+
+    manifest: Manifest
+    journal: Journal
+    run: RunState
+    lock: int
+
+
+def take_over(run_dir: str, env: Mapping[str, str]) -> Taken:
+    """Hold a run, new or begun, and bring its journal and exports in order.
+
+    Raises Refused when somebody else holds it, or hands of it may live where they cannot be seen.
+    """
+    lock = take_lock(run_dir)
+    try:
+        meta = read_json(os.path.join(run_dir, "meta.json"))
+        snapshot = os.path.join(run_dir, "manifest.snapshot.toml")
+        if meta is None or not os.path.exists(snapshot):
+            raise Refused(f"{run_dir} has no meta.json or no manifest: it is not a whole run folder")
+        with open(snapshot, "rb") as f:
+            manifest = read_manifest(f.read(), snapshot, stem=meta.get("manifest_name") or "", env={}, agents=AGENTS,
+                                     expand=functools.partial(expand_path, meta.get("base_dir") or "/"))
+        path = os.path.join(run_dir, "journal.jsonl")
+        if os.path.exists(path):
+            mend_journal(path)
+        run = fold_run(run_dir) if os.path.exists(path) else RunState()
+        check_reachable(run)
+        mask = mask_for(manifest, env)
+        journal = Journal(run_dir, mask, run.seq, run.last_at)
+        open_journal(journal, run, manifest, meta)
+        export_records(run_dir, run, mask)
+        with contextlib.suppress(OSError):
+            keep_reserve(run_dir)
+    except OSError as e:
+        os.close(lock)
+        raise fault_of(e, "taking over the run") from None
+    except PitbossError:
+        os.close(lock)
+        raise
+    return Taken(manifest, journal, run, lock)
+
+
+def check_reachable(run: RunState) -> None:
+    """Raise Refused when a hand may live on another host or in another pid namespace."""
+    for actor in run.actors.values():
+        if ("watch", actor.id) in run.owed and may_live_elsewhere(actor.handle):
+            raise Refused(f"{actor.id} may still live on {actor.handle['host']}, where it cannot be seen from here",
+                          hint=f"resume the run on {actor.handle['host']}, in the pid namespace that it was started in")
+
+
+def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict) -> None:
+    """Append what a begun journal lacks: its opening, and the actors that it does not know yet."""
+    rules = manifest.rules
+
+    def append(kind: str, **facts: Any) -> None:
+        step(run, journal.append(kind, facts))
+
+    if not run.run_id:
+        append("run_opened", format=JOURNAL_FORMAT, run_id=meta["run_id"], name=rules.name, mode=manifest.mode,
+               max_parallel=meta.get("max_parallel") or rules.max_parallel, halt_on_failure=rules.halt_on_failure,
+               keep_children=rules.keep_children, worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir)
+    for task in manifest.tasks:
+        if task.id in run.actors or (meta.get("only") is not None and task.id not in meta["only"]):
+            continue
+        row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
+        session = (former or {}).get("session_id")
+        append("actor_added", actor=task.id, role="task", agent=task.agent, model=task.model, directory=task.directory,
+               use_worktree=task.use_worktree, timeout_s=task.timeout_s, branch=task.branch, format=row.format, resumes=row.resumes,
+               prompt_preview=preview(task.prompt), **({"former": former} if former else {}),
+               **({"session_id": session, "how": "again"} if session and row.resumes else {}))
+    journal.sync()
+    stream = os.path.join(journal.run_dir, "events.jsonl")
+    if rules.emit_event_stream and not os.path.lexists(stream):
+        os.link(journal.path, stream)
+
+
+def mask_for(manifest: Manifest, env: Mapping[str, str]) -> Mask:
+    """The mask of a run: secrets of the caller's environment and of every env table."""
+    tables = [env, *(t.env for t in manifest.tasks), *(s.env for s in manifest.servers)]
+    return make_mask(tables, manifest.rules.secret_env)
+
+
+def export_records(run_dir: str, run: RunState, mask: Mask) -> None:
+    """Write summary.jsonl anew from the fold: what a crash cut off is whole again."""
+    lines = []
+    for name in run.settled:
+        record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
+        record["final_message"] = get_blob(run_dir, record["final_message"])
+        lines.append(mask.json(json.dumps(record, allow_nan=False)) + "\n")
+    path = os.path.join(run_dir, "summary.jsonl")
+    if lines or os.path.exists(path):
+        write_file(path, "".join(lines).encode(), durable=True)
+
+
+def expand_path(base: str, path: str) -> str:
+    """A path of a manifest: `~` and `$VAR` expanded, relative to `base`."""
+    return os.path.normpath(os.path.join(base, os.path.expandvars(os.path.expanduser(path))))
+
+
+def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
+             cancel: str | None = None) -> tuple[RunState, PitbossError | None]:
+    """Take a run and deal it to its end; returns how it stands, and the fault that ended this process first.
+
+    With `cancel`, a reason, the run is taken over only to bring it to an end.
+    """
+    taken = take_over(run_dir, env)
+    dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask, notice=notice, draw=draw)
+    dispatcher.cancel_first = cancel
+    try:
+        asyncio.run(dispatcher.serve())
+    finally:
+        os.close(taken.journal.fd)
+        os.close(taken.lock)
+    fault = dispatcher.fault
+    if fault is None and taken.run.draining == "no_space":
+        fault = EnvironmentFault("there was no space left; nothing new was started", hint=f"make room, then pitboss resume {run_dir[-36:]}")
+    return taken.run, fault
+
+
+# ======================================================================================
+# VIEWS: status, list, log lines, records: records to lines of text               [pure]
+# ======================================================================================
+# Pure functions from records to text.  What an agent printed is cleaned before it is shown:
+# no escape sequence of it ever reaches a terminal.
+
+COLOURS = {"white": "37", "cyan": "36", "green": "32", "magenta": "35", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
+
+LOG_MARKS = {
+    # mark: colour, what it is
+    ">": ("white", "text"),
+    "*": ("cyan", "tool call"),
+    "<": ("green", "tool result"),
+    "v": ("magenta", "result"),
+    "!": ("yellow", "limit or error"),
+}
+
+STATE_WORDS = {"waiting": "Pending", "placing": "Pending", "dealing": "Pending"}      # the rest is Running
+
+
+def paint(text: str, colour: str, on: bool) -> str:
+    """`text` in a colour of COLOURS, where colours are wanted."""
+    return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if on and text else text
+
+
+def render_log_line(line: bytes, form: str) -> list[tuple[str, str]]:
+    """One line of a log as (mark of LOG_MARKS, text) pairs; a line that says nothing gives none."""
+    if form == "text":
+        return [(">", clean_text(line.decode("utf-8", "replace")))]
+    try:
+        event = json.loads(line)
+        return _LOG_EVENTS.get(event.get("type"), lambda e: [])(event)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return [("!", clean_text(line[:500].decode("utf-8", "replace")))] if line.strip() else []
+
+
+def _log_assistant(event: dict) -> list[tuple[str, str]]:
+    message, shown = event["message"], []
+    for block in message.get("content") or ():
+        if block.get("type") == "text" and block["text"].strip():
+            shown.append(("!" if message.get("model") == "<synthetic>" else ">", clean_text(block["text"])))
+        elif block.get("type") == "tool_use":
+            shown.append(("*", clean_text(f"{block.get('name')} {json.dumps(block.get('input'), ensure_ascii=False)}")))
+    return shown
+
+
+def _log_user(event: dict) -> list[tuple[str, str]]:
+    content, shown = event["message"].get("content"), []
+    for block in content if isinstance(content, list) else ():
+        if block.get("type") == "tool_result":
+            inner = block.get("content")
+            text = inner if isinstance(inner, str) else " ".join(b.get("text", "") for b in inner or () if isinstance(b, dict))
+            shown.append(("!" if block.get("is_error") else "<", clean_text(text)))
+    return shown
+
+
+def _log_result(event: dict) -> list[tuple[str, str]]:
+    text = event.get("result") or "; ".join(event.get("errors") or ()) or event.get("subtype")
+    cost = event.get("total_cost_usd")
+    return [("!" if event.get("is_error") else "v", clean_text(f"{text}") + (f" ({render_usd(cost)})" if cost else ""))]
+
+
+def _log_system(event: dict) -> list[tuple[str, str]]:
+    if event.get("subtype") == "api_retry":
+        return [("!", f"retry {event.get('attempt')}/{event.get('max_retries')}: {event.get('error')} {event.get('error_status') or ''}")]
+    return []
+
+
+_LOG_EVENTS = {"assistant": _log_assistant, "user": _log_user, "result": _log_result, "system": _log_system}
+
+
+def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
+    """The record of an actor as `status` shows it: unsettled ones have no status and a `state`."""
+    record = record_of(run, actor, log_path)
+    if actor.state != "settled":
+        record = {**record, "status": None, "state": STATE_WORDS.get(actor.state, "Running")}
+    return record
+
+
+def render_status(head: dict, actors: list[dict], now: float, colour: bool, width: int) -> list[str]:
+    """The lines of `status`: one about the run, a table of its actors, then what was kept where."""
+    done = sum(1 for a in actors if a["status"])
+    title = (f"{head['run_id']}  {head['name']}  {head['mode']}  {head['state']}  {done} of {head['tasks_total']} settled, "
+             f"{head['tasks_failed']} failed  {render_usd(head['total_cost_usd'])}")
+    rows = [["", "ACTOR", "STATE", "TIME", "TOKENS", "COST", "HANDS", "LAST WORDS"]]
+    rows += [actor_row(a, now) for a in actors]
+    lines = render_table(rows, right=(3, 4, 5, 6), width=width)
+    shown = [paint(clip_cells(title, width) if width else title, "bold", colour), lines[0]]
+    for line, actor in zip(lines[1:], actors):
+        row = STATUSES.get(actor["status"] or "")
+        shown.append(paint(line, row.colour if row else "cyan", colour))
+    return shown + kept_lines(actors)
+
+
+def actor_row(record: dict, now: float) -> list[str]:
+    """One actor as the cells of a table."""
+    status, usage = record["status"], record["token_usage"]
+    words = (record["failure_reason"] or {}).get("message") or record["final_message_preview"] or record.get("words") or ""
+    return [STATUSES[status].glyph if status else "▸" if record.get("state") == "Running" else "·", record["task_id"],
+            status or record.get("state", ""), render_duration(age_s(record, now)), render_tokens(sum(usage.values())),
+            render_usd(record["cost_usd"]), str(record.get("hands", 1)), clean_text(words)]
+
+
+def age_s(record: dict, now: float) -> float:
+    """Seconds from an actor's start to its end, or until now."""
+    if record["status"] or record.get("state") == "Pending":
+        return record["duration_ms"] / 1000
+    return max(0.0, now - record["started_unix"]) if record.get("started_unix") else record["duration_ms"] / 1000
+
+
+def kept_lines(actors: list[dict]) -> list[str]:
+    """Where kept worktrees and rescued work are."""
+    kept = [f"kept  {a['task_id']}  {a['worktree_path']}" + (f"  ({a['worktree_kept']})" if a.get("worktree_kept") else "")
+            for a in actors if a["status"] and a["worktree_path"]]
+    saved = [f"saved  {a['task_id']}  {a['rescue_ref']}" + (f"  bring it back: {a['restore']}" if a.get("restore") else "")
+             for a in actors if a.get("rescue_ref")]
+    return kept + saved
+
+
+LIST_HEAD = ["RUN", "NAME", "MODE", "STATE", "ACTORS", "FAILED", "COST", "AGE"]
+
+
+def list_row(entry: dict, now: float) -> list[str]:
+    """One run as the cells of `list`."""
+    state = entry["state"] + (f" ({entry['agents_alive']} agents live)" if entry["state"] == "stale" and entry["agents_alive"] else "")
+    age = render_duration(now - entry["started_unix"]) if entry.get("started_unix") else "-"
+    return [entry["run_id"], clean_text(entry["name"] or "-"), entry["mode"] or "-", state, str(entry["tasks_total"]),
+            str(entry["tasks_failed"]), render_usd(entry["total_cost_usd"]), age]
+
+
+def render_change(run: RunState, event: dict, verbose: bool) -> str:
+    """One plain line for an event that people care about; empty for the others."""
+    kind, name = event["kind"], event.get("actor", "")
+    actor = run.actors.get(name)
+    if kind == "hand_started":
+        return f"{name}: hand {event['hand']} runs" + (f" in {actor.place['path']}" if verbose and actor.place else "")
+    if kind == "hand_ended" and event.get("again"):
+        return f"{name}: hand {event['hand']} is dealt again ({event['cause']})"
+    if kind == "stop_decided":
+        return f"{name}: being stopped ({event['why']})"
+    if kind == "closed":
+        row = STATUSES[actor.status]
+        words = (actor.reason or {}).get("message") or preview(actor.final) or ""
+        took = render_duration((actor.ended_at or 0) - (actor.started_at or 0))
+        line = f"{name}: {row.glyph} {actor.status} {took} {render_tokens(sum(actor.usage))} tokens {render_usd(actor.cost_usd)}"
+        left = f"; {len(event['leftovers'])} leftover processes" if event.get("leftovers") else ""
+        return line + (f"  {clip_cells(clean_text(words), 70)}" if words else "") + left
+    if kind == "drained":
+        return "draining: nothing new starts; the next signal cancels" if event["why"] == "signal" else "no space left: nothing new starts"
+    if kind == "cancelled":
+        return "cancelling: every agent is being stopped" + (f" ({event['reason']})" if event.get("reason") else "")
+    return f"{kind} {name}".strip() if verbose else ""
+
+
+def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int, height: int) -> list[str]:
+    """The live progress of `dispatch`: a line for the run, then one for each actor that has begun, newest last."""
+    settled, cost = len(run.settled), sum(a.cost_usd or 0 for a in run.actors.values()) + sum(t.cost_usd() for t in talks.values())
+    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting)} waiting, {settled} settled, {run.failed} failed, "
+             f"{render_usd(cost)}, {render_duration(now - run.opened_at)}")
+    rows = []
+    for actor in run.actors.values():
+        if actor.started_at is None and actor.state in ("waiting", "placing", "dealing"):
+            continue
+        talk = talks.get(actor.id)
+        usage = actor.usage.plus(talk.usage()) if talk else actor.usage
+        cost_usd = (actor.cost_usd or 0.0) + talk.cost_usd() if talk and FORMATS[actor.format].tells_cost else actor.cost_usd
+        words = talk.words if talk else (actor.reason or {}).get("message") or preview(actor.final) or ""
+        row = STATUSES.get(actor.status)
+        rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
+                     render_duration((actor.ended_at or now) - (actor.started_at or now)), render_tokens(sum(usage)),
+                     render_usd(cost_usd), clean_text(words)])
+    order = sorted(rows, key=lambda r: r[0] != "▸")[:max(1, height - 2)]
+    hidden = len(rows) - len(order)
+    lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
+    return lines + ([f"… and {hidden} more"] if hidden else [])
+
+
+def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[str]:
+    """What `dispatch --dry-run` says of one task."""
+    branch = task.branch or f"pitboss/<run8>/{task.id}"
+    return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
+            f"  branch  {branch}" if task.use_worktree else "  branch  none: it works in its directory itself",
+            f"  limit   {task.timeout_s:g} s"]
+
+
+# ======================================================================================
+# DEMO: a scripted agent and a demonstration run                                   [cli]
+# ======================================================================================
+# The scripted agent prints the events that claude prints and does what its prompt says, so
+# that a manifest, and pitboss itself, can be tried without a model.  Lines of the prompt
+# that begin with `$ ` are its script.  To add a step: one step_ method, one row in STEPS.
+
+DEMO_TOKENS = 100          # input tokens of each made-up message
+
+
+class DemoEnd(BaseException):
+    """The scripted agent exits now, with this status."""
+
+
+class DemoInterrupt(Exception):
+    """The turn was interrupted."""
+
+
+class DemoAgent:
+    """One process of the scripted agent."""
+
+    def __init__(self, model: str, session_id: str, path: str) -> None:
+        import threading
+
+        self.model, self.session_id, self.path = model, session_id, path
+        self.session = {"script": [], "done": 0, "limits": 0}
+        self.usage = Usage()
+        self.number = self.turns = 0
+        self.began = time.monotonic()
+        self.last = "done"
+        self.lingers = self.deaf = False
+        self.inbox: list[dict | None] = []
+        self.news = threading.Condition()
+        self.interrupted = False
+
+    # ---- input and output
+
+    def listen(self) -> None:
+        """Take messages in, until the input ends (in a thread)."""
+        for raw in sys.stdin.buffer:
+            try:
+                message = json.loads(raw)
+            except ValueError:
+                os.write(2, b"Error parsing streaming input line\n")
+                os._exit(1)
+            with self.news:
+                if message.get("type") == "control_request":
+                    self.say_raw({"type": "control_response", "response": {"subtype": "success", "request_id": message["request_id"]}})
+                    self.interrupted = True
+                else:
+                    self.inbox.append(message)
+                self.news.notify_all()
+        with self.news:
+            self.inbox.append(None)
+            self.news.notify_all()
+
+    def say_raw(self, event: dict) -> None:
+        """Print one event."""
+        data = json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        try:
+            write_all(1, data)
+        except OSError:
+            os._exit(1)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Print one event of this session."""
+        self.say_raw({"type": kind, **fields, "session_id": self.session_id, "uuid": mint_uuid()})
+
+    def message(self, block: dict) -> None:
+        """Print one message of the assistant, with made-up usage."""
+        self.number += 1
+        self.turns += 1
+        output = max(1, len(json.dumps(block)) // CHARS_PER_TOKEN)
+        self.usage = self.usage.plus(Usage(DEMO_TOKENS, output))
+        self.event("assistant", message={
+            "id": f"msg_{self.session_id[:8]}{os.getpid()}{self.number}", "type": "message", "role": "assistant", "model": self.model,
+            "content": [block], "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": DEMO_TOKENS, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 1}},
+            parent_tool_use_id=None)
+
+    def text(self, text: str) -> None:
+        """Say something."""
+        self.last = text
+        self.message({"type": "text", "text": text})
+
+    def tool(self, name: str, args: dict, result: Callable[[], tuple[str, bool]]) -> None:
+        """Print a tool call, do it, print its result."""
+        call = f"toolu_{self.session_id[:8]}{self.number}"
+        self.message({"type": "tool_use", "id": call, "name": name, "input": args})
+        try:
+            output, failed = result()
+        except OSError as e:
+            output, failed = str(e), True
+        self.turns += 1
+        self.event("user", message={"role": "user", "content": [
+            {"tool_use_id": call, "type": "tool_result", "content": output, "is_error": failed}]}, parent_tool_use_id=None,
+            timestamp=render_time(time.time()), tool_use_result={"stdout": output, "stderr": "", "interrupted": False, "isImage": False,
+                                                                 "noOutputExpected": False} if not failed else f"Error: {output}")
+
+    def result(self, text: str | None, *, subtype: str = "success", error: bool = False, status: int | None = None,
+               reason: str = "completed", errors: tuple = ()) -> None:
+        """Print the result event of a turn."""
+        cost = price_usd(self.model, self.usage)
+        told = {"input_tokens": self.usage.input, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+                "output_tokens": self.usage.output}
+        models = {self.model: {"inputTokens": self.usage.input, "outputTokens": self.usage.output, "cacheReadInputTokens": 0,
+                               "cacheCreationInputTokens": 0, "webSearchRequests": 0, "costUSD": cost, "contextWindow": 200000,
+                               "maxOutputTokens": 32000}} if any(self.usage) else {}
+        self.event("result", subtype=subtype, is_error=error, **({"api_error_status": status} if subtype == "success" else {}),
+                   duration_ms=int((time.monotonic() - self.began) * 1000), duration_api_ms=0, num_turns=self.turns,
+                   **({"result": text} if text is not None else {}), stop_reason="end_turn" if not error else "stop_sequence",
+                   total_cost_usd=cost, usage=told, modelUsage=models, permission_denials=[], terminal_reason=reason,
+                   **({"errors": list(errors)} if errors else {}))
+
+    def api_error(self, status: int, code: str, text: str) -> None:
+        """Print what claude prints when a provider says no, and exit as it does."""
+        self.event("assistant", message={
+            "id": mint_uuid(), "model": "<synthetic>", "role": "assistant", "stop_reason": "stop_sequence", "stop_sequence": "",
+            "type": "message", "usage": {"input_tokens": 0, "output_tokens": 0, "cache_creation_input_tokens": 0,
+                                         "cache_read_input_tokens": 0}, "content": [{"type": "text", "text": text}]},
+            parent_tool_use_id=None, error=code)
+        self.result(text, error=True, status=status)
+        raise DemoEnd(1)
+
+    # ---- turns
+
+    def serve(self) -> int:
+        """Take up message after message; returns the exit status."""
+        import signal
+        import threading
+
+        def on_interrupt(number: int, frame: Any) -> None:
+            raise DemoInterrupt
+
+        signal.signal(signal.SIGINT, on_interrupt)
+        threading.Thread(target=self.listen, daemon=True).start()
+        try:
+            while (message := self.next_message()) is not None:
+                self.take_up(message)
+        except DemoInterrupt:
+            return 0
+        except DemoEnd as e:
+            return int(str(e))
+        return 0
+
+    def next_message(self) -> dict | None:
+        """The next message; None at the end of the input."""
+        with self.news:
+            while not self.inbox:
+                self.news.wait(3600)
+            message = self.inbox.pop(0)
+        if message is None and self.lingers:
+            self.wait(1e9)
+        return message
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass; an interrupt ends it, unless the script wants none."""
+        end = time.monotonic() + seconds
+        with self.news:
+            while (left := end - time.monotonic()) > 0:
+                if self.interrupted and not self.deaf:
+                    raise DemoInterrupt
+                self.news.wait(min(left, 3600))
+
+    def take_up(self, message: dict) -> None:
+        """One turn: echo the message, follow the script, print a result."""
+        self.interrupted = False
+        text = message["message"]["content"]
+        self.event("system", subtype="init", cwd=os.getcwd(), tools=["Bash", "Edit", "Read", "Write"], mcp_servers=[], model=self.model,
+                   permissionMode="bypassPermissions", slash_commands=[], apiKeySource="none", claude_code_version=VERSION,
+                   output_style="default", agents=[], skills=[], plugins=[])
+        self.say_raw({"type": "user", "message": {"role": "user", "content": text}, "session_id": self.session_id,
+                      "parent_tool_use_id": None, "uuid": message.get("uuid") or mint_uuid(), "timestamp": render_time(time.time()),
+                      "isReplay": True})
+        script = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+        if script or not self.session["script"]:
+            self.session.update(script=script, done=0)
+            self.save()
+        try:
+            for number, step in enumerate(walk_script(self.session["script"])):
+                if number >= self.session["done"]:
+                    self.do(step)
+                    self.session["done"] = number + 1
+                    self.save()
+            if not self.number:
+                self.text("There was no script in the prompt, so there was nothing to do.")
+            self.result(self.last)
+        except DemoInterrupt:
+            self.result(None, subtype="error_during_execution", error=True, reason="aborted_tools", errors=("interrupted",))
+
+    def save(self) -> None:
+        """Keep the session, so that it can be resumed."""
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        write_file(self.path, json.dumps(self.session).encode())
+
+    def do(self, step: str) -> None:
+        """One step of the script; one that is not known fails the agent with a clear text."""
+        verb, _, rest = step.strip().partition(" ")
+        if verb not in STEPS:
+            self.result(f"the script has no step {show_value(verb)}{did_you_mean(verb, STEPS)}", error=True)
+            raise DemoEnd(1)
+        try:
+            STEPS[verb].run(self, rest)
+        except ValueError:
+            self.result(f"the script's step {show_value(step)} should read: {STEPS[verb].usage}", error=True)
+            raise DemoEnd(1) from None
+
+    # ---- steps
+
+    def step_say(self, rest: str) -> None:
+        """Say something."""
+        self.text(rest)
+
+    def step_write(self, rest: str, mode: str = "w") -> None:
+        """Write a file."""
+        path, _, text = rest.partition(" ")
+        text = text.replace("\\n", "\n")
+
+        def write() -> tuple[str, bool]:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with open(path, mode, encoding="utf-8") as f:
+                f.write(text + "\n")
+            return f"{len(text) + 1} bytes written to {path}", False
+
+        self.tool("Write" if mode == "w" else "Edit", {"file_path": path, "content": text}, write)
+
+    def step_append(self, rest: str) -> None:
+        """Append to a file."""
+        self.step_write(rest, "a")
+
+    def step_run(self, rest: str) -> None:
+        """Run a shell command."""
+        self.shell(["sh", "-c", rest], rest)
+
+    def step_commit(self, rest: str) -> None:
+        """Commit everything in the folder."""
+        message = rest or "work of the scripted agent"
+        self.shell(["sh", "-c", 'git add -A && git -c user.name=demo -c user.email=demo@localhost commit -q -m "$0"', message],
+                   f"git commit -m {json.dumps(message)}")
+
+    def shell(self, argv: list[str], shown: str) -> None:
+        """Run a command in a session of its own, as claude's Bash tool does."""
+        import subprocess
+
+        def run() -> tuple[str, bool]:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
+            output = process.communicate()[0].decode("utf-8", "replace")
+            return output[:30000], process.returncode != 0
+
+        self.tool("Bash", {"command": shown, "description": "a step of the script"}, run)
+
+    def step_sleep(self, rest: str) -> None:
+        """Let time pass."""
+        self.wait(float(rest))
+
+    def step_print(self, rest: str) -> None:
+        """Print many bytes of messages."""
+        total, size = (int(word) for word in (rest.split() + ["1000"])[:2])
+        for number in range(0, total, max(1, size)):
+            self.message({"type": "text", "text": (f"{number} " + "x" * size)[:min(size, total - number)]})
+
+    def step_raw(self, rest: str) -> None:
+        """Print bytes that are no event."""
+        write_all(1, rest.encode("utf-8").decode("unicode_escape").encode("latin-1") + b"\n")
+
+    def step_stderr(self, rest: str) -> None:
+        """Print on the standard error output."""
+        write_all(2, rest.encode() + b"\n")
+
+    def step_limit(self, rest: str) -> None:
+        """Meet a usage limit."""
+        seconds, times = ([float(word) for word in rest.split()] + [60.0, math.inf])[:2] if len(rest.split()) != 1 else (float(rest), math.inf)
+        self.session["limits"] += 1
+        if self.session["limits"] > times:
+            return
+        self.save()
+        self.say_raw({"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": time.time() + seconds},
+                      "uuid": mint_uuid(), "session_id": self.session_id})
+        self.api_error(429, "rate_limit", "API Error: Request rejected (429) · a limit of the script")
+
+    def step_auth(self, rest: str) -> None:
+        """Fail to log in."""
+        self.api_error(401, "authentication_failed", "Invalid API key · Fix external API key")
+
+    def step_fail(self, rest: str) -> None:
+        """End with an error."""
+        self.result(rest or "the script says fail", error=True)
+        raise DemoEnd(1)
+
+    def step_exit(self, rest: str) -> None:
+        """Exit without a result."""
+        raise DemoEnd(int(rest or 0))
+
+    def step_hang(self, rest: str) -> None:
+        """Sleep for ever."""
+        self.wait(1e9)
+
+    def step_linger(self, rest: str) -> None:
+        """Stay after the result, whatever the input says."""
+        self.lingers = True
+
+    def step_ignore(self, rest: str) -> None:
+        """Ignore INT, TERM and HUP from here on."""
+        import signal
+
+        self.deaf = True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    def step_daemon(self, rest: str) -> None:
+        """Leave a process behind that has a session of its own and ignores TERM."""
+        import subprocess
+
+        code = ("import os,signal,time\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\n"
+                f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep({float(rest or 60)})")
+        subprocess.run([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, check=True)
+
+    def step_kill(self, rest: str) -> None:
+        """Send itself a signal."""
+        import signal
+
+        os.kill(os.getpid(), getattr(signal, "SIG" + rest.strip().upper().removeprefix("SIG"), signal.SIGKILL))
+
+
+class Step(NamedTuple):
+    """One step of the scripted agent's language."""
+
+    run: Callable
+    usage: str
+    meaning: str
+
+
+STEPS = {
+    "say":    Step(DemoAgent.step_say,    "say TEXT",            "one message"),
+    "write":  Step(DemoAgent.step_write,  "write PATH TEXT",     "write a line (`\\n` for more) to a file in its folder"),
+    "append": Step(DemoAgent.step_append, "append PATH TEXT",    "the same at the end of the file"),
+    "commit": Step(DemoAgent.step_commit, "commit [MESSAGE]",    "commit everything in the folder"),
+    "run":    Step(DemoAgent.step_run,    "run COMMAND",         "a shell command; its output is a tool result; a failure does not end the script"),
+    "sleep":  Step(DemoAgent.step_sleep,  "sleep SECONDS",       "let time pass"),
+    "print":  Step(DemoAgent.step_print,  "print BYTES [LINE]",  "messages of LINE bytes (1000), BYTES in all"),
+    "raw":    Step(DemoAgent.step_raw,    "raw TEXT",            "a line that is no event; `\\n` and `\\xNN` are escapes"),
+    "stderr": Step(DemoAgent.step_stderr, "stderr TEXT",         "a line on the standard error output"),
+    "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]", "meet a usage limit (429) that resets in SECONDS (60); with N only the first N times"),
+    "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
+    "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",         "end with a result that is an error, exit status 1"),
+    "exit":   Step(DemoAgent.step_exit,   "exit CODE",           "exit at once, without a result"),
+    "hang":   Step(DemoAgent.step_hang,   "hang",                "sleep for ever"),
+    "linger": Step(DemoAgent.step_linger, "linger",              "stay after the result, whatever the input says"),
+    "ignore": Step(DemoAgent.step_ignore, "ignore",              "ignore INT, TERM and HUP from here on"),
+    "daemon": Step(DemoAgent.step_daemon, "daemon SECONDS",      "leave a process behind, in a session of its own, that ignores TERM"),
+    "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",         "send itself a signal: `kill KILL`, `kill STOP`"),
+}
+
+
+def walk_script(lines: list[str]) -> Iterator[str]:
+    """The steps of a script one by one; `loop N` ... `end` repeats what is between."""
+    at = 0
+    while at < len(lines):
+        verb, _, rest = lines[at].strip().partition(" ")
+        if verb != "loop":
+            yield lines[at]
+            at += 1
+            continue
+        depth, end = 1, at + 1
+        while end < len(lines) and depth:
+            word = lines[end].split()[:1]
+            depth += (word == ["loop"]) - (word == ["end"])
+            end += 1
+        body = lines[at + 1:end - (depth == 0)]
+        for _ in range(int(rest) if rest.strip().isdigit() else 1):
+            yield from walk_script(body)
+        at = end
+
+
+DEMO_MANIFEST = """# The demonstration: five scripted agents, each in a worktree of its own.
+[run]
+name = "demo"
+max_parallel = 3
+
+[defaults]
+agent = "demo"          # the scripted agent: lines that begin with "$ " are what it does
+
+[[task]]
+id = "greet"
+directory = "repo"
+prompt = '''
+Write a greeting.
+$ write hello.txt Hello from a worktree.
+$ commit Add a greeting
+$ say The greeting is committed.
+'''
+
+[[task]]
+id = "docs"
+directory = "repo"
+prompt = '''
+Describe the project.
+$ write docs/about.txt This repository is here to be tried out.
+$ run wc -c README.txt docs/about.txt
+$ commit Describe the project
+$ say Two lines of documentation, committed.
+'''
+
+[[task]]
+id = "broken"
+directory = "repo"
+prompt = '''
+Do something that cannot work.
+$ run ls no-such-file
+$ fail I could not find no-such-file.
+'''
+
+[[task]]
+id = "draft"
+directory = "repo"
+prompt = '''
+Begin something and do not commit it.
+$ write draft.txt This line is not committed, so its worktree stays.
+$ say The draft is not finished.
+'''
+
+[[task]]
+id = "slow"
+directory = "repo"
+prompt = '''
+Take your time.
+$ loop 3
+$ sleep 0.5
+$ append log.txt Another half second.
+$ end
+$ commit Three half seconds
+$ say Done after a while.
+'''
+"""
+DEMO_EXPECTED = {"greet": "Success", "docs": "Success", "broken": "Failed", "draft": "Success", "slow": "Success"}
+
+
+def make_demo() -> str:
+    """A temporary folder with a small repository and the demonstration's manifest; returns the manifest's path."""
+    import subprocess
+    import tempfile
+
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="pitboss-demo-"))
+    repo = os.path.join(folder, "repo")
+    os.mkdir(repo)
+    with open(os.path.join(repo, "README.txt"), "w", encoding="utf-8") as f:
+        f.write("A repository for the demonstration.\n")
+    who = ("-c", "user.name=demo", "-c", "user.email=demo@localhost")
+    try:
+        for args in (("init", "-q"), ("add", "-A"), (*who, "commit", "-q", "-m", "A beginning")):
+            done = subprocess.run(["git", *GIT_ALWAYS, "-C", repo, *args], env=git_env(os.environ), capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise EnvironmentFault(f"git {args[-1]}: {done.stderr.strip()}")
+    except OSError:
+        raise InvalidInput("the demonstration needs git, which is not on PATH", hint="install git") from None
+    path = os.path.join(folder, "demo.toml")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(DEMO_MANIFEST)
+    return path
+
+
+# ======================================================================================
+# COMMANDS: command table, handlers, main                                          [cli]
+# ======================================================================================
+# One row a command: its handler, its arguments, what it does, an example.  Data goes to
+# standard output, progress and errors to standard error; errors become text in main only.
+
+class Loaded(NamedTuple):
+    """A manifest that was read and is free of problems."""
+
+    data: bytes
+    manifest: Manifest
+    label: str
+    stem: str
+    base_dir: str
+
+
+def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
+    """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError with all problems."""
+    label, base_dir = ("stdin", os.getcwd()) if path == "-" else (path, os.path.dirname(os.path.abspath(path)))
+    try:
+        if path == "-":
+            data = sys.stdin.buffer.read(MAX_MANIFEST + 1)
+        else:
+            with open(path, "rb") as f:
+                data = f.read(MAX_MANIFEST + 1)
+    except IsADirectoryError:
+        raise InvalidInput(f"{path} is a folder; allowed: a TOML file, or - for standard input") from None
+    except OSError as e:
+        raise InvalidInput(f"{path}: {e.strerror}", hint="name a manifest, or - for standard input") from None
+    stem = "stdin" if path == "-" else os.path.splitext(os.path.basename(path))[0]
+    return check_manifest(data, label, stem, base_dir, env, say)
+
+
+def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
+    """A manifest's bytes, read and checked with the file system.  Raises ManifestError with all problems."""
+    manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS, expand=functools.partial(expand_path, base_dir))
+    problems = [*manifest.problems, *check_places(manifest)]
+    ids = {("task", t.index): t.id for t in manifest.tasks if t.id}
+    if problems or manifest.warnings:
+        lines = locate_keys(decode_manifest(data, label))
+        for warning in manifest.warnings:
+            say(f"pitboss: warning: {label}: {render_problem(warning, lines, ids)}")
+        if problems:
+            raise ManifestError(label, problems, lines, ids)
+    return Loaded(data, manifest, label, stem, base_dir)
+
+
+def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str], ask: bool = True) -> tuple[dict[str, tuple], str | None]:
+    """(program of each agent, claude's version).  Raises InvalidInput for one that is missing or does not answer."""
+    programs, version = {}, None
+    for name in dict.fromkeys(names):
+        row = agent_row(name, loaded.manifest.agents)
+        programs[name] = find_program(row, env, loaded.manifest.agents, loaded.base_dir)
+        if ask and row.version:
+            said = ask_version(row, programs[name], env)
+            version = said if name == "claude" else version
+    return programs, version
+
+
+class Progress:
+    """What a dispatch shows while it goes on: a table that is drawn again on a terminal, else a line a change."""
+
+    def __init__(self, options: Any) -> None:
+        self.quiet, self.verbose = options.quiet, options.verbose
+        self.live = not self.quiet and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.colour = want_colour(sys.stderr)
+        self.drawn = 0             # lines on the screen
+        self.drawn_at = 0.0
+        self.mask = NO_SECRETS
+        self.base = (0.0, 0.0)
+
+    def notice(self, run: RunState, event: dict) -> None:
+        """An event happened."""
+        self.base = (event["at"], time.monotonic())
+        line = "" if self.quiet else render_change(run, event, self.verbose)
+        if line and not (self.live and event["kind"] == "hand_started"):
+            self.show([self.mask.text(line)], keep=True)
+
+    def draw(self, run: RunState, talks: Mapping[str, Talk]) -> None:
+        """A tick has passed."""
+        if self.live and time.monotonic() - self.drawn_at >= 0.25 and run.finished_at is None:
+            import shutil
+
+            size = shutil.get_terminal_size()
+            self.drawn_at = time.monotonic()
+            now = self.base[0] + time.monotonic() - self.base[1]
+            self.show([self.mask.text(line) for line in render_floor_lines(run, talks, now, size.columns - 1, size.lines)], keep=False)
+
+    def show(self, lines: list[str], keep: bool) -> None:
+        """Print lines in place of the table; a terminal that is gone stops nothing."""
+        clear = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""
+        self.drawn = 0 if keep else len(lines)
+        try:
+            sys.stderr.write(clear + "".join(line + "\n" for line in lines))
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            self.live, self.quiet = False, True
+
+    def close(self) -> None:
+        """Take the table away."""
+        if self.drawn:
+            self.show([], keep=True)
+
+
+def want_colour(stream: Any) -> bool:
+    """Whether a stream is a terminal that may be given colours."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, 0 where output is no terminal."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+
+def say_error(text: str) -> None:
+    """A line for people on the standard error output; a closed one is no failure."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def cmd_validate(options: Any) -> str:
+    """Check a manifest without starting anything."""
+    loaded = load_manifest(options.manifest, os.environ, say_error)
+    manifest = loaded.manifest
+    for name in dict.fromkeys(t.agent for t in manifest.tasks):
+        row = agent_row(name, manifest.agents)
+        try:
+            find_program(row, os.environ, manifest.agents, loaded.base_dir)
+        except InvalidInput as e:
+            say_error(f"pitboss: warning: {e}" + (f" ({e.hint})" if e.hint else ""))
+        if row.limits and row.program:
+            say_error(f"pitboss: note: agent {name}: {row.limits}")
+    counts = f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
+    if options.json:
+        print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks), "max_parallel": manifest.rules.max_parallel}))
+    else:
+        print(f"OK: {manifest.mode}, {counts}, max_parallel={manifest.rules.max_parallel}")
+    return "ok"
+
+
+def cmd_dispatch(options: Any) -> str:
+    """Deal a run: start every task of a manifest and stay until the last one has settled."""
+    if options.dry_run and options.background:
+        raise InvalidInput("--dry-run starts nothing, so it does not go with --background")
+    loaded = load_manifest(options.manifest, os.environ, say_error)
+    programs, version = find_programs(loaded, os.environ, (t.agent for t in loaded.manifest.tasks), ask=not options.dry_run)
+    if options.dry_run:
+        return show_plan(loaded, programs)
+    given = options.runs_dir or loaded.manifest.rules.run_dir
+    order = Order(loaded.data, loaded.manifest, loaded.label, loaded.stem, loaded.base_dir, runs_folder(os.environ, given), version)
+    umask = os.umask(0o077)
+    run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    if options.background:
+        return start_background(run_dir, order, umask)
+    return deal_and_report(run_dir, umask, options)
+
+
+def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
+    """What `dispatch --dry-run` prints: each agent's command, folder and branch."""
+    rules = loaded.manifest.rules
+    print(f"{loaded.manifest.mode} run {rules.name}: {len(loaded.manifest.tasks)} tasks, max_parallel={rules.max_parallel}; nothing is started")
+    for task in loaded.manifest.tasks:
+        row = agent_row(task.agent, loaded.manifest.agents)
+        base = os.path.join(rules.worktree_dir, "<run8>", task.id) if rules.worktree_dir else f"<run folder>/worktrees/{task.id}"
+        folder = task.directory
+        if task.use_worktree:
+            repo = look_at_folder(task.directory)
+            folder = os.path.join(base, repo.prefix) if isinstance(repo, Repo) and repo.prefix else base
+        program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
+        deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder, "<prompt file>",
+                    "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0)
+        print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
+    print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with it."
+          if rules.worktree_cleanup != "never" else "Every worktree stays.")
+    return "ok"
+
+
+def start_background(run_dir: str, order: Order, umask: int) -> str:
+    """Start a dispatcher of its own for a run that was made, and say which."""
+    import subprocess
+
+    with open(os.path.join(run_dir, "dispatch.log"), "ab") as log:
+        child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}"], stdin=subprocess.DEVNULL, stdout=log,
+                                 stderr=log, start_new_session=True, cwd="/")
+    journal = os.path.join(run_dir, "journal.jsonl")
+    deadline = time.monotonic() + 15
+    while child.poll() is None and time.monotonic() < deadline and not os.path.exists(journal):
+        time.sleep(0.02)
+    if child.poll() is not None and not os.path.exists(journal):
+        raise EnvironmentFault(f"the dispatcher ended at once: {last_lines(read_end(os.path.join(run_dir, 'dispatch.log'), 2000), 2)}")
+    meta = read_json(os.path.join(run_dir, "meta.json")) or {}
+    print(json.dumps({"run_id": os.path.basename(run_dir), "manifest_path": meta.get("manifest_path"), "started_at": meta.get("started_at"),
+                      "child_pid": child.pid}))
+    child.returncode = 0           # it goes on without this process
+    return "ok"
+
+
+def cmd_deal(options: Any) -> str:
+    """Deal a run whose folder was made (for the dispatcher in the background)."""
+    os.umask(0o077)
+    options.quiet, options.verbose = False, False
+    return deal_and_report(options.run_dir_path, int(options.umask, 8), options)
+
+
+def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None = None) -> str:
+    """Deal a run to its end, then say what was kept, and last where the run is."""
+    progress = Progress(options)
+    progress.mask = make_mask([os.environ])
+    env = dict(os.environ)
+    try:
+        run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, cancel)
+    finally:
+        progress.close()
+    if not options.quiet:
+        records = [record_of(run, run.actors[name], "") for name in run.settled]
+        restores = {name: (run.actors[name].closed or {}).get("restore") for name in run.settled}
+        for line in kept_lines([{**r, "restore": restores[r["task_id"]]} for r in records]):
+            print(progress.mask.text(line))
+    print(run_dir, flush=True)
+    if fault:
+        raise fault
+    return exit_code_of(run)
+
+
+def cmd_resume(options: Any) -> str:
+    """Go on with a run whose dispatcher died, or deal a finished one again as a new run."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    meta = read_json(os.path.join(run_dir, "meta.json"))
+    if meta is None:
+        raise Refused(f"{run_dir} has no meta.json that can be read: it is not a whole run folder")
+    if os.path.exists(os.path.join(run_dir, "summary.json")) and not is_locked(run_dir):
+        return resume_as_new(run_dir, meta, options)
+    if options.failed:
+        raise Refused("--failed is for finished runs; this one is continued as it is", hint=f"pitboss resume {options.run}")
+    journal = os.path.join(run_dir, "journal.jsonl")
+    if os.path.exists(journal) and not is_locked(run_dir):
+        run = fold_run(run_dir)
+        loaded = read_snapshot(run_dir, meta)
+        find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"), ask=False)
+    umask = os.umask(0o077)
+    return deal_and_report(run_dir, umask, options)
+
+
+def read_snapshot(run_dir: str, meta: dict) -> Loaded:
+    """The manifest of a run as it was, not checked against the file system."""
+    path, base_dir = os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("base_dir") or "/"
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        raise fault_of(e, "reading the run's manifest") from None
+    manifest = read_manifest(data, path, stem=meta.get("manifest_name") or "", env={}, agents=AGENTS,
+                             expand=functools.partial(expand_path, base_dir))
+    return Loaded(data, manifest, path, meta.get("manifest_name") or "", base_dir)
+
+
+def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
+    """Deal a finished run again: each task in its session and its worktree, where they are still there."""
+    old, data = fold_run(run_dir), read_snapshot(run_dir, meta).data
+    wanted = [t for t in (meta.get("only") or [a for a in old.actors])
+              if not options.failed or not STATUSES.get(old.actors[t].status, STATUSES["Failed"]).good]
+    if not wanted:
+        raise Refused("every task of this run succeeded; nothing is left to deal again", hint=f"pitboss resume {options.run} deals all of them")
+    loaded = check_manifest(data, os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("manifest_name") or "", meta.get("base_dir") or "/",
+                            os.environ, say_error)
+    _, version = find_programs(loaded, os.environ, (old.actors[t].agent for t in wanted))
+    former = {}
+    for name in wanted:
+        actor = old.actors[name]
+        if actor.hands or actor.place:
+            former[name] = {"session_id": actor.session_id if actor.hands else "", **(actor.place or {}),
+                            "rescue_ref": (actor.closed or {}).get("rescue_ref")}
+            check_free(former[name].get("path"))
+    label = meta.get("manifest_path") or "stdin"
+    order = Order(data, loaded.manifest._replace(rules=loaded.manifest.rules._replace(max_parallel=old.facts["max_parallel"])), label,
+                  meta.get("manifest_name") or "", meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
+                  os.path.basename(run_dir))
+    umask = os.umask(0o077)
+    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask, options)
+
+
+def check_free(path: str | None) -> None:
+    """Raise Refused when a worktree belongs to an actor that has not settled."""
+    gitdir = worktree_gitdir(path) if path else ""
+    lock = read_text(os.path.join(gitdir, "locked")) if gitdir else ""
+    if lock.startswith(LOCK_PREFIX):
+        raise Refused(f"the worktree {path} belongs to an actor that has not settled: {lock.removeprefix(LOCK_PREFIX)}",
+                      hint="wait for that run, or cancel it")
+
+
+def cmd_cancel(options: Any) -> str:
+    """Stop every agent of a run and settle it; a run whose dispatcher died is taken over for that."""
+    import signal
+
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    run_id = os.path.basename(run_dir)
+    if not is_locked(run_dir):
+        if os.path.exists(os.path.join(run_dir, "summary.json")):
+            raise Refused(f"the run {run_id} has settled already", hint=f"pitboss status {run_id}")
+        umask = os.umask(0o077)
+        deal_and_report(run_dir, umask, options, cancel=options.reason or "")
+        return "ok"
+    holder = read_json(os.path.join(run_dir, "lock")) or {}
+    if not is_living_holder(holder):
+        raise Refused(f"the run {run_id} is held on {holder.get('host', 'another machine')}", hint="cancel it there")
+    mask = make_mask([os.environ])
+    write_json(os.path.join(run_dir, "cancel.json"), {"reason": options.reason}, mask)
+    send_signal(holder["pid"], holder["start"], signal.SIGUSR1)
+    while not options.no_wait and is_locked(run_dir) and is_living_holder(holder):
+        time.sleep(0.05)
+    say_error(f"pitboss: run {run_id} is cancelled" if not options.no_wait else f"pitboss: run {run_id} is being cancelled")
+    return "ok"
+
+
+def run_state(run_dir: str) -> str:
+    """`running` (its lock is held), `complete` (summary there), `stale` (something began), `aborted` (nothing did)."""
+    if os.path.exists(os.path.join(run_dir, "summary.json")):
+        return "complete"
+    if is_locked(run_dir):
+        return "running"
+    return "stale" if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else "aborted"
+
+
+class Overview(NamedTuple):
+    """A run as reading commands see it."""
+
+    head: dict
+    actors: list               # records, unsettled ones with status null and a state
+    run: RunState | None       # None for a finished run that was read from its summary
+
+
+def look_at_run(run_dir: str) -> Overview:
+    """How a run stands: from its summary when it is finished, else from its journal."""
+    summary = read_json(os.path.join(run_dir, "summary.json"))
+    meta = read_json(os.path.join(run_dir, "meta.json")) or {}
+    head = {"run_id": os.path.basename(run_dir), "name": meta.get("name"), "mode": meta.get("mode")}
+    if isinstance(summary, dict) and isinstance(summary.get("tasks"), list):
+        return Overview({**head, "name": summary.get("name") or head["name"], "mode": summary.get("mode") or head["mode"], "state": "complete",
+                         "tasks_total": summary.get("tasks_total", 0), "tasks_failed": summary.get("tasks_failed", 0),
+                         "total_cost_usd": summary.get("total_cost_usd"), "agents_alive": 0,
+                         "tasks_not_started": summary.get("tasks_not_started", 0)}, summary["tasks"], None)
+    state = run_state(run_dir)
+    run = fold_run(run_dir) if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else RunState()
+    if state == "stale" and not any(a.hand or a.place for a in run.actors.values()):
+        state = "aborted"
+    alive = sum(1 for a in run.actors.values() if ("watch", a.id) in run.owed and EXECUTORS[a.handle["executor"]].is_alive(a.handle))
+    actors = []
+    for actor in run.actors.values():
+        record = live_record(run, actor, os.path.join(run_dir, "tasks", actor.id, "stdout.log"))
+        actors.append({**record, "started_unix": actor.started_at, "final_message": get_blob(run_dir, record["final_message"])})
+    costs = [a["cost_usd"] for a in actors if a["cost_usd"] is not None]
+    return Overview({**head, "state": state, "tasks_total": len(run.actors), "tasks_failed": run.failed,
+                     "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
+                     "tasks_not_started": len(run.waiting)}, actors, run)
+
+
+def cmd_status(options: Any) -> str:
+    """Show how every actor of a run stands, and where kept work is."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    if options.rebuild:
+        rebuild_exports(run_dir)
+    seen = look_at_run(run_dir)
+    if options.json:
+        actors = [{k: v for k, v in a.items() if k != "started_unix"} for a in seen.actors]
+        print(json.dumps({**seen.head, "approvals": [], "actors": actors}, indent=2))
+        return "ok"
+    lines = render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width())
+    if seen.head["state"] == "stale":
+        alive = seen.head["agents_alive"]
+        lines.append(f"its dispatcher died" + (f"; {alive} agents live without it" if alive else "") + f": pitboss resume {options.run}")
+    print("\n".join(lines))
+    return "ok"
+
+
+def rebuild_exports(run_dir: str) -> None:
+    """Write summary.jsonl, and summary.json of a finished run, anew from the journal.  Raises Refused for a held run."""
+    lock = take_lock(run_dir)
+    try:
+        os.umask(0o077)
+        run, meta = fold_run(run_dir), read_json(os.path.join(run_dir, "meta.json")) or {}
+        mask = mask_for(read_snapshot(run_dir, meta).manifest, os.environ)
+        export_records(run_dir, run, mask)
+        if run.finished_at is not None:
+            records = []
+            for name in run.settled:
+                record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
+                records.append({**record, "final_message": get_blob(run_dir, record["final_message"])})
+            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta), mask, durable=True)
+    finally:
+        os.close(lock)
+
+
+def cmd_list(options: Any) -> str:
+    """Show the runs, newest first."""
+    runs_dir = runs_folder(os.environ, options.runs_dir)
+    entries = []
+    for run_id in list_runs(runs_dir):
+        try:
+            head = look_at_run(os.path.join(runs_dir, run_id)).head
+        except PitbossError as e:
+            head = {"run_id": run_id, "name": None, "mode": None, "state": f"unreadable: {clean_text(str(e))}", "tasks_total": 0,
+                    "tasks_failed": 0, "total_cost_usd": None, "agents_alive": 0}
+        if not options.active or head["state"] == "running" or head["agents_alive"]:
+            entries.append({**head, "started_unix": int(run_id.replace("-", "")[:12], 16) / 1000})
+    if options.json:
+        print(json.dumps([{**{k: v for k, v in e.items() if k != "started_unix"}, "started_at": render_time(e["started_unix"])}
+                          for e in entries], indent=2))
+    elif entries:
+        now = time.time()
+        print("\n".join(render_table([LIST_HEAD, *(list_row(e, now) for e in entries)], right=(4, 5, 6, 7), width=terminal_width())))
+    else:
+        say_error(f"no runs in {runs_dir}")
+    return "ok"
+
+
+def cmd_attach(options: Any) -> str:
+    """Follow one actor's log until it settles; Ctrl-C leaves it."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    seen = look_at_run(run_dir)
+    found = next((a for a in seen.actors if a["task_id"] == options.actor), None)
+    if found is None:
+        names = ", ".join(a["task_id"] for a in seen.actors)
+        raise NotFound(f"no actor {show_value(options.actor)} in this run; there are: {names}{did_you_mean(options.actor, names.split(', '))}")
+    form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
+    log = os.path.join(run_dir, "tasks", options.actor, "stdout.log")
+    tail, colour, settled = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout), found["status"] is not None
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            lines = tail.read(READ_AT_ONCE)
+            if not lines and settled and not (tail.fd is not None and tail.behind()):
+                show_log_lines(tail.rest(), form, options.raw, colour)
+                break
+            show_log_lines(lines, form, options.raw, colour)
+            if not lines:
+                time.sleep(0.1)
+                settled = settled or is_settled(run_dir, options.actor)
+    return "ok"
+
+
+def guess_format(run_dir: str, actor: str) -> str:
+    """How the actor of a finished run prints, from its journal; claude's way where there is none."""
+    try:
+        return fold_run(run_dir).actors[actor].format
+    except (PitbossError, KeyError):
+        return "claude"
+
+
+def is_settled(run_dir: str, actor: str) -> bool:
+    """Whether an actor has ended, or nobody is there to say so."""
+    run = fold_run(run_dir)
+    return run.actors[actor].state in ("closing", "settled") or not is_locked(run_dir) and not (
+        run.actors[actor].handle and is_alive_local(run.actors[actor].handle))
+
+
+def last_lines_at(path: str, count: int) -> int:
+    """Where the last `count` lines of a file begin, in bytes."""
+    try:
+        with open(path, "rb") as f:
+            size = end = os.fstat(f.fileno()).st_size
+            seen = 0
+            while end > 0:
+                start = max(0, end - 65536)
+                f.seek(start)
+                data = f.read(end - start)
+                at = len(data) - (1 if end == size and data.endswith(b"\n") else 0)
+                while (at := data.rfind(b"\n", 0, at)) >= 0:
+                    seen += 1
+                    if seen == count:
+                        return start + at + 1
+                end = start
+    except OSError:
+        pass
+    return 0
+
+
+def show_log_lines(lines: list[bytes], form: str, raw: bool, colour: bool) -> None:
+    """Print lines of a log, as they are or formatted."""
+    for line in lines:
+        if raw:
+            sys.stdout.buffer.write(line + b"\n")
+        else:
+            for mark, text in render_log_line(line, form):
+                print(paint(f"{mark} {text}", LOG_MARKS[mark][0], colour))
+    sys.stdout.flush()
+
+
+def cmd_demo(options: Any) -> str:
+    """Deal five scripted agents in a temporary repository: no agent, no key, no network is needed."""
+    path = make_demo()
+    loaded = load_manifest(path, os.environ, say_error)
+    runs_dir = runs_folder(os.environ, options.runs_dir)
+    try:
+        os.makedirs(runs_dir, mode=0o700, exist_ok=True)
+        if not os.access(runs_dir, os.W_OK):
+            raise PermissionError
+    except OSError:
+        runs_dir = os.path.join(loaded.base_dir, "runs")
+    say_error(f"Five scripted agents work in worktrees of {loaded.base_dir}/repo; one of them fails on purpose.\n")
+    order = Order(loaded.data, loaded.manifest, path, "demo", loaded.base_dir, runs_dir, None)
+    umask = os.umask(0o077)
+    run_dir = create_run(order, os.environ, make_mask([os.environ]))
+    deal_and_report(run_dir, umask, options)
+    seen = look_at_run(run_dir)
+    run_id, extra = os.path.basename(run_dir), "" if runs_dir == runs_folder(os.environ) else f" --run-dir {runs_dir}"
+    print("\n".join(["", *render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width()), "",
+                     f"The manifest      {path}", f"The repository    {loaded.base_dir}/repo (git log --all --oneline shows the branches)",
+                     f"The run folder    {run_dir}", f"Its logs          {run_dir}/tasks/*/stdout.log",
+                     "Look closer       " + f"python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} status {run_id[:13]}{extra}",
+                     f"                  python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} attach {run_id[:13]} slow{extra}"]))
+    went = {a["task_id"]: a["status"] for a in seen.actors}
+    if went != DEMO_EXPECTED:
+        say_error(f"pitboss: the demonstration should have ended with {DEMO_EXPECTED}")
+        return "failed"
+    return "ok"
+
+
+def cmd_demo_agent(options: Any) -> str:
+    """The scripted agent (a run starts it)."""
+    session_id = options.resume or options.session_id
+    path = os.path.join(options.sessions, f"{session_id}.json")
+    if not re.fullmatch(r"[0-9a-f-]{36}", session_id or ""):
+        raise InvalidInput("a session id must be a UUID")
+    agent = DemoAgent(options.model, session_id, path)
+    if options.resume:
+        session = read_json(path)
+        if session is None:
+            say_error(f"No conversation found with session ID: {session_id}")
+            agent.result(None, subtype="error_during_execution", error=True, errors=(f"No conversation found with session ID: {session_id}",))
+            sys.exit(1)
+        agent.session = session
+    elif os.path.exists(path):
+        say_error(f"Error: Session ID {session_id} is already in use.")
+        sys.exit(1)
+    code = agent.serve()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Finding(NamedTuple):
+    """One line of `doctor`."""
+
+    what: str
+    ok: bool | None            # None: it is missing, and nothing needs it
+    found: str
+    remedy: str = ""
+
+
+def cmd_doctor(options: Any) -> str:
+    """Say what this machine has and what that means for pitboss."""
+    findings = [*look_at_machine(os.environ, options.runs_dir)]
+    if options.json:
+        print(json.dumps([f._asdict() for f in findings], indent=2))
+    else:
+        marks = {True: ("ok", "green"), None: ("-", "dim"), False: ("!!", "red")}
+        for f in findings:
+            mark, colour = marks[f.ok]
+            print(f"{paint(pad_cells(mark, 2), colour, want_colour(sys.stdout))}  {pad_cells(f.what, 10)}  {f.found}"
+                  + (f"  -> {f.remedy}" if f.remedy else ""))
+    return "ok" if all(f.ok is not False for f in findings) else "failed"
+
+
+def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
+    """What pitboss needs or can use, one finding each."""
+    import shutil
+    import subprocess
+
+    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+    yield Finding("system", True, f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores, user {os.geteuid()}"
+                  + (" (root: claude is told that it runs in a sandbox)" if os.geteuid() == 0 else ""))
+    for name, needed, why in (("sh", True, "every agent is started through it"), ("git", True, "worktrees need it"),
+                              ("tmux", False, "")):
+        path = shutil.which(name, path=env.get("PATH"))
+        if path is None:
+            yield Finding(name, False if needed else None, "not on PATH", f"install {name}: {why}" if needed else "")
+            continue
+        done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh" else [path, "-c", "echo"], capture_output=True,
+                              text=True, check=False, stdin=subprocess.DEVNULL)
+        yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at {path}".strip())
+    for row in AGENTS.values():
+        if not row.program:
+            yield Finding(row.name, True, f"built in; {row.limits}")
+            continue
+        try:
+            program = find_program(row, env, {}, "/")
+            yield Finding(row.name, True, f"{ask_version(row, program, env)} at {program[0]}" + (f"; {row.limits}" if row.limits else ""))
+        except InvalidInput as e:
+            yield Finding(row.name, None, str(e).partition(": ")[2], e.hint)
+    runs_dir = runs_folder(env, given)
+    there = runs_dir
+    while not os.path.isdir(there):
+        there = os.path.dirname(there)
+    free = os.statvfs(there)
+    room = free.f_bavail * free.f_frsize
+    writable = os.access(there, os.W_OK)
+    yield Finding("runs", writable, f"{runs_dir}" + ("" if writable else f": {there} is not writable"),
+                  "" if writable else "set XDG_DATA_HOME, or give --run-dir")
+    yield Finding("disk", room > 100e6, f"{render_bytes(room)} free in {there}", "" if room > 100e6 else "make room: agents and logs need it")
+    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
+                  "pidfd tells of exits" if hasattr(os, "pidfd_open") else "no pidfd: exits are found by kqueue or by looking")
+
+
+def cmd_version(options: Any) -> str:
+    """Print the version."""
+    print(f"pitboss {VERSION}")
+    return "ok"
+
+
+def cmd_reference(options: Any) -> str:
+    """Print the reference tables of the README."""
+    print(render_reference())
+    return "ok"
+
+
+def render_reference() -> str:
+    """Every table of the README that is derived from the code, as Markdown."""
+    heads = {"run": "[run]", "defaults": "[defaults], and each [[task]]", "task": "[[task]]", "template": "[[template]]",
+             "mcp_server": "[[mcp_server]]", "agent": "[agent.NAME]"}
+    parts = []
+    for name, (fields, _, what) in TABLES.items():
+        shown = [f for f in fields if f not in HOUSE_FIELDS and not (name == "task" and f in ACTOR_FIELDS)]
+        parts += [f"#### `{heads[name]}`: {what.replace('`[agent.NAME]`: ', '')}", "", reference_of(tuple(shown)), ""]
+    parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
+    parts += [f"| `{c.name} {c.usage}`".replace(" `", "`") + f" | {c.help} |" for c in COMMANDS.values() if c.help]
+    parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|", *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
+    parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|", *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
+    parts += ["", "#### Agents", "", "| agent | how | limits |", "|---|---|---|"]
+    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.limits or 'none'} |" for a in AGENTS.values()]
+    parts += ["", "#### The scripted agent's steps", "", "| step | what it does |", "|---|---|"]
+    parts += [f"| `$ {s.usage}` | {s.meaning} |" for s in STEPS.values()] + ["| `$ loop N` … `$ end` | repeat the steps between |"]
+    return "\n".join(parts)
+
+
+class Cli(NamedTuple):
+    """One command."""
+
+    name: str
+    run: Callable              # (options) -> a key of EXIT_CODES
+    usage: str
+    args: tuple                # (flags, options) pairs for add_argument
+    help: str                  # empty: internal, not shown
+    example: str = ""
+
+
+_RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"})
+_MANIFEST = (("manifest",), {"metavar": "MANIFEST", "help": "a TOML file, or - for standard input"})
+_JSON = (("--json",), {"action": "store_true", "help": "print JSON"})
+_RUNS_DIR = (("--run-dir", "--runs-dir"), {"dest": "runs_dir", "metavar": "DIR", "help": "another folder of runs"})
+_QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress"})
+_VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
+
+COMMANDS = {c.name: c for c in (
+    Cli("validate", cmd_validate, "MANIFEST", (_MANIFEST, _JSON), "check a manifest without starting anything", "validate fix.toml"),
+    Cli("dispatch", cmd_dispatch, "MANIFEST", (
+        _MANIFEST, _RUNS_DIR, _QUIET, _VERBOSE,
+        (("--dry-run",), {"action": "store_true", "help": "show each agent's command, folder and branch; write nothing"}),
+        (("--background",), {"action": "store_true", "help": "check, start a dispatcher of its own, print its ids as JSON"})),
+        "deal a run; the last line is the run folder", "dispatch fix.toml"),
+    Cli("resume", cmd_resume, "RUN", (
+        _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
+        (("--failed",), {"action": "store_true", "help": "of a finished run, only what did not succeed"})),
+        "go on with a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
+    Cli("cancel", cmd_cancel, "RUN", (
+        _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
+        (("--reason",), {"metavar": "TEXT", "help": "why; it goes into the records"}),
+        (("--no-wait",), {"action": "store_true", "help": "do not wait until every agent is gone"})),
+        "stop every agent of a run and settle it", "cancel 0192f3 --reason 'wrong branch'"),
+    Cli("status", cmd_status, "RUN", (
+        _RUN, _JSON, _RUNS_DIR,
+        (("--rebuild",), {"action": "store_true", "help": "write summary.jsonl and summary.json anew from the journal first"})),
+        "show how every actor of a run stands", "status 0192f3"),
+    Cli("list", cmd_list, "", (
+        _JSON, _RUNS_DIR, (("--active",), {"action": "store_true", "help": "only runs that go on, or whose agents live"})),
+        "show the runs, newest first", "list --active"),
+    Cli("attach", cmd_attach, "RUN ACTOR", (
+        _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of a task"}), _RUNS_DIR,
+        (("--raw",), {"action": "store_true", "help": "the log as it is"}),
+        (("--lines",), {"type": int, "default": 20, "metavar": "N", "help": "begin with the last N lines (20)"})),
+        "follow one actor's log until it settles", "attach 0192f3 hello"),
+    Cli("demo", cmd_demo, "", (_RUNS_DIR, _QUIET, _VERBOSE), "deal five scripted agents in a temporary repository", "demo"),
+    Cli("doctor", cmd_doctor, "", (_JSON, _RUNS_DIR), "say what this machine has and what that means", "doctor"),
+    Cli("version", cmd_version, "", (), "print the version", "version"),
+    Cli("reference", cmd_reference, "", (), ""),
+    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
+    Cli("demo-agent", cmd_demo_agent, "", (
+        (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}), (("--resume",), {})), ""),
+)}
+
+
+def make_parser(prog: str, name: str) -> Any:
+    """The argument parser of one command, or with an empty name the one that lists them all."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        """Errors are raised, so that main alone prints them."""
+
+        def error(self, message: str) -> Any:
+            raise InvalidInput(message, hint=f"{self.prog} --help")
+
+    if name:
+        command = COMMANDS[name]
+        example = f"Example: {prog} {command.example}\n\n" if command.example else ""
+        parser = Parser(prog=f"{prog} {name}", description=f"{command.run.__doc__.splitlines()[0]}\n\n{example}".rstrip(),
+                        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
+        for flags, settings in command.args:
+            parser.add_argument(*flags, **settings)
+        return parser
+    listed = "\n".join(f"  {pad_cells(c.name + ' ' + c.usage, 22)} {c.help}" for c in COMMANDS.values() if c.help)
+    parser = Parser(prog=prog, usage=f"{prog} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True,
+                    description=f"Deals work to coding agents and never loses a hand.\n\ncommands:\n{listed}",
+                    epilog=f"{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}")
+    parser.add_argument("-V", "--version", action="store_true", help="print the version")
+    return parser
+
+
+def exit_codes_text() -> str:
+    """The exit codes, as they stand below every help text."""
+    return "exit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.values())
+
+
+def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
+    """(name of the command, its options).  Raises InvalidInput with what is allowed."""
+    if "--version" in argv[:2] or "-V" in argv[:2]:
+        return "version", None
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        parser = make_parser(prog, "")
+        parser.print_help(sys.stdout if argv else sys.stderr)
+        sys.exit(0 if argv else EXIT_CODES["invalid"][0])
+    if argv[0] not in COMMANDS:
+        known = [c.name for c in COMMANDS.values() if c.help]
+        raise InvalidInput(f"unknown command {show_value(argv[0])}{did_you_mean(argv[0], known)}", hint=f"{prog} --help")
+    parser = make_parser(prog, argv[0])
+    options, rest = parser.parse_known_args(argv[1:])
+    if rest:
+        flags = [flag for names, _ in COMMANDS[argv[0]].args for flag in names if flag.startswith("-")]
+        raise InvalidInput(f"{argv[0]}: unknown argument {show_value(rest[0])}{did_you_mean(rest[0], flags)}", hint=f"{parser.prog} --help")
+    return argv[0], options
+
+
+def main(argv: list[str] | None = None) -> int:  # long: the one place where every kind of error becomes text and a code
+    """Run one command line; return its exit code.  The only place where errors become text."""
+    prog = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
+    try:
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # LC_ALL=C must not break a name
+        sys.stderr.reconfigure(encoding="utf-8", errors="replace")
+    except AttributeError:
+        pass
+    code = "bug"
+    try:
+        name, options = parse_command(sys.argv[1:] if argv is None else argv, prog)
+        code = COMMANDS[name].run(options)
+        sys.stdout.flush()
+    except PitbossError as e:
+        code = e.code
+        say_error(f"pitboss: {make_mask([os.environ]).text(str(e))}" + (f"\n  try: {e.hint}" if e.hint else ""))
+    except KeyboardInterrupt:
+        code = "interrupted"
+    except BrokenPipeError:
+        code = "ok"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)       # or the interpreter complains when it flushes
+    except OSError as e:
+        fault = fault_of(e, "pitboss")
+        code = fault.code
+        say_error(str(fault))
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Exception as e:  # boundary: a bug is reported in one line, with its traceback in a file
+        say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its traceback: {save_traceback()}")
+    return EXIT_CODES[code][0]
+
+
+def save_traceback() -> str:
+    """Write the present exception's traceback to a file; returns its path, or the traceback where there is no room."""
+    import tempfile
+    import traceback
+
+    text = make_mask([os.environ]).text(traceback.format_exc())
+    try:
+        fd, path = tempfile.mkstemp(prefix="pitboss-bug-", suffix=".txt")
+        write_all(fd, text.encode("utf-8", "replace"))
+        os.close(fd)
+        return path
+    except OSError:
+        return text
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("pitboss", sys.modules["__main__"])
+    sys.exit(main())

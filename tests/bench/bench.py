@@ -1,0 +1,444 @@
+#!/usr/bin/env python3
+"""What pitboss costs, beside a plain program that does the same work in the same minute.
+
+    python3 tests/bench/bench.py [--quick] [--only NAME ...] [--json FILE]
+
+Every figure is the median of several rounds; where there is a peer, the two take turns, and the ratio is
+the figure to look at, for it says little about the machine. Linux only (/proc), standard library only.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import py_compile
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import PITBOSS, PYTHON, Home, read_events, wait_for  # noqa: E402
+
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+MB = 1_000_000
+
+
+class Figure(NamedTuple):
+    """One line of the table; `peer` is the same figure of the plain program, None where there is none."""
+    what: str
+    value: float
+    unit: str
+    peer: float | None = None
+    peer_is: str = ""
+
+
+class Size(NamedTuple):
+    """How much work a round is and how many rounds there are."""
+    rounds: int
+    tasks: int
+    worktrees: int
+    log_bytes: int
+    idle_s: float
+    runs: int
+    starts: int
+
+
+FULL = Size(rounds=5, tasks=400, worktrees=40, log_bytes=20 * MB, idle_s=20, runs=1000, starts=21)
+QUICK = Size(rounds=3, tasks=200, worktrees=12, log_bytes=5 * MB, idle_s=5, runs=100, starts=7)
+
+NOOP = '[agent.noop]\ncommand = ["true"]\nformat = "text"\n'
+SLEEPER = '[agent.sleeper]\ncommand = ["sleep", "600"]\nformat = "text"\n'
+
+
+# ---- tools of the rows
+
+@contextlib.contextmanager
+def fresh_home() -> Iterator[Home]:
+    """A user's machine in a temporary folder; what it left alive is killed, what it wrote is removed."""
+    with tempfile.TemporaryDirectory(prefix="pitboss-bench-", ignore_cleanup_errors=True) as name:
+        home = Home(Path(name))
+        try:
+            yield home
+        finally:
+            home.end_everything()
+
+
+def manifest_of(agents: str, actors: list[str], cap: int, defaults: str = "use_worktree = false") -> str:
+    """A manifest with one task for every name of an agent in `actors`."""
+    tasks = "".join(f'[[task]]\nid = "t{n}"\nagent = "{agent}"\ndirectory = "repo"\nprompt = "x"\n'
+                    for n, agent in enumerate(actors))
+    return f"[run]\nmax_parallel = {cap}\n[defaults]\n{defaults}\n{agents}{tasks}"
+
+
+def prepare(home: Home, text: str) -> Path:
+    (home.root / "repo").mkdir(exist_ok=True)
+    return home.manifest(text)
+
+
+def seconds(act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def alternate(rounds: int, *acts: Callable[[], float]) -> list[float]:
+    """The median of each act's answers; in every round each act has its turn."""
+    answers = [[act() for act in acts] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*answers)]
+
+
+def slope(small: int, large: int, cost: Callable[[int], float]) -> tuple[float, float]:
+    """Seconds a task and seconds of the fixed part, from one round of `small` and one of `large` tasks."""
+    few, many = cost(small), cost(large)
+    per_task = (many - few) / (large - small)
+    return per_task, few - small * per_task
+
+
+def start_and_wait(home: Home, text: str, kind: str, count: int) -> tuple[subprocess.Popen, Path]:
+    """A dispatch whose journal holds `count` events of `kind`; the process and the run folder."""
+    process = home.start("dispatch", "-q", prepare(home, text), **QUIET)
+    wait_for(lambda: count_events(home, kind) >= count, 120, f"{count} times {kind}")
+    return process, home.run_dir()
+
+
+def count_events(home: Home, kind: str) -> int:
+    try:
+        return sum(event["kind"] == kind for event in read_events(home.run_dir()))
+    except (OSError, ValueError):        # no run folder yet, or an empty one
+        return 0
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of one process, its children not counted; also right while it is a zombie."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def memory_of(pid: int) -> dict[str, float]:
+    """VmRSS and VmHWM in MB; empty for a process that has ended."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {name: int(kb) * 1024 / MB for name, kb in re.findall(r"^(VmRSS|VmHWM):\s+(\d+)", text, re.M)}
+
+
+def bytes_read_by(pid: int) -> int:
+    return int(re.search(r"rchar: (\d+)", Path(f"/proc/{pid}/io").read_text())[1])
+
+
+def has_ended(pid: int) -> bool:
+    """True when our child `pid` is a zombie; it stays one, so that /proc still tells of it."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+# ---- 1. agents that do nothing
+
+def measure_noop(size: Size) -> list[Figure]:
+    few, many = size.tasks // 4, size.tasks
+    with fresh_home() as home:
+        def dispatch(count: int) -> float:
+            manifest = prepare(home, manifest_of(NOOP, ["noop"] * count, cap=4))
+            return seconds(lambda: home.pitboss("dispatch", "-q", manifest, check=0, timeout=300))
+
+        def xargs(count: int) -> float:
+            command = f"seq {count} | xargs -n 1 -P 4 true"
+            return seconds(lambda: subprocess.run(command, shell=True, check=True))
+
+        rounds = [(slope(few, many, dispatch), slope(few, many, xargs)) for _ in range(size.rounds)]
+    middle = [statistics.median(values) for values in zip(*(ours + theirs for ours, theirs in rounds))]
+    return [Figure("one agent more, at 4 at once", middle[0] * 1e3, "ms", middle[2] * 1e3, "xargs -P4"),
+            Figure("a run's fixed part", middle[1] * 1e3, "ms")]
+
+
+# ---- 2. worktrees
+
+WORKTREES_BY_HAND = """\
+set -e
+for n in $(seq $1); do
+    git worktree add -q -b "work/$n" "$2/$n"
+    git -C "$2/$n" status --porcelain
+    git worktree remove "$2/$n"
+    git branch -q -d "work/$n"
+done
+"""
+
+
+def measure_worktrees(size: Size) -> list[Figure]:
+    with fresh_home() as home:
+        repo = home.repo(files=10)
+        actors = ["noop"] * size.worktrees
+        manifest = prepare(home, manifest_of(NOOP, actors, cap=4, defaults="use_worktree = true"))
+        by_hand = ["sh", "-c", WORKTREES_BY_HAND, "sh", str(size.worktrees), str(home.root / "by-hand")]
+        ours, theirs = alternate(
+            size.rounds,
+            lambda: seconds(lambda: home.pitboss("dispatch", "-q", manifest, check=0, timeout=300)),
+            lambda: seconds(lambda: subprocess.run(by_hand, cwd=repo, env=home.env, check=True)))
+    return [Figure(f"{size.worktrees} agents with a worktree", ours * 1e3 / size.worktrees, "ms each",
+                   theirs * 1e3 / size.worktrees, "git, one after the other")]
+
+
+# ---- 3. agents that say much
+
+SESSION = "5f1e6d0a-0000-4000-8000-000000000000"
+ASSISTANT = {"type": "assistant", "message": {
+    "id": "msg_%08d", "type": "message", "role": "assistant", "model": "claude-sonnet-4-6",
+    "content": [{"type": "text", "text": "0123456789" * 60}], "stop_reason": None,
+    "usage": {"input_tokens": 500, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+              "output_tokens": 1}},
+    "parent_tool_use_id": None, "session_id": SESSION, "uuid": "u", "request_id": "r"}
+RESULT = {"type": "result", "subtype": "success", "is_error": False, "num_turns": 1, "result": "done",
+          "session_id": SESSION, "total_cost_usd": 0.01, "usage": {},
+          "modelUsage": {"claude-sonnet-4-6": {"inputTokens": 500, "outputTokens": 9, "costUSD": 0.01}}}
+
+
+def write_log(path: Path, size_bytes: int) -> int:
+    """Lines as claude prints them, `size_bytes` of them and a result; the size in bytes."""
+    line = json.dumps(ASSISTANT, separators=(",", ":")) + "\n"
+    with path.open("w") as file:
+        for n in range(size_bytes // len(line)):
+            file.write(line % n)
+        file.write(json.dumps(RESULT, separators=(",", ":")) + "\n")
+    return path.stat().st_size
+
+
+class Watched(NamedTuple):
+    """A dispatcher seen from outside: its own CPU seconds, its memory after a tenth, at the end, at most."""
+    cpu_s: float
+    early_mb: float
+    late_mb: float
+    peak_mb: float
+
+
+def watch_dispatch(home: Home, manifest: Path, total_bytes: int) -> Watched:
+    """Run a dispatch and sample its memory; "a tenth" is when it has read a tenth of `total_bytes`."""
+    process = home.start("dispatch", "-q", manifest, **QUIET)
+    samples: list[tuple[int, dict]] = []
+    pause = threading.Event()
+    while not has_ended(process.pid):
+        read, memory = bytes_read_by(process.pid), memory_of(process.pid)
+        if memory:
+            samples.append((read, memory))
+        pause.wait(0.02)
+    cpu_s = cpu_of(process.pid)
+    assert process.wait() == 0
+    early = next((memory for read, memory in samples if read >= total_bytes / 10), samples[-1][1])
+    late = samples[-1][1]
+    return Watched(cpu_s, early["VmRSS"], late["VmRSS"], late["VmHWM"])
+
+
+def cat_cpu_s(source: Path, target: Path, times: int) -> float:
+    """CPU seconds of `cat` writing `source` to a file, `times` times."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(times):
+        with target.open("wb") as file:
+            subprocess.run(["cat", source], stdout=file, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure_stream(size: Size) -> list[Figure]:
+    agents = 8
+    with fresh_home() as home:
+        log = home.root / "log.jsonl"
+        total = agents * write_log(log, size.log_bytes)
+        cat = f'[agent.cat]\ncommand = ["cat", "{log}"]\nformat = "claude"\n'
+        manifest = prepare(home, manifest_of(cat, ["cat"] * agents, cap=agents))
+        seen = []
+        for _ in range(size.rounds):
+            seen.append((watch_dispatch(home, manifest, total), cat_cpu_s(log, home.root / "copy", agents)))
+            shutil.rmtree(home.runs)
+    ours, theirs = [w for w, _ in seen], [c for _, c in seen]
+    per_100_mb = 100 * MB / total
+    middle = Watched(*(statistics.median(column) for column in zip(*ours)))
+    return [Figure("dispatcher CPU for 100 MB of events", middle.cpu_s * per_100_mb, "s",
+                   statistics.median(theirs) * per_100_mb, "cat to a file"),
+            Figure("dispatcher memory at most", middle.peak_mb, "MB"),
+            Figure("dispatcher memory at the end", middle.late_mb, "MB", middle.early_mb, "after a tenth")]
+
+
+# ---- 4. agents that say nothing
+
+def measure_idle(size: Size) -> list[Figure]:
+    with fresh_home() as home:
+        text = manifest_of(SLEEPER, ["sleeper"] * 16, cap=16)
+        process, _ = start_and_wait(home, text, "hand_started", 16)
+        before, began = cpu_of(process.pid), time.perf_counter()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(size.idle_s)
+        spent_s, passed_s = cpu_of(process.pid) - before, time.perf_counter() - began
+        process.kill()
+        process.wait()
+    return [Figure("dispatcher CPU, 16 silent agents", 100 * spent_s / passed_s, "% of a core")]
+
+
+# ---- 5. taking over after the dispatcher was killed
+
+def measure_takeover(size: Size) -> list[Figure]:
+    agents, rows = 8, []
+    for _ in range(size.rounds):
+        with fresh_home() as home:
+            text = manifest_of(SLEEPER, ["sleeper"] * agents, cap=agents)
+            process, run = start_and_wait(home, text, "hand_started", agents)
+            process.kill()
+            process.wait()
+            rows.append(take_over(home, run, agents))
+    adopted, restarted, passed_s = (statistics.median(column) for column in zip(*rows))
+    return [Figure("agents adopted after SIGKILL of the dispatcher", adopted, f"of {agents}"),
+            Figure("agents dealt again", restarted, f"of {agents}"),
+            Figure("until all are watched again", passed_s * 1e3, "ms")]
+
+
+def take_over(home: Home, run: Path, agents: int) -> tuple[int, int, float]:
+    """`resume` a run with living agents: how many were adopted, how many dealt again, how many seconds."""
+    known = len(read_events(run))
+    began = time.perf_counter()
+    process = home.start("resume", run.name, **QUIET)
+
+    def kinds() -> list[str]:
+        return [event["kind"] for event in read_events(run)[known:]]
+
+    wait_for(lambda: sum(kind in ("adopted", "hand_started") for kind in kinds()) >= agents, 60, "adoption")
+    passed_s = time.perf_counter() - began
+    found = kinds()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return found.count("adopted"), found.count("hand_started"), passed_s
+
+
+# ---- 6. reading commands
+
+def measure_reading(size: Size) -> list[Figure]:
+    return [*measure_status(size), *measure_list(size)]
+
+
+def measure_status(size: Size) -> list[Figure]:
+    count = size.runs
+    with fresh_home() as home:
+        manifest = prepare(home, manifest_of(NOOP, ["noop"] * count, cap=4))
+        home.pitboss("dispatch", "-q", manifest, check=0, timeout=600)
+        finished = home.run_dir().name
+        actors = ["noop"] * (count // 2) + ["sleeper"] * (count - count // 2)
+        process, run = start_and_wait(home, manifest_of(NOOP + SLEEPER, actors, cap=4), "closed", count // 2)
+        of_finished, of_live, version = alternate(
+            size.rounds, *(lambda args=args: run_s(home, *args)
+                           for args in (["status", finished], ["status", run.name], ["version"])))
+        process.kill()
+        process.wait()
+    return [Figure(f"status, finished run of {count}, above version", (of_finished - version) * 1e3, "ms"),
+            Figure(f"status, live run of {count}, above version", (of_live - version) * 1e3, "ms")]
+
+
+def run_s(home: Home, *args: str) -> float:
+    return seconds(lambda: home.pitboss(*args, check=0))
+
+
+def measure_list(size: Size) -> list[Figure]:
+    with fresh_home() as home:
+        home.pitboss("dispatch", "-q", prepare(home, manifest_of(NOOP, ["noop"] * 3, cap=4)), check=0)
+        for n in range(size.runs - 1):
+            copy_run(home.run_dir(), n)
+        listed = json.loads(home.pitboss("list", "--json", check=0).stdout)
+        assert len(listed) == size.runs and {row["state"] for row in listed} == {"complete"}
+        of_list, version = alternate(size.rounds, lambda: run_s(home, "list"), lambda: run_s(home, "version"))
+    return [Figure(f"list of {size.runs} runs, above version", (of_list - version) * 1e3, "ms")]
+
+
+def copy_run(run: Path, number: int) -> None:
+    """The same run once more under another UUIDv7, earlier by `number` + 1 ms: `run` stays the newest."""
+    moment = int(run.name.replace("-", "")[:12], 16) - number - 1
+    bits = moment << 80 | 7 << 76 | uuid.uuid4().int & (1 << 76) - 1
+    name = str(uuid.UUID(int=bits & ~(3 << 62) | 2 << 62))
+    shutil.copytree(run, run.parent / name, ignore=shutil.ignore_patterns("self", "tasks", "worktrees"))
+    for path in (run.parent / name).glob("*.json*"):
+        path.write_text(path.read_text().replace(run.name, name))
+
+
+# ---- 7. start-up
+
+def measure_start(size: Size) -> list[Figure]:
+    with fresh_home() as home:
+        py_compile.compile(str(PITBOSS), cfile=str(home.root / "pitboss.pyc"), doraise=True)
+        compiled = f"import sys; sys.path[:0] = {[str(home.root)]}; import pitboss; pitboss.main(['version'])"
+        acts = [[str(PITBOSS), "version"], ["-c", compiled], ["-c", "pass"]]
+        source, cached, bare = alternate(
+            size.starts, *(lambda args=args: python_s(home, args) for args in acts))
+    lines = PITBOSS.read_text().count("\n")
+    return [Figure("version, from the file", source * 1e3, "ms", bare * 1e3, "python3 -c pass"),
+            Figure("version, compiled before", cached * 1e3, "ms", bare * 1e3, "python3 -c pass"),
+            Figure(f"start-up for 1000 of the {lines} lines", (source - bare) * 1e3 / (lines / 1000), "ms"),
+            Figure("the same, compiled before", (cached - bare) * 1e3 / (lines / 1000), "ms")]
+
+
+def python_s(home: Home, argv: list[str]) -> float:
+    argv = [PYTHON, "-I", "-S", *argv]
+    return seconds(lambda: subprocess.run(argv, env=home.env, stdout=subprocess.DEVNULL, check=True))
+
+
+# ---- the table
+
+ROWS = {
+    "noop": measure_noop,
+    "worktrees": measure_worktrees,
+    "stream": measure_stream,
+    "idle": measure_idle,
+    "takeover": measure_takeover,
+    "reading": measure_reading,
+    "start": measure_start,
+}
+
+
+def render(name: str, figure: Figure) -> str:
+    against = ""
+    if figure.peer is not None:
+        ratio = f"{figure.value / figure.peer:.2f}" if figure.peer > 0 else "-"
+        against = f"{ratio:>7} x {figure.peer:.4g} {figure.unit} ({figure.peer_is})"
+    return f"{name:<10} {figure.what:<52} {figure.value:>9.4g} {figure.unit:<12}{against}".rstrip()
+
+
+def measure(names: list[str], size: Size) -> dict[str, list[Figure]]:
+    """Every row asked for, printed as it comes."""
+    print(f"{'row':<10} {'figure':<52} {'value':>9} {'':<12}{'ratio':>7}   peer", flush=True)
+    results = {}
+    for name in names:
+        results[name] = ROWS[name](size)
+        for figure in results[name]:
+            print(render(name, figure), flush=True)
+    return results
+
+
+def as_json(results: dict[str, list[Figure]]) -> dict:
+    figures = [{"row": name, **figure._asdict(), "ratio": figure.value / figure.peer if figure.peer else None}
+               for name, figures in results.items() for figure in figures]
+    machine = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(),
+               "load": os.getloadavg()[0]}
+    return {"machine": machine, "figures": figures}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("--quick", action="store_true", help="less work and fewer rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    options = parser.parse_args()
+    if sys.platform != "linux":
+        parser.error("the figures come from /proc, which only Linux has")
+    results = measure(options.only or list(ROWS), QUICK if options.quick else FULL)
+    if options.json:
+        options.json.write_text(json.dumps(as_json(results), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

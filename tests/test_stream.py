@@ -1,0 +1,290 @@
+"""What real claude printed is read right, and the scripted agent prints the same shapes.
+
+tests/data/claude holds output of claude 2.1.197. The table below says what each of these samples means; it
+was written by reading them, and it is checked twice: through the whole program, by an agent that prints a
+sample and ends as claude ended, and against the program's own reader.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tools import Home, read_records
+
+SAMPLES = Path(__file__).resolve().parent / "data" / "claude"
+ESTIMATE = -1                           # output tokens of a turn that told none: some number above zero
+KILLED, TERMINATED = -9, 143            # exit statuses as the agent's parent saw them
+
+
+class Sample(NamedTuple):
+    """One sample, and the record that it must give.
+
+    `tokens` are input, output, cache read, cache creation. `final` that ends in … is how the text begins.
+    `says` is a part of the reason's message.
+    """
+    name: str
+    exit: int
+    status: str
+    kind: str | None
+    session: str | None
+    tokens: tuple[int, int, int, int]
+    cost: float | None
+    final: str | None
+    says: str = ""
+
+
+NOTHING = (0, 0, 0, 0)
+LIMIT = "API Error: Request rejected (429) · scripted error 429"
+TABLE = [
+    # Good ends, exit 0.
+    Sample("plain", 0, "Success", None, "bfa02565-4b9d-41dc-b04a-f1716c06f7dc", (582, 10, 0, 0), 0.000632,
+           "hello world"),
+    Sample("bash", 0, "Success", None, "f9a0e77a-941e-4639-b8b3-f3768a65a712", (1438, 162, 0, 0), 0.002248,
+           "got: out\nerr\n/CWD\nAI_AGENT…"),
+    # A sub-agent's tokens are in modelUsage only; its words are not the last words of the task.
+    Sample("subagent", 0, "Success", None, "b4689944-2740-499b-a373-7d91506862d4", (2767, 1088, 0, 0),
+           0.008207, "lead got: sub says in-sub\n\n<system-reminder>…"),
+    Sample("err_429_once_then_ok", 0, "Success", None, "6b70a9aa-7c0c-41e1-b2c2-af45e6955620", (600, 9, 0, 0),
+           0.000645, "recovered"),
+    # A result whose own `usage` is all zeros.
+    Sample("err_cut_in_stream", 0, "Success", None, "83ec902e-72ae-4aa7-b87f-c32ae6aba017", (637, 60, 0, 0),
+           0.000937, "a half a half a half…"),
+    # Two results of one process: cost and modelUsage of the last one hold both turns.
+    Sample("in_two_turns", 0, "Success", None, "9c404be9-158d-4695-b788-5fc6813f3bd6", (1207, 17, 0, 0),
+           0.001292, "second"),
+    # The first result is the one of an interrupt, the last one is good.
+    Sample("in_interrupt", 0, "Success", None, "d2c55c42-c2d1-4fd5-b9dd-b80d904f42ac", (1380, 45, 0, 0),
+           0.001605, "after the interrupt"),
+    Sample("in_midflight_tool", 0, "Success", None, "704049c1-2211-471e-b4da-096590535d59", (1381, 102, 0, 0),
+           0.001891, "after the tool, newest user text: <<$user>>…"),
+    # The result comes before the last events.
+    Sample("bash_background", 0, "Success", None, "c156b2cf-a098-49f5-aa39-c71af0c37445", (1403, 51, 0, 0),
+           0.001658, "ending"),
+    Sample("partial", 0, "Success", None, "289f3711-85e2-453c-b0fe-a2a9e32df0fa", (600, 27, 0, 0), 0.000735,
+           "abc abc abc …"),
+    Sample("stop_max_tokens", 0, "Success", None, "db578bb3-d72f-4afd-b49b-8fc1b4ad5c18", (1273, 17, 0, 0),
+           0.001358, "more"),
+    Sample("empty_text", 0, "Success", None, "d8c23d25-2555-4689-b467-25eeae8a1c62", (1217, 32, 0, 0),
+           0.001377, ""),
+    Sample("slash_prompt", 0, "Success", None, "19ed597d-4db4-405f-b25d-de5112f35e8e", NOTHING, 0,
+           "/help isn't available in this environment."),
+    # The API refused: subtype says success, `is_error` and the exit status say the truth.
+    Sample("err_429_r2", 1, "Failed", "rate_limit", "6d0eb3f2-70f7-4a24-8b0e-bbf2d10a7c2d", NOTHING, 0, LIMIT,
+           "429"),
+    Sample("err_429_after_tool", 1, "Failed", "rate_limit", "602caadc-ee20-44ae-8fb1-48652f43bd0a",
+           (606, 32, 0, 0), 0.000766, LIMIT, "429"),
+    Sample("err_401_r1", 1, "Failed", "auth_failure", "3489b7d1-75d9-421e-a48b-51457ce3a6c4", NOTHING, 0,
+           "Invalid API key · Fix external API key", "Invalid API key"),
+    Sample("err_403", 1, "Failed", "auth_failure", "c94342ec-65b9-4840-81d4-968c1879b6d6", NOTHING, 0,
+           "Failed to authenticate. API Error: 403 forbidden", "403 forbidden"),
+    Sample("err_no_key", 1, "Failed", "auth_failure", "36f27260-2897-488a-9d5f-ca10381899da", NOTHING, 0,
+           "Not logged in · Please run /login", "Not logged in"),
+    Sample("err_400_credit", 1, "Failed", "auth_failure", "ea3d0680-3f49-4a3a-ab9e-c77b05524df8", NOTHING, 0,
+           "Credit balance is too low", "Credit balance"),
+    Sample("err_400", 1, "Failed", "invalid_argument", "9b469c60-079b-4e1e-8388-30fd3615f3a7", NOTHING, 0,
+           "API Error: 400 messages.0: something is wrong", "something is wrong"),
+    Sample("err_404_model", 1, "Failed", "invalid_argument", "55de2bc7-3bf2-4b63-abf3-440e27d14c9b", NOTHING,
+           0, "There's an issue with the selected model (claude-haiku-4-5).…", "selected model"),
+    Sample("err_413", 1, "Failed", "invalid_argument", "b6960026-7a9a-42b6-bab9-603c8697cdea", NOTHING, 0,
+           "Request too large (max 32MB). Try with a smaller file.", "too large"),
+    Sample("err_400_prompt_too_long", 1, "Failed", "context_exceeded", "f979fd05-cac0-47c9-9c4c-2a49d397bfe7",
+           NOTHING, 0, "Prompt is too long · the request is ~250000 tokens…", "too long"),
+    Sample("err_500_r2", 1, "Failed", "network_error", "e8c895e3-01ca-446d-80fd-5081f89b950b", NOTHING, 0,
+           "API Error: 500 scripted error 500.…", "500"),
+    Sample("err_529_r2", 1, "Failed", "network_error", "8ca69ee3-6c37-451d-a39a-1790f6384f8c", NOTHING, 0,
+           "API Error: 529 scripted error 529.…", "529"),
+    Sample("err_refused", 1, "Failed", "network_error", "e6ed5da3-12c5-48a2-acd4-4b74bd92f967", NOTHING, 0,
+           "API Error: Unable to connect to API (ConnectionRefused)", "Unable to connect"),
+    Sample("stop_refusal", 1, "Failed", "invalid_argument", "bf207f09-85c8-4e6e-b93c-c06ddbae1d11",
+           (594, 8, 0, 0), 0.000634, "API Error: Claude Code is unable to respond…", "Usage Policy"),
+    # Limits of claude's own: no `result` text.
+    Sample("max_turns_2", 1, "Failed", "unknown", "6513cd71-ed0d-4742-918c-6fcb2bfcc413", (1364, 64, 0, 0),
+           0.001684, None, "Reached maximum number of turns (2)"),
+    Sample("max_budget", 1, "Failed", "unknown", "b8871ded-8b72-48f3-9d32-78196f18748e", (2314, 96, 0, 0),
+           0.002794, None, "Reached maximum budget ($0.002)"),
+    Sample("resume_unknown", 1, "Failed", "unknown", "99999999-2222-4333-8444-555555555555", NOTHING, 0, None,
+           "No conversation found"),
+    # Nothing but a sentence on stderr.
+    Sample("session_id_again", 1, "Failed", "unknown", None, NOTHING, None, None, "already in use"),
+    # Ended by a signal that the dispatcher did not send.
+    Sample("sig_SIGTERM_pid_in_bash", TERMINATED, "Failed", "unknown", "449d4649-84db-4bae-b447-006477d5095e",
+           (613, ESTIMATE, 0, 0), None, "starting", "SIGTERM"),
+    Sample("sig_SIGKILL_pid_in_bash", KILLED, "Failed", "unknown", "76e20ba3-0901-4493-9e62-168c969451c9",
+           (613, ESTIMATE, 0, 0), None, "starting", "SIGKILL"),
+    Sample("sig_SIGTERM_in_mcp", TERMINATED, "Failed", "unknown", "76725ef5-ed84-466f-b9b6-2936e20f805c",
+           (1404, 36, 0, 0), 0.001584, "x", "SIGTERM"),
+    # After SIGINT claude exits 0, with a result that is an error or with none: neither is a success.
+    Sample("sig_SIGINT_in_stream", 0, "Failed", "unknown", "42289d68-1dc5-4c50-8f6d-a029ed23eb5b", NOTHING,
+           None, None),
+    Sample("sig_SIGINT_pid_in_bash", 0, "Failed", "unknown", "3f6a2a71-8fa1-4afd-8c69-83f8f18dff9b",
+           (613, 46, 0, 0), 0.000843, "starting"),
+]
+by_name = pytest.mark.parametrize("sample", TABLE, ids=[sample.name for sample in TABLE])
+
+
+def events_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (SAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_sample_is_in_the_table():
+    assert sorted(path.stem for path in SAMPLES.glob("*.jsonl")) == sorted(sample.name for sample in TABLE)
+
+
+# ------------------------------------------------------------------ through the whole program
+
+REPLAY = ('cat "$SAMPLE.jsonl"; if [ -e "$SAMPLE.stderr" ]; then cat "$SAMPLE.stderr" >&2; fi; '
+          'if [ "$STATUS" -lt 0 ]; then kill -KILL $$; fi; exit "$STATUS"')
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The records of one run whose tasks print the samples."""
+    home = Home(tmp_path_factory.mktemp("replay"))
+    tasks = "".join(
+        f'[[task]]\nid = "{sample.name}"\ndirectory = "."\nprompt = "x"\n'
+        f'env = {{ SAMPLE = "{SAMPLES / sample.name}", STATUS = "{sample.exit}" }}\n' for sample in TABLE)
+    manifest = home.manifest(
+        f'[agent.replay]\ncommand = ["sh", "-c", {json.dumps(REPLAY)}]\nformat = "claude"\n'
+        f'[defaults]\nagent = "replay"\nuse_worktree = false\n{tasks}')
+    home.pitboss("dispatch", manifest, check=1)
+    yield {record["task_id"]: record for record in read_records(home.run_dir())}
+    home.end_everything()
+
+
+def same_text(found: str | None, expected: str | None) -> bool:
+    if expected is not None and expected.endswith("…"):
+        return (found or "").startswith(expected[:-1])
+    return (found or None) == (expected or None)
+
+
+def same_tokens(found: tuple, expected: tuple) -> bool:
+    return all(there > 0 if wanted == ESTIMATE else there == wanted for there, wanted in zip(found, expected))
+
+
+@by_name
+def test_record(records, sample):
+    record = records[sample.name]
+    reason = record["failure_reason"]
+    usage = record["token_usage"]
+    signalled = sample.exit in (KILLED, TERMINATED)
+    assert (record["status"], reason and reason["kind"]) == (sample.status, sample.kind), reason
+    assert record["exit_code"] == (None if signalled else sample.exit)
+    assert sample.says in ((reason or {}).get("message") or ""), reason
+    if sample.session:
+        assert record["claude_session_id"] == sample.session
+    found = (usage["input"], usage["output"], usage["cache_read"], usage["cache_creation"])
+    assert same_tokens(found, sample.tokens), f"{found} is not {sample.tokens}"
+    if sample.cost is not None:
+        assert record["cost_usd"] == pytest.approx(sample.cost, abs=1e-9)
+    assert same_text(record["final_message"], sample.final), record["final_message"]
+
+
+# ------------------------------------------------------------------ the scripted agent prints the same shapes
+
+FREE = ("message.content[].input", "tool_use_result")     # whatever a tool takes or gives
+
+
+def kind_of(event: dict) -> str:
+    """The name of the shape that an event has."""
+    kind = event["type"]
+    if kind == "assistant":
+        if event["message"]["model"] == "<synthetic>":
+            return "failure" if event.get("error") else "no answer of a model"
+        return f"assistant {event['message']['content'][0]['type']}"
+    if kind == "user":
+        return "echo" if event.get("isReplay") else "tool result" if "tool_use_result" in event else "user"
+    if kind == "result":
+        return "result of an error" if event["is_error"] else "result"
+    return event.get("subtype", kind)
+
+
+def paths(value, at: str = ""):
+    """(path, type) of each field in an event."""
+    kinds = {dict: "object", list: "list", str: "text", bool: "bool", int: "number", float: "number"}
+    yield at, "null" if value is None else kinds[type(value)]
+    if at in FREE:
+        return
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if at == "modelUsage":
+                key = "MODEL"
+            yield from paths(inner, f"{at}.{key}" if at else key)
+    if isinstance(value, list):
+        for inner in value:
+            yield from paths(inner, at + "[]")
+
+
+class Shape:
+    """What the events of one kind look like: the types at each path, and the paths that all of them have."""
+
+    def __init__(self) -> None:
+        self.types: dict[str, set[str]] = {}
+        self.always: set[str] | None = None
+
+    def add(self, event: dict) -> None:
+        seen = set()
+        for path, kind in paths(event):
+            self.types.setdefault(path, set()).add(kind)
+            seen.add(path)
+        self.always = seen if self.always is None else self.always & seen
+
+
+def shapes(events) -> dict[str, Shape]:
+    found: dict[str, Shape] = {}
+    for event in events:
+        if not event.get("parent_tool_use_id"):
+            found.setdefault(kind_of(event), Shape()).add(event)
+    return found
+
+
+SCRIPT = """
+$ say hello
+$ write made.txt a line
+$ run echo out; echo err >&2; false
+$ commit work
+"""
+DEMO_TASKS = {"works": SCRIPT, "is_limited": "$ say first\n$ limit 60", "is_refused": "$ auth",
+              "fails": "$ fail a reason"}
+# Fields of real events that the scripted agent leaves out, and why.
+LEFT_OUT: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def demo_events(tmp_path_factory):
+    """All that the scripted agent printed in one run of each kind of ending."""
+    home = Home(tmp_path_factory.mktemp("demo"))
+    home.repo()
+    tasks = "".join(f'[[task]]\nid = "{name}"\ndirectory = "repo"\nprompt = {json.dumps(script)}\n'
+                    for name, script in DEMO_TASKS.items())
+    home.pitboss("dispatch", home.manifest(f'[defaults]\nagent = "demo"\n{tasks}'), check=1)
+    logs = home.run_dir().glob("tasks/*/stdout.log")
+    yield [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    home.end_everything()
+
+
+@pytest.fixture(scope="module")
+def real_shapes():
+    return shapes(event for sample in TABLE for event in events_of(sample.name))
+
+
+DEMO_KINDS = ["init", "assistant text", "assistant tool_use", "tool result", "echo", "api_retry", "failure",
+              "result", "result of an error"]
+
+
+@pytest.mark.parametrize("kind", DEMO_KINDS)
+def test_the_scripted_agent_prints_what_claude_prints(demo_events, real_shapes, kind):
+    """No field that claude does not have, no type that its field never has, nothing silently left out."""
+    ours, real = shapes(demo_events).get(kind), real_shapes[kind]
+    assert ours, f"the scripted agent printed no {kind}"
+    assert sorted(set(ours.types) - set(real.types)) == [], "fields that claude does not have"
+    wrong = {path: types - real.types[path] for path, types in ours.types.items() if types - real.types[path]}
+    assert wrong == {}
+    missing = real.always - ours.always
+    assert sorted(path for path in missing if f"{kind}: {path}" not in LEFT_OUT) == []
+
+
+def test_no_kind_of_its_own(demo_events, real_shapes):
+    assert set(shapes(demo_events)) <= set(real_shapes)

@@ -1,0 +1,134 @@
+"""What the tests share: running the file as a program, repositories, waiting for an event.
+
+Nothing here imports pitboss: a test that calls its functions does that itself.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PITBOSS = ROOT / "pitboss.py"
+PYTHON = os.environ.get("PITBOSS_TEST_PYTHON", sys.executable)
+ISOLATED = os.environ.get("PITBOSS_TEST_PYTHON_FLAGS", "").split()     # e.g. "-I -S"
+
+
+def wait_for(predicate, deadline_s: float = 30, what: str = ""):
+    """Return the first true value of `predicate()`; fail when `deadline_s` pass without one."""
+    end = time.monotonic() + deadline_s
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {deadline_s:g} s in vain for {what or predicate}")
+        time.sleep(0.01)
+
+
+def git(folder, *args: str, check: bool = True, **options) -> str:
+    """git's standard output in `folder`, without the caller's configuration."""
+    env = {**os.environ, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "LC_ALL": "C",
+           "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t"}
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        env.pop(name, None)
+    done = subprocess.run(["git", "-C", str(folder), *args], env=env, text=True, capture_output=True, **options)
+    if check and done.returncode:
+        raise AssertionError(f"git {' '.join(args)}: {done.stderr}")
+    return done.stdout
+
+
+def make_repo(folder: Path, files: int = 3) -> Path:
+    """A git repository with one commit of `files` small files, on the branch main."""
+    folder.mkdir(parents=True, exist_ok=True)
+    git(folder, "init", "-q", "-b", "main")
+    for n in range(files):
+        (folder / f"file{n}.txt").write_text(f"file {n}\n")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    return folder
+
+
+def read_events(run_dir: Path) -> list[dict]:
+    """Every whole line of a run's journal."""
+    raw = (run_dir / "journal.jsonl").read_bytes()
+    return [json.loads(line) for line in raw.split(b"\n")[:-1]]
+
+
+def read_records(run_dir: Path) -> list[dict]:
+    """Every line of summary.jsonl."""
+    return [json.loads(line) for line in (run_dir / "summary.jsonl").read_text().splitlines()]
+
+
+def processes_with(marker: str) -> dict[int, str]:
+    """Living processes (zombies are dead) whose environment holds `marker`: pid to command line."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX" and marker.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+    return found
+
+
+class Home:
+    """A user's machine for one test: folders of its own, a clean environment, the program."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("home", "data", "run", "tmp"):
+            (root / name).mkdir(mode=0o700, exist_ok=True)
+        self.runs = root / "data" / "pitboss" / "runs"
+        self.env = {
+            "PATH": os.environ["PATH"], "HOME": str(root / "home"), "XDG_DATA_HOME": str(root / "data"),
+            "XDG_RUNTIME_DIR": str(root / "run"), "TMPDIR": str(root / "tmp"), "LC_ALL": "C",
+            "GIT_CONFIG_NOSYSTEM": "1",
+            **{k: v for k, v in os.environ.items() if k.startswith(("PYENV_", "PITBOSS_TEST_"))},
+        }
+
+    def argv(self, *args) -> list[str]:
+        return [PYTHON, *ISOLATED, str(PITBOSS), *map(str, args)]
+
+    def start(self, *args, env: dict | None = None, **options) -> subprocess.Popen:
+        """The program, running, with its output in pipes unless `options` say otherwise."""
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
+                   "cwd": self.root, **options}
+        return subprocess.Popen(self.argv(*args), env={**self.env, **(env or {})}, **options)
+
+    def pitboss(self, *args, input: str | None = None, timeout: float = 60, check: int | None = None,
+                env: dict | None = None, **options) -> subprocess.CompletedProcess:
+        """Run one command line to its end; with `check`, its exit code must be that."""
+        feed = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
+        options = {"cwd": self.root, "text": True, "capture_output": True, **options}
+        done = subprocess.run(self.argv(*args), env={**self.env, **(env or {})}, timeout=timeout, **feed, **options)
+        if check is not None:
+            assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def repo(self, name: str = "repo", files: int = 10) -> Path:
+        return make_repo(self.root / name, files)
+
+    def manifest(self, text: str, name: str = "m.toml") -> Path:
+        path = self.root / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def run_dir(self) -> Path:
+        """The newest run folder."""
+        return max((p for p in self.runs.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+
+    def end_everything(self) -> None:
+        """SIGKILL whatever this home's runs left alive: a failed test must not disturb the next."""
+        if sys.platform == "linux":
+            for pid in processes_with(f"XDG_DATA_HOME={self.root}"):
+                if pid != os.getpid():
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
