@@ -978,7 +978,9 @@ class Talk:
     def __init__(self, model: str = "") -> None:
         self.model = model
         self.session_id = ""          # as the agent tells it
-        self.began = False            # the first message was taken up
+        self.began = False            # the first message was answered
+        self.seen = False             # its session is in the log, which is only a hint that the session was kept
+        self.open = False             # a turn goes on
         self.echoed: set[str] = set()           # uuids of messages that were taken up
         self.tasks: set[str] = set()            # background tasks of the agent's own, begun and not ended
         self.results = 0              # result events so far
@@ -1009,8 +1011,11 @@ class Talk:
         return self.text or "\n".join(self.lines)[-MAX_TEXT:]
 
     def done(self) -> bool:
-        """A result, and nothing of its own still going on: its input can be closed."""
-        return self.result is not None and not self.tasks
+        """A result, no turn since, and nothing of its own still going on: its input can be closed.
+
+        claude opens another turn by itself when a background task of its own has ended.
+        """
+        return self.result is not None and not self.tasks and not self.open
 
 
 def fold_claude(talk: Talk, line: bytes) -> None:
@@ -1035,7 +1040,7 @@ def fold_claude(talk: Talk, line: bytes) -> None:
 def _fold_message(talk: Talk, event: dict) -> None:
     """One API message comes as several events of one id, each with the usage of its start."""
     message = event["message"]
-    talk.began = True
+    talk.began = talk.open = True
     if event.get("session_id"):
         talk.session_id = event["session_id"]
     if message.get("model") == "<synthetic>":
@@ -1066,6 +1071,7 @@ def _fold_message(talk: Talk, event: dict) -> None:
 def _fold_result(talk: Talk, event: dict) -> None:
     """Cost and modelUsage are cumulative in one process, sub-agents included; `usage` is not."""
     talk.results += 1
+    talk.open = False
     talk.result = {k: event.get(k) for k in ("subtype", "is_error", "api_error_status", "result", "terminal_reason", "errors")}
     if event.get("session_id"):
         talk.session_id = event["session_id"]
@@ -1087,6 +1093,7 @@ def _fold_result(talk: Talk, event: dict) -> None:
 def _fold_system(talk: Talk, event: dict) -> None:
     kind = event.get("subtype")
     if kind == "init":
+        talk.seen = talk.open = True
         talk.session_id = event.get("session_id") or talk.session_id
     elif kind == "api_retry":
         talk.retries += 1
@@ -1572,7 +1579,9 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and silent and not actor.afresh:
-        return {"again": actor.how if actor.how in ("resume", "again") else "afresh", "cause": "unbegun"}
+        # a session that was announced may be kept with its prompt in it; one that was not is not there
+        again = actor.how if actor.how in ("resume", "again") else "resume" if talk.seen and actor.resumes else "afresh"
+        return {"again": again, "cause": "lost" if again == "resume" else "unbegun"}
     if end.vanished and actor.lost < MAX_LOST_HANDS:
         return {"again": "resume" if actor.resumes else "prompt", "cause": "lost"}
     return {"status": "Failed", "reason": find_reason(talk, end)}
@@ -2264,8 +2273,8 @@ class Git:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         deadline, pause, flag = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b"
         while True:
-            start = [path, branch] if exists else [flag, branch, path, base]
-            code, _, err = await self.run(repo.top, "worktree", "add", "--no-track", "--lock", "--reason", reason, *start, pass_fds=(fd,))
+            start = [path, branch] if exists else ["--no-track", flag, branch, path, base]
+            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *start, pass_fds=(fd,))
             if not code:
                 return
             contended = _CONTENTION.search(err) and "a branch named" not in err
@@ -2946,6 +2955,7 @@ class Deal(NamedTuple):
     session_id: str
     message_id: str            # uuid of the first message
     root: str                  # top of the worktree, or the directory
+    cwd: str                   # where it starts, at the root or below
     prompt_file: str
     mcp_config: str            # path; empty: no servers
     sessions: str              # a folder beside the runs, for agents that keep sessions there
@@ -2976,7 +2986,7 @@ def argv_claude(deal: Deal) -> list:
     task = deal.task
     argv = [*deal.program, "-p", "--output-format", "stream-json", "--verbose", "--input-format", "stream-json", "--replay-user-messages",
             "--dangerously-skip-permissions", "--strict-mcp-config", "--setting-sources", "user",
-            "--settings", '{"disableAllHooks":true}', "--add-dir", deal.root, "--model", task.model, "--effort", task.effort]
+            "--settings", '{"disableAllHooks":true}', "--add-dir", *folders_between(deal.root, deal.cwd), "--model", task.model, "--effort", task.effort]
     if deal.mcp_config:
         argv += ["--mcp-config", deal.mcp_config]
     bare = dict.fromkeys(t.partition("(")[0] for t in task.tools if not t.startswith("mcp__"))
@@ -2985,6 +2995,12 @@ def argv_claude(deal: Deal) -> list:
     if rules:
         argv += ["--allowedTools", ",".join(rules)]
     return argv + (["--resume", deal.session_id] if deal.how in ("resume", "again") else ["--session-id", deal.session_id])
+
+
+def folders_between(root: str, cwd: str) -> list[str]:
+    """Every folder from `root` down to `cwd`: claude reads the memory files of exactly those it is given."""
+    names = [n for n in cwd[len(root):].split("/") if n] if cwd.startswith(root) else []
+    return ["/".join([root.rstrip("/"), *names[:n]]) or "/" for n in range(len(names) + 1)]
 
 
 def env_claude(deal: Deal) -> dict:
@@ -3469,7 +3485,7 @@ class Dispatcher:
             program = find_program(row, self.env, self.manifest.agents, self.meta.get("base_dir") or "/") or tuple(self_argv(self.run_dir))
             self.programs[actor.agent] = program
         place = actor.place or {}
-        return Deal(task, program, actor.how, actor.session_id, actor.message, place.get("path") or actor.directory, prompt_file, config,
+        return Deal(task, program, actor.how, actor.session_id, actor.message, place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file, config,
                     os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
 
     def agent_env(self, actor: Actor, deal: Deal, row: Agent) -> dict[str, str]:
@@ -3777,27 +3793,36 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
     """Make a run folder with everything that starting, or resuming, the run needs; returns its path."""
     now = time.time()
     run_id = mint_run_id(now)
-    run_dir = os.path.join(order.runs_dir, run_id)
+    run_dir, beside = os.path.join(order.runs_dir, run_id), os.path.join(order.runs_dir, f".new-{run_id}")
     try:
         os.makedirs(order.runs_dir, mode=0o700, exist_ok=True)
-        os.mkdir(run_dir, 0o700)
+        os.mkdir(beside, 0o700)
         for name in ("tasks", "blobs", "worktrees"):
-            os.mkdir(os.path.join(run_dir, name), 0o700)
-        write_file(os.path.join(run_dir, "manifest.snapshot.toml"), order.data)
-        pin_self(run_dir)
-        keep_reserve(run_dir)
-        write_json(os.path.join(run_dir, "resolved.json"), render_resolved(order, run_id), mask)
-        write_json(os.path.join(run_dir, "meta.json"), {
-            "run_id": run_id, "name": order.manifest.rules.name, "mode": order.manifest.mode,
-            "manifest_path": os.path.join(order.base_dir, order.label) if order.label != "stdin" else "stdin",
-            "manifest_name": order.stem, "base_dir": order.base_dir, "started_at": render_time(now), "pitboss_version": VERSION,
-            "claude_version": order.claude_version, "pid": os.getpid(), "host": os.uname().nodename,
-            "parent_run_id": env.get("PITBOSS_RUN_ID"),
-            "max_parallel": order.manifest.rules.max_parallel, "resumed_from": order.resumed_from, "only": order.only,
-            "former": order.former}, mask, durable=True)
+            os.mkdir(os.path.join(beside, name), 0o700)
+        write_file(os.path.join(beside, "manifest.snapshot.toml"), order.data)
+        pin_self(beside)
+        keep_reserve(beside)
+        write_json(os.path.join(beside, "resolved.json"), render_resolved(order, run_id), mask)
+        write_json(os.path.join(beside, "meta.json"), render_meta(order, run_id, now, env), mask, durable=True)
+        os.rename(beside, run_dir)       # a run folder is whole from the first moment
     except OSError as e:
+        import shutil
+
+        shutil.rmtree(beside, ignore_errors=True)
         raise fault_of(e, "making the run folder") from None
     return run_dir
+
+
+def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -> dict:
+    """`meta.json`: where the run came from, and what taking it over needs beyond the manifest."""
+    rules = order.manifest.rules
+    return {
+        "run_id": run_id, "name": rules.name, "mode": order.manifest.mode,
+        "manifest_path": os.path.join(order.base_dir, order.label) if order.label != "stdin" else "stdin",
+        "manifest_name": order.stem, "base_dir": order.base_dir, "started_at": render_time(now), "pitboss_version": VERSION,
+        "claude_version": order.claude_version, "pid": os.getpid(), "host": os.uname().nodename,
+        "parent_run_id": env.get("PITBOSS_RUN_ID"), "max_parallel": rules.max_parallel, "resumed_from": order.resumed_from,
+        "only": order.only, "former": order.former}
 
 
 def render_resolved(order: Order, run_id: str) -> dict:
@@ -4749,7 +4774,7 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
             repo = look_at_folder(task.directory)
             folder = os.path.join(base, repo.prefix) if isinstance(repo, Repo) and repo.prefix else base
         program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
-        deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder, "<prompt file>",
+        deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder, folder, "<prompt file>",
                     "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with it."

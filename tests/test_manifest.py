@@ -44,12 +44,15 @@ def files_written(home: Home) -> list[Path]:
 
 
 def check_refusal(home: Home, done) -> list[str]:
-    """A refusal for the reader: exit 2, words instead of a traceback, nothing on stdout or disk."""
+    """A refusal for the reader: exit 2, words instead of a traceback, nothing on stdout or disk.
+
+    Returns the lines that are no warnings.
+    """
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stderr.strip() and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == ""
     assert files_written(home) == []
-    return done.stderr.splitlines()
+    return [line for line in done.stderr.splitlines() if "warning:" not in line]
 
 
 def refuse(home: Home, manifest, **options) -> list[str]:
@@ -93,7 +96,7 @@ def test_a_syntax_error_names_line_and_column(home):
 
 def test_a_folder_is_not_a_manifest(home):
     lines = refuse(home, home.root)
-    assert str(home.root) in lines[0] and "directory" in lines[0]
+    assert str(home.root) in lines[0] and re.search("folder|directory", lines[0])
 
 
 def test_a_missing_manifest_is_named(home):
@@ -158,15 +161,20 @@ def test_paths_of_a_manifest_on_stdin_are_relative_to_the_current_folder(home):
     check_refusal(home, home.pitboss("validate", "-", input=text))
 
 
-def test_ten_thousand_tasks_in_ten_megabytes_are_checked(home):
+def test_eight_thousand_tasks_in_eight_megabytes_are_checked(home):
     filler = "x" * 950
-    tasks = "".join(f'[[task]]\nid = "t{n}"\ndirectory = "."\nprompt = "{filler}"\n' for n in range(10_000))
-    done = home.pitboss("validate", home.manifest(DEMO + tasks), check=0)
-    assert "10000" in done.stdout
+    tasks = "".join(f'[[task]]\nid = "t{n}"\ndirectory = "."\nprompt = "{filler}"\n' for n in range(8_000))
+    assert re.search(r"\b8000\b", accept(home, DEMO + tasks).stdout)
 
 
-def test_one_prompt_of_ten_megabytes_is_checked(home):
-    accept(home, DEMO + TASK.replace("hi", "x" * 10_000_000))
+def test_one_prompt_of_eight_megabytes_is_checked(home):
+    accept(home, DEMO + TASK.replace("hi", "x" * 8_000_000))
+
+
+def test_a_manifest_of_ten_megabytes_is_refused_with_both_sizes(home):
+    text = DEMO + TASK.replace("hi", "x" * 10_000_000)
+    line, = refuse(home, text)
+    assert "8388608" in line and (str(len(text)) in line or "more than" in line)
 
 
 # ---- keys, types, bounds
@@ -187,7 +195,7 @@ def test_one_prompt_of_ten_megabytes_is_checked(home):
 ])
 def test_a_near_miss_is_suggested(home, text, path, meant):
     problem = problem_at(refuse(home, text), path)
-    assert re.search(rf"\b{meant}\b", problem.replace(path, "")), problem
+    assert re.search(rf"\b{meant}\b", problem.partition(path)[2]), problem
 
 
 def test_an_unknown_key_like_no_other_lists_or_names_no_nonsense(home):
@@ -217,7 +225,7 @@ def test_a_wrong_value_says_what_was_found_and_what_is_allowed(home, line, key, 
     lines = refuse(home, DEMO + TASK + line + "\n")
     problem = problem_at(lines, f"task[0].{key}") if key != "tools" or "[" not in line else "\n".join(lines)
     assert names_line(problem, 9), problem
-    assert re.search(found, problem), problem
+    assert re.search(found, problem, re.I), problem
     assert re.search(allowed, problem, re.I), problem
 
 
@@ -244,8 +252,8 @@ def test_an_id_within_the_bounds_is_fine(home, name):
 
 @pytest.mark.parametrize("key", ["id", "directory", "prompt"])
 def test_a_required_key_that_is_missing_is_named_with_its_table(home, key):
-    problem, = refuse(home, DEMO + re.sub(rf"{key} = .*\n", "", TASK))
-    assert f"task[0].{key}" in problem and names_line(problem, 5), problem
+    problem = problem_at(refuse(home, DEMO + re.sub(rf"{key} = .*\n", "", TASK)), f"task[0].{key}")
+    assert names_line(problem, 5), problem
     assert re.search("required|missing", problem), problem
 
 
@@ -328,7 +336,7 @@ def test_the_manifest_beats_the_environment(home):
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "1e3", "nan", "٣x"])
 def test_a_senseless_cap_in_the_environment_is_an_error_that_names_the_variable(home, value):
     lines = refuse(home, DEMO + TASK, env={"ANTHROPIC_MAX_CONCURRENT": value})
-    assert "ANTHROPIC_MAX_CONCURRENT" in lines[0] and value in lines[0]
+    assert value in problem_at(lines, "ANTHROPIC_MAX_CONCURRENT")
 
 
 # ---- ids, branches, directories
@@ -350,8 +358,8 @@ def test_two_tasks_on_one_branch_of_one_repository_are_refused(home, second):
     (repo / "sub").mkdir()
     (home.root / "link").symlink_to(repo)
     text = worktree_tasks('directory = "repo"\nbranch = "work"', f'directory = "{second}"\nbranch = "work"')
-    problem = "\n".join(refuse(home, text))
-    assert "work" in problem and "t0" in problem and "t1" in problem
+    problem = problem_at(refuse(home, text), "task[1].branch")
+    assert '"work"' in problem and "task[0]" in problem and names_line(problem, 12)
 
 
 def test_the_same_branch_name_in_two_repositories_is_fine(home):
@@ -430,7 +438,7 @@ def templated(prompt: str, task: str) -> str:
     ("Hi", 'prompt = "x"\nvars = { name = "x" }', "task[0].vars", "template"),
     ("Hi", 'prompt = "x"\ntemplate = "greet"', "task[0]", "template"),
     ("Hi", 'template = "great"', "task[0].template", "greet"),
-    ("", 'template = "greet"', "template[0].prompt", "empty"),
+    ("", 'template = "greet"', "task[0].prompt", "empty"),
     ("Hi", 'prompt = ""', "task[0].prompt", "empty"),
     ("Hi", 'prompt = "  \\n"', "task[0].prompt", "empty"),
 ])
@@ -528,7 +536,7 @@ def test_a_rule_on_a_tool_that_limits_nothing_is_a_warning(home):
 
 
 def toml_text(text: str) -> str:
-    return json.dumps(text)      # a JSON string of plain characters is a TOML string
+    return json.dumps(text, ensure_ascii=False)      # such a JSON string is a TOML string, too
 
 
 PROMPTS = {
