@@ -166,7 +166,8 @@ STATES = {s.name: s for s in (
     State("settled",  False, "its record is final"),
 )}
 
-FAILURE_KINDS = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument", "unknown")
+FAILURE_KINDS = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument",
+                 "unknown")
 
 JOURNAL_FORMAT = 1        # what run_opened carries; a newer one is refused
 MAX_LOST_HANDS = 3        # hands that vanished without a trace, before an actor is Failed
@@ -388,7 +389,8 @@ class Problem(NamedTuple):
     where: tuple = ()         # the same path as keys and indexes, to find its line
 
 
-def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple) -> tuple[dict, list[Problem]]:
+def check_fields(fields: tuple[Field, ...], given: dict, path: str,
+                 where: tuple) -> tuple[dict, list[Problem]]:
     """(`given` completed with defaults, everything wrong with it).
 
     A value that is wrong is replaced by its default, so that later checks can go on.
@@ -400,15 +402,18 @@ def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple
     for f in fields:
         names = [n for n in (f.name, *f.also) if n in given]
         if len(names) > 1 and given[names[0]] != given[names[1]]:
-            problems.append(Problem(path + names[1], f"found {show_value(given[names[1]])}, but {path}{names[0]}, which means "
-                                    f"the same, is {show_value(given[names[0]])}; allowed: one of them", (*where, names[1])))
+            problems.append(Problem(path + names[1],
+                                    f"found {show_value(given[names[1]])}, but {path}{names[0]}, which means "
+                                    f"the same, is {show_value(given[names[0]])}; allowed: one of them",
+                                    (*where, names[1])))
         values[f.name] = None if f.default is REQUIRED else f.default
         if not names and f.default is REQUIRED:
             problems.append(Problem(path + f.name, f"is required: {f.help}", where))
         for name in names[:1]:
             wrong = wrong_value(f, given[name])
             if wrong:
-                problems.append(Problem(path + name, f"found {show_value(given[name])}; allowed: {wrong}", (*where, name)))
+                problems.append(Problem(path + name, f"found {show_value(given[name])}; allowed: {wrong}",
+                                        (*where, name)))
             else:
                 values[f.name] = given[name]
     return values, problems
@@ -419,11 +424,13 @@ def wrong_value(f: Field, value: Any) -> str:
     kind = KINDS[f.kind]
     ok = isinstance(value, kind.types) and (isinstance(value, bool) == (f.kind == "flag"))
     if ok and isinstance(value, (int, float)) and not isinstance(value, bool):
-        ok = math.isfinite(value) and (f.low is None or value >= f.low) and (f.high is None or value <= f.high)
+        ok = math.isfinite(value) and (f.low is None
+                                       or value >= f.low) and (f.high is None or value <= f.high)
     if ok and f.kind in ("texts", "env"):
         ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
     if ok and isinstance(value, str):
-        ok = not (f.choices and value not in f.choices) and re.fullmatch(f.pattern or r"(?s).*", value) is not None
+        ok = not (f.choices and value not in f.choices) and re.fullmatch(f.pattern or r"(?s).*",
+                                                                         value) is not None
         ok = ok and "\0" not in value and not (f.kind == "path" and not value)
     if ok:
         return ""
@@ -440,7 +447,8 @@ def allowed_words(f: Field) -> str:
         return f"{words} from {f.low:g} to {f.high:g}"
     if f.low is not None:
         return f"{words} >= {f.low:g}"
-    return words + (f" matching {f.pattern}" if f.pattern else "") + (" without NUL" if f.kind in ("text", "path") else "")
+    return words + (f" matching {f.pattern}" if f.pattern else "") + (" without NUL"
+                                                                      if f.kind in ("text", "path") else "")
 
 
 def show_value(value: Any) -> str:
@@ -471,7 +479,8 @@ def reference_of(fields: tuple[Field, ...]) -> str:
     """Markdown table of a field table, as it stands in the README."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for f in fields:
-        default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None else f"`{json.dumps(f.default)}`")
+        default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None
+                                                                       else f"`{json.dumps(f.default)}`")
         names = f"`{f.name}`" + "".join(f" (`{n}`)" for n in f.also)
         rows.append(f"| {names} | {allowed_words(f).replace(' without NUL', '').replace('|', chr(92) + '|')} | {default} | {f.help} |")
     return "\n".join(rows)
@@ -632,8 +641,10 @@ class Manifest(NamedTuple):
 class ManifestError(InvalidInput):
     """Every problem found in one manifest, in file order."""
 
-    def __init__(self, name: str, problems: Iterable[Problem], lines: Mapping[tuple, int], ids: Mapping[tuple, str]) -> None:
-        shown = [render_problem(p, lines, ids) for p in sorted(problems, key=lambda p: find_line(p.where, lines) or 0)]
+    def __init__(self, name: str, problems: Iterable[Problem], lines: Mapping[tuple, int],
+                 ids: Mapping[tuple, str]) -> None:
+        shown = [render_problem(p, lines, ids) for p in sorted(problems,
+                                                               key=lambda p: find_line(p.where, lines) or 0)]
         count = f"{len(shown)} problems" if len(shown) != 1 else "1 problem"
         super().__init__("\n  ".join([f"{name}: {count}; nothing was started", *shown]))
 
@@ -727,7 +738,9 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
         if name in NOT_HERE:
             warnings.append(Problem(name, NOT_HERE[name], (name,)))
         elif name in ("lead", "sublead_defaults", "approval_policy", "notification", "lifecycle"):
-            problems.append(Problem(name, "runs with a lead are not supported by this version; allowed: [[task]]", (name,)))
+            problems.append(Problem(name,
+                                    "runs with a lead are not supported by this version; allowed: [[task]]",
+                                    (name,)))
         elif name not in TABLES:
             problems.append(Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)))
     for name, (fields, many, _) in TABLES.items():
@@ -739,7 +752,8 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
     problems += wrong + check_commands(own, agents)
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand)
-    return Manifest(rules, "flat", tuple(tasks), tuple(servers), own, tuple(problems + wrong), tuple(warnings + more))
+    return Manifest(rules, "flat", tuple(tasks), tuple(servers), own, tuple(problems + wrong),
+                    tuple(warnings + more))
 
 
 def decode_manifest(data: bytes, label: str) -> str:
@@ -772,7 +786,8 @@ def read_table(name: str, given: Any, fields: tuple[Field, ...], many: str) -> t
     problems = []
     if many == "one":
         if given is not None and not isinstance(given, dict):
-            return ({}, {}), [Problem(name, f"found {show_value(given)}; allowed: one table [{name}]", (name,))]
+            return ({}, {}), [Problem(name, f"found {show_value(given)}; allowed: one table [{name}]",
+                                      (name,))]
         values, problems = check_fields(fields, given or {}, f"{name}.", (name,))
         return (values, given or {}), problems
     if many == "list":
@@ -784,7 +799,8 @@ def read_table(name: str, given: Any, fields: tuple[Field, ...], many: str) -> t
             rows.append(values)
             problems += wrong
         return rows, problems + check_unique(name, rows)
-    if given is not None and not (isinstance(given, dict) and all(isinstance(t, dict) for t in given.values())):
+    if given is not None and not (isinstance(given, dict) and all(isinstance(t, dict)
+                                                                  for t in given.values())):
         return [], [Problem(name, f"found {show_value(given)}; allowed: tables [{name}.NAME]", (name,))]
     rows = []
     for key, table in (given or {}).items():
@@ -800,7 +816,8 @@ def check_unique(name: str, rows: list[dict]) -> list[Problem]:
     for n, row in enumerate(rows):
         first = seen.setdefault(row["id"], n)
         if row["id"] is not None and first != n:
-            problems.append(Problem(f"{name}[{n}].id", f"found {show_value(row['id'])} again, first in {name}[{first}]; "
+            problems.append(Problem(f"{name}[{n}].id",
+                                    f"found {show_value(row['id'])} again, first in {name}[{first}]; "
                                     "allowed: ids that differ", (name, n, "id")))
     return problems
 
@@ -811,8 +828,8 @@ def resolve_rules(checked: tuple[dict, dict], given: Any, stem: str, env: Mappin
     values, _ = checked
     given = given if isinstance(given, dict) else {}
     house = {name for f in HOUSE_FIELDS for name in (f.name, *f.also)}
-    warnings = [Problem(f"run.{k}", "a house rule of runs with a lead; beside [[task]] it has no effect", ("run", k))
-                for k in given if k in house]
+    warnings = [Problem(f"run.{k}", "a house rule of runs with a lead; beside [[task]] it has no effect",
+                        ("run", k)) for k in given if k in house]
     parallel, problems = values.get("max_parallel"), []
     if parallel is None:
         text = env.get("ANTHROPIC_MAX_CONCURRENT", "")
@@ -820,20 +837,21 @@ def resolve_rules(checked: tuple[dict, dict], given: Any, stem: str, env: Mappin
         if text and str(parallel) != text and "max_parallel" not in given and "max_parallel_tasks" not in given:
             problems.append(Problem("environment variable ANTHROPIC_MAX_CONCURRENT",
                                     f"found {show_value(text)}; allowed: an integer >= 1"))
-    return Rules(
-        name=values.get("name") or stem, max_parallel=parallel, halt_on_failure=bool(values.get("halt_on_failure")),
-        run_dir=expand(values["run_dir"]) if values.get("run_dir") else None,
-        worktree_dir=expand(values["worktree_dir"]) if values.get("worktree_dir") else None,
-        keep_children=bool(values.get("keep_children")), secret_env=tuple(values.get("secret_env") or ()),
-        worktree_cleanup=values.get("worktree_cleanup") or "on_success",
-        emit_event_stream=bool(values.get("emit_event_stream"))), problems, warnings
+    return Rules(name=values.get("name") or stem, max_parallel=parallel,
+                 halt_on_failure=bool(values.get("halt_on_failure")), run_dir=expand(values["run_dir"])
+                 if values.get("run_dir") else None, worktree_dir=expand(values["worktree_dir"])
+                 if values.get("worktree_dir") else None, keep_children=bool(values.get("keep_children")),
+                 secret_env=tuple(values.get("secret_env") or ()),
+                 worktree_cleanup=values.get("worktree_cleanup") or "on_success",
+                 emit_event_stream=bool(values.get("emit_event_stream"))), problems, warnings
 
 
 def resolve_servers(rows: list[dict]) -> tuple[list[Server], list[Problem]]:
     """The MCP servers; `pitboss` is the name of this program's own."""
-    problems = [Problem(f"mcp_server[{n}].id", 'found "pitboss"; allowed: another name, that one is taken', ("mcp_server", n, "id"))
-                for n, row in enumerate(rows) if row["id"] == "pitboss"]
-    return [Server(r["id"], r["command"], tuple(r["args"]), dict(r["env"])) for r in rows if r["id"] and r["command"]], problems
+    problems = [Problem(f"mcp_server[{n}].id", 'found "pitboss"; allowed: another name, that one is taken',
+                        ("mcp_server", n, "id")) for n, row in enumerate(rows) if row["id"] == "pitboss"]
+    return [Server(r["id"], r["command"], tuple(r["args"]), dict(r["env"])) for r in rows if r["id"]
+            and r["command"]], problems
 
 
 def check_commands(own: dict[str, Command], builtin: Iterable[str]) -> list[Problem]:
@@ -841,9 +859,11 @@ def check_commands(own: dict[str, Command], builtin: Iterable[str]) -> list[Prob
     problems = []
     for name, command in own.items():
         if name in builtin:
-            problems.append(Problem(f"agent.{name}", "this name is a built-in agent's; allowed: another name", ("agent", name)))
+            problems.append(Problem(f"agent.{name}", "this name is a built-in agent's; allowed: another name",
+                                    ("agent", name)))
         if not command.command or not command.command[0]:
-            problems.append(Problem(f"agent.{name}.command", "found an empty list; allowed: a program and its arguments",
+            problems.append(Problem(f"agent.{name}.command",
+                                    "found an empty list; allowed: a program and its arguments",
                                     ("agent", name, "command")))
     return problems
 
@@ -860,7 +880,8 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str],
     for n, row in enumerate(tables["task"]):
         path, where = f"task[{n}].", ("task", n)
         spelled = {f.name for f in ACTOR_FIELDS if any(name in given[n] for name in (f.name, *f.also))}
-        merged = {f.name: row[f.name] if f.name in spelled else defaults.get(f.name, f.default) for f in ACTOR_FIELDS}
+        merged = {f.name: row[f.name] if f.name in spelled else defaults.get(f.name, f.default)
+                  for f in ACTOR_FIELDS}
         merged["env"] = {**(defaults.get("env") or {}), **(row["env"] or {})}
         prompt, wrong = resolve_prompt(row, given[n], templates, path, where)
         problems += wrong
@@ -875,13 +896,13 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str],
         problems += check_env(merged["env"], row["env"] or {}, path, where)
         warnings += [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own permission gate is off",
                              (*where, "tools")) for t in merged["tools"] if "(" in t]
-        tasks.append(Task(
-            row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt, row["branch"], merged["agent"],
-            merged["model"], merged["effort"], tuple(merged["tools"]), merged["timeout_secs"], merged["use_worktree"],
-            merged["env"], n))
+        tasks.append(Task(row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt,
+                          row["branch"], merged["agent"], merged["model"], merged["effort"],
+                          tuple(merged["tools"]), merged["timeout_secs"], merged["use_worktree"],
+                          merged["env"], n))
     used = {row["template"] for row in tables["task"]}
-    warnings += [Problem(f"template[{n}]", f"no task uses the template {show_value(t['id'])}", ("template", n))
-                 for n, t in enumerate(tables["template"]) if t["id"] not in used]
+    warnings += [Problem(f"template[{n}]", f"no task uses the template {show_value(t['id'])}",
+                         ("template", n)) for n, t in enumerate(tables["template"]) if t["id"] not in used]
     unique = {(p.path, p.message): p for p in problems}
     return tasks, list(unique.values()), warnings
 
@@ -889,28 +910,34 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str],
 def check_env(env: dict, own: dict, path: str, where: tuple) -> list[Problem]:
     """Names and values that no process can be given."""
     bad = [k for k, v in env.items() if not k or "=" in k or "\0" in k or "\0" in v]
-    return [Problem((path if k in own else "defaults.") + f"env.{clean_text(k)}", "allowed: a name without = and NUL, a text without NUL",
-                    (*where, "env", k) if k in own else ("defaults", "env", k)) for k in bad]
+    return [Problem((path if k in own else "defaults.") + f"env.{clean_text(k)}",
+                    "allowed: a name without = and NUL, a text without NUL", (*where, "env", k) if k in own
+                    else ("defaults", "env", k)) for k in bad]
 
 
 _PLACE = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
-def resolve_prompt(row: dict, given: dict, templates: dict[str, str], path: str, where: tuple) -> tuple[str, list[Problem]]:
+def resolve_prompt(row: dict, given: dict, templates: dict[str, str], path: str,
+                   where: tuple) -> tuple[str, list[Problem]]:
     """The prompt of a task, written out or made from its template, and what is wrong with it."""
     if "prompt" in given and "template" in given:
-        return "", [Problem(path + "template", "found beside prompt; allowed: one of the two", (*where, "template"))]
+        return "", [Problem(path + "template", "found beside prompt; allowed: one of the two",
+                            (*where, "template"))]
     if "vars" in given and "template" not in given:
-        return row["prompt"] or "", [Problem(path + "vars", "found without template; allowed: only with it", (*where, "vars"))]
+        return row["prompt"] or "", [Problem(path + "vars", "found without template; allowed: only with it",
+                                             (*where, "vars"))]
     if "template" in given:
         return fill_template(row, templates, path, where)
     if "prompt" in given:
         if isinstance(given["prompt"], str) and not given["prompt"].strip():
-            return "", [Problem(path + "prompt", "found an empty text; allowed: what the agent is to do", (*where, "prompt"))]
+            return "", [Problem(path + "prompt", "found an empty text; allowed: what the agent is to do",
+                                (*where, "prompt"))]
         return row["prompt"] or "", []
     for table in ("env", "vars"):
         if isinstance(given.get(table), dict) and "prompt" in given[table]:
-            return "", [Problem(f"{path}{table}.prompt", f"it stands below [task.{table}], so it is not the task's prompt; move it "
+            return "", [Problem(f"{path}{table}.prompt",
+                                f"it stands below [task.{table}], so it is not the task's prompt; move it "
                                 "above that header", (*where, table, "prompt"))]
     return "", [Problem(path + "prompt", "is required: what the agent is asked to do, or a template", where)]
 
@@ -923,13 +950,14 @@ def fill_template(row: dict, templates: dict[str, str], path: str, where: tuple)
         return "", [Problem(path + "template", f"found {show_value(name)}; allowed: {known}{did_you_mean(name or '', templates)}",
                             (*where, "template"))]
     places = {m[2] for m in _PLACE.finditer(templates[name]) if m[2]}
-    problems = [Problem(f"{path}vars.{p}", f"is required: template {name} has a place {{{p}}}", (*where, "vars"))
-                for p in sorted(places - values.keys())]
-    problems += [Problem(f"{path}vars.{v}", f"template {name} has no place {{{v}}}{did_you_mean(v, places)}", (*where, "vars", v))
-                 for v in values if v not in places]
+    problems = [Problem(f"{path}vars.{p}", f"is required: template {name} has a place {{{p}}}",
+                        (*where, "vars")) for p in sorted(places - values.keys())]
+    problems += [Problem(f"{path}vars.{v}", f"template {name} has no place {{{v}}}{did_you_mean(v, places)}",
+                         (*where, "vars", v)) for v in values if v not in places]
     prompt = _PLACE.sub(lambda m: "{" + m[1] + "}" if m[1] else values.get(m[2], ""), templates[name])
     if not prompt.strip():
-        problems.append(Problem(path + "prompt", f"template {name} makes an empty prompt", (*where, "template")))
+        problems.append(Problem(path + "prompt", f"template {name} makes an empty prompt",
+                                (*where, "template")))
     return prompt, problems
 
 
@@ -979,7 +1007,8 @@ class Talk:
         self.model = model
         self.session_id = ""          # as the agent tells it
         self.began = False            # the first message was answered
-        self.seen = False             # its session is in the log, which is only a hint that the session was kept
+        # its session is in the log, which is only a hint that the session was kept
+        self.seen = False
         self.open = False             # a turn goes on
         self.echoed: set[str] = set()           # uuids of messages that were taken up
         self.tasks: set[str] = set()            # background tasks of the agent's own, begun and not ended
@@ -1072,16 +1101,19 @@ def _fold_result(talk: Talk, event: dict) -> None:
     """Cost and modelUsage are cumulative in one process, sub-agents included; `usage` is not."""
     talk.results += 1
     talk.open = False
-    talk.result = {k: event.get(k) for k in ("subtype", "is_error", "api_error_status", "result", "terminal_reason", "errors")}
+    talk.result = {k: event.get(k) for k in ("subtype", "is_error", "api_error_status", "result",
+                                             "terminal_reason", "errors")}
     if event.get("session_id"):
         talk.session_id = event["session_id"]
     if not event.get("is_error"):
         talk.error = ""
     models = event.get("modelUsage") or {}
     if models:
-        talk.known = functools.reduce(Usage.plus, (Usage(
-            int(m.get("inputTokens") or 0), int(m.get("outputTokens") or 0), int(m.get("cacheReadInputTokens") or 0),
-            int(m.get("cacheCreationInputTokens") or 0)) for m in models.values()))
+        talk.known = functools.reduce(Usage.plus, (Usage(int(m.get("inputTokens") or 0),
+                                                         int(m.get("outputTokens") or 0),
+                                                         int(m.get("cacheReadInputTokens") or 0),
+                                                         int(m.get("cacheCreationInputTokens") or 0))
+                                                   for m in models.values()))
         talk.running.clear()
     cost = event.get("total_cost_usd")
     if isinstance(cost, (int, float)) and math.isfinite(cost):
@@ -1102,7 +1134,8 @@ def _fold_system(talk: Talk, event: dict) -> None:
         talk.tasks.add(str(event.get("task_id")))
     elif kind == "task_notification":
         talk.tasks.discard(str(event.get("task_id")))
-    elif kind == "task_updated" and (event.get("patch") or {}).get("status") not in ("pending", "running", None):
+    elif kind == "task_updated" and (event.get("patch") or {}).get("status") not in ("pending", "running",
+                                                                                     None):
         talk.tasks.discard(str(event.get("task_id")))
 
 
@@ -1158,8 +1191,9 @@ ERROR_KINDS = {
     "model_not_found": "invalid_argument",
 }
 
-SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE",
-           9: "SIGKILL", 11: "SIGSEGV", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM", 24: "SIGXCPU", 25: "SIGXFSZ", 31: "SIGSYS"}
+SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGBUS",
+           8: "SIGFPE", 9: "SIGKILL", 11: "SIGSEGV", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM",
+           24: "SIGXCPU", 25: "SIGXFSZ", 31: "SIGSYS"}
 
 
 class Ending(NamedTuple):
@@ -1186,7 +1220,8 @@ def find_reason(talk: Talk, end: Ending) -> dict:
     message = said or "; ".join(errors) or last_lines(end.stderr) or how_ended(end)
     kind = ERROR_KINDS.get(talk.error, "unknown")
     if talk.result is None and not talk.error and not end.log_cut:
-        message = how_ended(end) + " without a result" + (f": {last_lines(end.stderr)}" if end.stderr.strip() else "")
+        message = how_ended(end) + " without a result" + (f": {last_lines(end.stderr)}" if end.stderr.strip()
+                                                          else "")
     if result.get("terminal_reason") == "prompt_too_long":
         kind = "context_exceeded"
     elif kind == "unknown" and result.get("is_error") and result.get("api_error_status") == 400:
@@ -1247,9 +1282,11 @@ class Actor(NamedTuple):
     format: str = "claude"
     resumes: bool = True           # its agent can go on in a session
     session_id: str = ""
-    former: dict | None = None     # of the run that this one resumes: {path, branch, base, repo, rescue_ref, made}
+    # of the run that this one resumes: {path, branch, base, repo, rescue_ref, made}
+    former: dict | None = None
     state: str = "waiting"         # a key of STATES
-    how: str = "prompt"            # of the next hand: prompt, afresh (the prompt in a new session), resume (the
+    # of the next hand: prompt, afresh (the prompt in a new session), resume (the
+    how: str = "prompt"
     #                                session, with `continue`), again (the session, with the whole prompt)
     hand: int = 0                  # number of the last one dealt
     message: str = ""              # uuid of its first message
@@ -1370,7 +1407,8 @@ def on_placed(run: RunState, event: dict) -> None:
 def on_place_failed(run: RunState, event: dict) -> None:
     """An actor's worktree could not be made."""
     run.owed.pop(("place", event["actor"]), None)
-    end_actor(run, event["actor"], "SpawnFailed", event["at"], reason={"kind": "unknown", "message": event["message"]})
+    end_actor(run, event["actor"], "SpawnFailed", event["at"], reason={"kind": "unknown",
+                                                                       "message": event["message"]})
 
 
 def on_hand_dealt(run: RunState, event: dict) -> None:
@@ -1402,7 +1440,8 @@ def on_hand_started(run: RunState, event: dict) -> None:
 def on_spawn_failed(run: RunState, event: dict) -> None:
     """A hand's process could not be made."""
     run.owed.pop(("spawn", event["actor"]), None)
-    end_actor(run, event["actor"], "SpawnFailed", event["at"], reason={"kind": "unknown", "message": event["message"]})
+    end_actor(run, event["actor"], "SpawnFailed", event["at"], reason={"kind": "unknown",
+                                                                       "message": event["message"]})
 
 
 def on_hand_skipped(run: RunState, event: dict) -> None:
@@ -1444,7 +1483,8 @@ def on_hand_ended(run: RunState, event: dict) -> None:
            final=event["final"] if event.get("final") is not None else actor.final)
     again = event.get("again")
     if again:
-        change(run, actor.id, state="dealing", how=again, stop="", stop_done=False, lost=actor.lost + (event["cause"] == "lost"),
+        change(run, actor.id, state="dealing", how=again, stop="", stop_done=False,
+               lost=actor.lost + (event["cause"] == "lost"),
                afresh=actor.afresh or event["cause"] == "unbegun")
         owe(run, "deal", actor.id)
     else:
@@ -1454,8 +1494,8 @@ def on_hand_ended(run: RunState, event: dict) -> None:
 def on_closed(run: RunState, event: dict) -> None:
     """An actor's leftovers and worktree are dealt with: its record is final."""
     run.owed.pop(("close", event["actor"]), None)
-    change(run, event["actor"], closed={k: event.get(k) for k in ("path", "branch", "rescue_ref", "kept", "restore", "leftovers")},
-           state="settled")
+    change(run, event["actor"], closed={k: event.get(k) for k in ("path", "branch", "rescue_ref", "kept",
+                                                                  "restore", "leftovers")}, state="settled")
     run.closing -= 1
     run.settled.append(event["actor"])
     finish_when_done(run)
@@ -1472,7 +1512,8 @@ def on_cancelled(run: RunState, event: dict) -> None:
     run.cancelled, run.signal = event["why"], run.signal or event.get("signal", "")
     for actor in list(run.actors.values()):
         if STATES[actor.state].live and not actor.stop:
-            change(run, actor.id, stop="cancel", stop_reason=event.get("reason", ""), stop_done=actor.id in event.get("done", ()))
+            change(run, actor.id, stop="cancel", stop_reason=event.get("reason", ""),
+                   stop_done=actor.id in event.get("done", ()))
             if actor.state == "running":
                 change(run, actor.id, state="stopping")
                 owe(run, "stop", actor.id)
@@ -1569,18 +1610,21 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     if actor.stop and talk.result and not talk.result.get("is_error") and not end.log_cut:
         return {"status": "Success", "reason": None}     # it was done, and only would not go
     if end.no_folder:
-        return {"status": "SpawnFailed", "reason": {"kind": "unknown", "message": f"its folder is gone: {actor.directory}"}}
+        return {"status": "SpawnFailed", "reason": {"kind": "unknown",
+                                                    "message": f"its folder is gone: {actor.directory}"}}
     if succeeded(talk, end, form):
         return {"status": "Success", "reason": None}
     errors = " ".join(str(e) for e in (talk.result or {}).get("errors") or ()) + end.stderr
     unknown_session = "No conversation found" in errors or "is already in use" in errors
     silent = not talk.began and talk.result is None
-    unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0 or end.signal is not None)
+    unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0
+                                                                               or end.signal is not None)
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and silent and not actor.afresh:
         # a session that was announced may be kept with its prompt in it; one that was not is not there
-        again = actor.how if actor.how in ("resume", "again") else "resume" if talk.seen and actor.resumes else "afresh"
+        again = actor.how if actor.how in ("resume",
+                                           "again") else "resume" if talk.seen and actor.resumes else "afresh"
         return {"again": again, "cause": "lost" if again == "resume" else "unbegun"}
     if end.vanished and actor.lost < MAX_LOST_HANDS:
         return {"again": "resume" if actor.resumes else "prompt", "cause": "lost"}
@@ -1595,19 +1639,18 @@ def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
     if actor.hand_usd:
         cost = (cost or 0.0) + actor.hand_usd
     ended = actor.ended_at if actor.ended_at is not None else run.last_at
-    return {
-        "task_id": actor.id, "status": actor.status or None, "exit_code": actor.exit_code,
-        "started_at": render_time(actor.started_at), "ended_at": render_time(actor.ended_at),
-        "duration_ms": int(round(((ended - actor.started_at) if actor.started_at is not None else 0) * 1000)),
-        "worktree_path": path, "branch": actor.place["branch"] if actor.place else None, "log_path": log_path,
-        "token_usage": actor.usage.plus(actor.hand_usage)._asdict(), "claude_session_id": actor.session_id or None,
-        "final_message": actor.final, "final_message_preview": preview(actor.final),
-        "parent_task_id": actor.parent, "role": actor.role, "agent": actor.agent, "model": actor.model,
-        "cost_usd": round(cost, 10) if cost is not None else None, "pause_count": 0, "reprompt_count": 0,
-        "approvals_requested": 0, "approvals_approved": 0, "approvals_rejected": 0,
-        "failure_reason": public_reason(actor.reason), "rescue_ref": closed.get("rescue_ref"),
-        "worktree_kept": closed.get("kept"), "hands": actor.hands,
-    }
+    return {"task_id": actor.id, "status": actor.status or None, "exit_code": actor.exit_code,
+            "started_at": render_time(actor.started_at), "ended_at": render_time(actor.ended_at),
+            "duration_ms": int(round(((ended - actor.started_at) if actor.started_at is not None
+                                      else 0) * 1000)), "worktree_path": path, "branch": actor.place["branch"]
+            if actor.place else None, "log_path": log_path,
+            "token_usage": actor.usage.plus(actor.hand_usage)._asdict(), "claude_session_id": actor.session_id
+            or None, "final_message": actor.final, "final_message_preview": preview(actor.final),
+            "parent_task_id": actor.parent, "role": actor.role, "agent": actor.agent, "model": actor.model,
+            "cost_usd": round(cost, 10) if cost is not None else None, "pause_count": 0, "reprompt_count": 0,
+            "approvals_requested": 0, "approvals_approved": 0, "approvals_rejected": 0,
+            "failure_reason": public_reason(actor.reason), "rescue_ref": closed.get("rescue_ref"),
+            "worktree_kept": closed.get("kept"), "hands": actor.hands,}
 
 
 def public_reason(reason: dict | None) -> dict | None:
@@ -1629,15 +1672,14 @@ def summary_of(run: RunState, records: list[dict], meta: dict) -> dict:
     """`summary.json` of a run whose actors have all settled."""
     costs = [r["cost_usd"] for r in records if r["cost_usd"] is not None]
     ended = run.finished_at if run.finished_at is not None else run.last_at
-    return {
-        "run_id": run.run_id, "name": run.name, "mode": run.mode, "manifest_path": meta.get("manifest_path"),
-        "manifest_name": meta.get("manifest_name"), "pitboss_version": meta.get("pitboss_version"),
-        "claude_version": meta.get("claude_version"), "started_at": render_time(run.opened_at),
-        "ended_at": render_time(ended), "total_duration_ms": int(round((ended - run.opened_at) * 1000)),
-        "tasks_total": len(run.actors), "tasks_failed": run.failed,
-        "was_interrupted": bool(run.signal or run.cancelled), "total_cost_usd": round(sum(costs), 10) if costs else None,
-        "tasks_not_started": len(run.waiting), "tasks": records,
-    }
+    return {"run_id": run.run_id, "name": run.name, "mode": run.mode,
+            "manifest_path": meta.get("manifest_path"), "manifest_name": meta.get("manifest_name"),
+            "pitboss_version": meta.get("pitboss_version"), "claude_version": meta.get("claude_version"),
+            "started_at": render_time(run.opened_at), "ended_at": render_time(ended),
+            "total_duration_ms": int(round((ended - run.opened_at) * 1000)), "tasks_total": len(run.actors),
+            "tasks_failed": run.failed, "was_interrupted": bool(run.signal or run.cancelled),
+            "total_cost_usd": round(sum(costs), 10) if costs else None, "tasks_not_started": len(run.waiting),
+            "tasks": records,}
 
 
 def exit_code_of(run: RunState) -> str:
@@ -1678,7 +1720,8 @@ def mint_uuid() -> str:
 
 def data_folder(env: Mapping[str, str]) -> str:
     """`$XDG_DATA_HOME/pitboss`, else `~/.local/share/pitboss`."""
-    base = env.get("XDG_DATA_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".local", "share")
+    base = env.get("XDG_DATA_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".local",
+                                                    "share")
     return os.path.join(base, "pitboss")
 
 
@@ -1693,7 +1736,8 @@ def fault_of(error: OSError, doing: str) -> EnvironmentFault:
 
     name = errno.errorcode.get(error.errno or 0, "")
     hint = "make room, then `pitboss resume` the run" if name in NO_ROOM else ""
-    return EnvironmentFault(f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), hint=hint)
+    return EnvironmentFault(f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename
+                                                                     else ""), hint=hint)
 
 
 def has_no_room(error: OSError) -> bool:
@@ -1789,14 +1833,14 @@ class Journal:
         other error, EnvironmentFault is raised and the journal is as it was.
         """
         try:
-            facts = {k: put_blob(self.run_dir, self.mask.text(v)) if isinstance(v, str) and len(v) > BLOB_FROM else v
-                     for k, v in facts.items()}
+            facts = {k: put_blob(self.run_dir, self.mask.text(v)) if isinstance(v, str) and len(v) > BLOB_FROM
+                     else v for k, v in facts.items()}
         except OSError as e:
             if not has_no_room(e):
                 raise fault_of(e, "writing a blob") from None
             self.give_up_reserve()
-            facts = {k: {"blob": "0" * 64, "head": self.mask.text(v)[:2000]} if isinstance(v, str) and len(v) > BLOB_FROM else v
-                     for k, v in facts.items()}
+            facts = {k: {"blob": "0" * 64, "head": self.mask.text(v)[:2000]} if isinstance(v, str)
+                     and len(v) > BLOB_FROM else v for k, v in facts.items()}
         event = {"seq": self.seq + 1, "at": round(self.now(), 6), "kind": kind, **facts}
         line = json.dumps(event, separators=(",", ":"), allow_nan=False)
         masked = self.mask.json(line)
@@ -1901,7 +1945,8 @@ def mend_journal(path: str) -> int:
     if torn.strip(b"\n").count(b"\n"):
         return 0                    # a broken line in the middle: read_journal says which
     if torn:
-        beside = os.open(os.path.join(os.path.dirname(path), "journal.torn"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        beside = os.open(os.path.join(os.path.dirname(path), "journal.torn"),
+                         os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             write_all(beside, torn + b"\n")
             os.fsync(beside)
@@ -1935,7 +1980,8 @@ def take_lock(run_dir: str) -> int:
             holder = read_json(path) or {}
             if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(fd)
-                raise EnvironmentFault(f"this file system cannot lock {path}: {e.strerror}", hint="use --run-dir on a local disk") from None
+                raise EnvironmentFault(f"this file system cannot lock {path}: {e.strerror}",
+                                       hint="use --run-dir on a local disk") from None
             if time.monotonic() > deadline or is_living_holder(holder):
                 os.close(fd)
                 raise Refused(f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')} holds the run {os.path.basename(run_dir)}",
@@ -1950,8 +1996,9 @@ def take_lock(run_dir: str) -> int:
 def is_living_holder(holder: dict) -> bool:
     """Whether the content of a lock names a process of this machine that lives."""
     pid = holder.get("pid")
-    return (isinstance(pid, int) and holder.get("host") == os.uname().nodename and holder.get("boot") == boot_id()
-            and holder.get("start") is not None and process_start(pid) == holder.get("start"))
+    return (isinstance(pid, int) and holder.get("host") == os.uname().nodename
+            and holder.get("boot") == boot_id() and holder.get("start") is not None
+            and process_start(pid) == holder.get("start"))
 
 
 def is_locked(run_dir: str) -> bool:
@@ -1995,7 +2042,8 @@ def process_start(pid: int) -> str | None:
         return None if fields[0] in (b"Z", b"X") else fields[19].decode()
     import subprocess
 
-    done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True,
+                          check=False)
     state, _, start = done.stdout.strip().partition(" ")
     return None if not state or state.startswith("Z") else start.strip()
 
@@ -2012,12 +2060,14 @@ def list_runs(runs_dir: str) -> list[str]:
 def find_run(runs_dir: str, prefix: str) -> str:
     """The folder of the run whose id begins with `prefix`.  Raises NotFound, with candidates."""
     if not re.fullmatch(r"[0-9a-fA-F-]+", prefix):
-        raise NotFound(f"{show_value(prefix)} is not a run id", hint="pitboss list shows the runs; a run is named by the beginning of its id")
+        raise NotFound(f"{show_value(prefix)} is not a run id",
+                       hint="pitboss list shows the runs; a run is named by the beginning of its id")
     found = [r for r in list_runs(runs_dir) if r.startswith(prefix.lower())]
     if not found:
         raise NotFound(f"no run {prefix} in {runs_dir}", hint="pitboss list shows the runs")
     if len(found) > 1:
-        raise NotFound(f"{prefix} is the beginning of {len(found)} runs: {', '.join(found[:10])}", hint="give more of the id")
+        raise NotFound(f"{prefix} is the beginning of {len(found)} runs: {', '.join(found[:10])}",
+                       hint="give more of the id")
     return os.path.join(runs_dir, found[0])
 
 
@@ -2054,16 +2104,18 @@ def self_argv(run_dir: str) -> list[str]:
 # elsewhere: in a branch, or in a rescue ref.  When in doubt it stays, and the reason is said.
 # Nothing here runs a hook of the repository, signs, or reads the caller's GIT_DIR.
 
-GIT_ALWAYS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.fsmonitor=false", "-c", "gc.auto=0",
-              "-c", "maintenance.auto=false", "-c", "advice.detachedHead=false")
+GIT_ALWAYS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.fsmonitor=false",
+              "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "advice.detachedHead=false")
 # What `git rev-parse --local-env-vars` names (git 2.39), and GIT_NAMESPACE: they would point git at another repository.
-GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_CONFIG",
-                 "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG_PARAMETERS", "GIT_CONFIG_COUNT", "GIT_IMPLICIT_WORK_TREE",
-                 "GIT_GRAFT_FILE", "GIT_NO_REPLACE_OBJECTS", "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_NAMESPACE")
+GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY",
+                 "GIT_PREFIX", "GIT_CONFIG", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG_PARAMETERS",
+                 "GIT_CONFIG_COUNT", "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_NO_REPLACE_OBJECTS",
+                 "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_NAMESPACE")
 LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with when it is ours
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 _CONTENTION = re.compile(r"File exists|could not lock|cannot lock|unable to lock|Another git process|failed to read \S*commondir")
-_UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply", "sequencer")
+_UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
+              "sequencer")
 
 
 class GitError(PitbossError):
@@ -2099,8 +2151,8 @@ def git_env(env: Mapping[str, str], **more: str) -> dict[str, str]:
 
 def repo_query(folder: str) -> list[str]:
     """The git command that tells a Repo, one line a field."""
-    return ["git", "-C", folder, "rev-parse", "--path-format=absolute", "--is-inside-work-tree", "--git-common-dir",
-            "--show-toplevel", "--show-prefix", "--verify", "-q", "HEAD^{commit}"]
+    return ["git", "-C", folder, "rev-parse", "--path-format=absolute", "--is-inside-work-tree",
+            "--git-common-dir", "--show-toplevel", "--show-prefix", "--verify", "-q", "HEAD^{commit}"]
 
 
 def parse_repo(code: int, out: str, err: str) -> Repo | str:
@@ -2124,9 +2176,11 @@ def look_at_folder(folder: str) -> Repo | str:
     import subprocess
 
     try:
-        done = subprocess.run(repo_query(folder), env=git_env(os.environ), capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(repo_query(folder), env=git_env(os.environ), capture_output=True, text=True,
+                              errors="replace", check=False)
     except OSError:
-        raise InvalidInput("git is needed for worktrees and is not on PATH", hint="install git, or set use_worktree = false") from None
+        raise InvalidInput("git is needed for worktrees and is not on PATH",
+                           hint="install git, or set use_worktree = false") from None
     return parse_repo(done.returncode, done.stdout, done.stderr)
 
 
@@ -2139,7 +2193,8 @@ def check_places(manifest: Manifest) -> list[Problem]:
             continue
         if not os.path.isdir(task.directory):
             there = "it is not a folder" if os.path.exists(task.directory) else "there is no such folder"
-            problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {there}", where))
+            problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {there}",
+                                    where))
             continue
         if not task.use_worktree:
             continue
@@ -2162,12 +2217,14 @@ class Git:
         self.umask = umask
         self.locks: dict[str, asyncio.Lock] = {}
 
-    async def run(self, folder: str, *args: str, pass_fds: tuple = (), input: bytes | None = None, **env: str) -> tuple[int, bytes, str]:
+    async def run(self, folder: str, *args: str, pass_fds: tuple = (), input: bytes | None = None,
+                  **env: str) -> tuple[int, bytes, str]:
         """(exit status, standard output, standard error) of one git command in `folder`."""
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            "git", *GIT_ALWAYS, "-C", folder, *args, env=git_env(self.env, **env), umask=self.umask, pass_fds=pass_fds,
-            stdin=asyncio.subprocess.DEVNULL if input is None else pipe, stdout=pipe, stderr=pipe)
+        process = await asyncio.create_subprocess_exec("git", *GIT_ALWAYS, "-C", folder, *args,
+                                                       env=git_env(self.env, **env), umask=self.umask,
+                                                       pass_fds=pass_fds, stdin=asyncio.subprocess.DEVNULL
+                                                       if input is None else pipe, stdout=pipe, stderr=pipe)
         out, err = await process.communicate(input)
         return process.returncode or 0, out, err.decode("utf-8", "replace").strip()
 
@@ -2214,7 +2271,8 @@ class Git:
             finally:
                 os.close(fd)
 
-    async def add_worktree(self, directory: str, path: str, branch: str, own: bool, reason: str, start: str | None = None) -> Place:
+    async def add_worktree(self, directory: str, path: str, branch: str, own: bool, reason: str,
+                           start: str | None = None) -> Place:
         """Make a worktree for `directory` at `path`, on `branch`.
 
         `own`: the name is this run's, so a taken one gets a number; else a branch that exists and is
@@ -2268,25 +2326,29 @@ class Git:
                 os.rmdir(path)
         return None
 
-    async def try_worktree(self, repo: Repo, path: str, branch: str, exists: bool, reason: str, base: str, fd: int) -> None:
+    async def try_worktree(self, repo: Repo, path: str, branch: str, exists: bool, reason: str, base: str,
+                           fd: int) -> None:
         """`git worktree add`, again and again while another process holds a lock of git's own."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         deadline, pause, flag = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b"
         while True:
             start = [path, branch] if exists else ["--no-track", flag, branch, path, base]
-            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *start, pass_fds=(fd,))
+            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *start,
+                                          pass_fds=(fd,))
             if not code:
                 return
             contended = _CONTENTION.search(err) and "a branch named" not in err
             if not contended or time.monotonic() > deadline:
-                if not exists:       # git may leave the new branch behind; delete it only where it is as it was made
+                # git may leave the new branch behind; delete it only where it is as it was made
+                if not exists:
                     await self.run(repo.top, "update-ref", "-d", f"refs/heads/{branch}", base)
                 raise GitError(err + (f" (waited {GIT_PATIENCE_S:g} s)" if contended else ""))
             flag = "-B"
             await asyncio.sleep(pause)
             pause = min(1.0, pause * 2)
 
-    async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str, scratch: str) -> dict:
+    async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str,
+                             scratch: str) -> dict:
         """Let a settled actor's worktree go if everything in it is kept, and say what became of it.
 
         `remove`: `keep` leaves it, `saved` removes it when nothing is unsaved, `rescue` saves what is
@@ -2303,7 +2365,8 @@ class Git:
                 return {**told, "kept": tree.doubt or "unsaved work: " + ", ".join(tree.unsaved)}
             if tree.unsaved:
                 told["rescue_ref"] = await self.rescue(place, tree, ref, message, scratch)
-                told["restore"] = render_argv(["git", "-C", place.directory, "worktree", "add", place.path, told["rescue_ref"]])
+                told["restore"] = render_argv(["git", "-C", place.directory, "worktree", "add", place.path,
+                                               told["rescue_ref"]])
             await self.remove_worktree(place, force=bool(tree.unsaved))
             told["path"] = None
         except (GitError, OSError, UnicodeError) as e:
@@ -2326,15 +2389,17 @@ class Git:
         lock = read_text(os.path.join(gitdir, "locked"))
         under_way = next((n for n in _UNDER_WAY if os.path.lexists(os.path.join(gitdir, n))), "")
         nested = await asyncio.to_thread(find_nested, place.path)
-        doubt = (f"it is locked: {lock}" if os.path.exists(os.path.join(gitdir, "locked")) and not lock.startswith(LOCK_PREFIX) else
-                 f"{under_way} says that something is under way in it" if under_way else
-                 f"it holds another repository: {nested}" if nested else
-                 "another git process holds its index" if os.path.exists(os.path.join(gitdir, "index.lock")) else "")
+        doubt = (f"it is locked: {lock}" if os.path.exists(os.path.join(gitdir, "locked"))
+                 and not lock.startswith(LOCK_PREFIX)
+                 else f"{under_way} says that something is under way in it" if under_way
+                 else f"it holds another repository: {nested}" if nested
+                 else "another git process holds its index"
+                 if os.path.exists(os.path.join(gitdir, "index.lock")) else "")
         if doubt:
             return Tree(doubt, [], [])
         async with asyncio.TaskGroup() as group:
-            status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all",
-                                                "--ignore-submodules=none"))
+            status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
+                                                "--untracked-files=all", "--ignore-submodules=none"))
             flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
         code, out, err = status.result()
         if code or flags.result()[0]:
@@ -2343,17 +2408,19 @@ class Git:
         if any(entry[:1].islower() or entry[:1] == b"S" for entry in flags.result()[1].split(b"\0") if entry):
             doubt = doubt or "files in it are marked assume-unchanged or skip-worktree"
         commits = [] if doubt else await self.find_unheld(place, gitdir, out)
-        return Tree(doubt, unsaved + ([f"{len(commits)} commits that no branch holds"] if commits else []), commits)
+        return Tree(doubt, unsaved + ([f"{len(commits)} commits that no branch holds"] if commits else []),
+                    commits)
 
     async def find_unheld(self, place: Place, gitdir: str, status: bytes) -> list[str]:
         """Commits that this worktree's HEAD was on and that no branch, tag or rescue ref holds."""
-        head = next((line.split()[2].decode() for line in status.split(b"\0") if line.startswith(b"# branch.oid ")), "")
+        head = next((line.split()[2].decode() for line in status.split(b"\0")
+                     if line.startswith(b"# branch.oid ")), "")
         detached = b"# branch.head (detached)" in status.split(b"\0")
         seen = reflog_commits(read_text(os.path.join(gitdir, "logs", "HEAD")))
         if not detached and seen <= {head, place.base}:
             return []
-        out = await self.ask(place.path, "rev-list", "--ignore-missing", *sorted(seen | {head}), "--not", "--branches", "--tags",
-                             "--remotes", "--glob=refs/pitboss/rescue/*")
+        out = await self.ask(place.path, "rev-list", "--ignore-missing", *sorted(seen | {head}), "--not",
+                             "--branches", "--tags", "--remotes", "--glob=refs/pitboss/rescue/*")
         return out.split()
 
     async def rescue(self, place: Place, tree: Tree, ref: str, message: str, scratch: str) -> str:
@@ -2381,7 +2448,8 @@ class Git:
         commit = await ask("commit-tree", whole, *parent_args, "-m", message)
         for number in range(1, 100):
             name = ref if number == 1 else f"{ref}-{number}"
-            code, _, err = await self.run(place.path, "-c", "core.fsync=objects,reference", "update-ref", name, commit, "0" * len(commit))
+            code, _, err = await self.run(place.path, "-c", "core.fsync=objects,reference", "update-ref",
+                                          name, commit, "0" * len(commit))
             if not code:
                 break
         else:
@@ -2400,8 +2468,10 @@ class Git:
         locked = os.path.join(gitdir, "locked")
         if os.path.exists(locked):
             os.unlink(locked)
-        code, _, err = await self.run(place.repo, "worktree", "remove", *(["--force"] if force else []), place.path)
-        if code and not os.path.exists(gitdir):       # something wrote while git deleted: git has forgotten the tree
+        code, _, err = await self.run(place.repo, "worktree", "remove", *(["--force"] if force else []),
+                                      place.path)
+        # something wrote while git deleted: git has forgotten the tree
+        if code and not os.path.exists(gitdir):
             await asyncio.to_thread(shutil.rmtree, place.path, True)
         elif code:
             raise GitError(err)
@@ -2462,7 +2532,8 @@ def read_status(out: bytes) -> tuple[list[str], str]:
 
 def reflog_commits(text: str) -> set[str]:
     """The commits in a reflog, less those that were only replaced by an amend or a rebase."""
-    entries = [(line.split(" ", 2)[1], line.partition("\t")[2]) for line in text.splitlines() if line.count(" ") > 2]
+    entries = [(line.split(" ", 2)[1], line.partition("\t")[2]) for line in text.splitlines()
+               if line.count(" ") > 2]
     left_by = [message for _, message in entries[1:]] + [""]
     return {commit for (commit, _), message in zip(entries, left_by)
             if not message.startswith(("commit (amend)", "rebase")) and commit.strip("0")}
@@ -2493,7 +2564,8 @@ umask "$4"; shift 4; "$@"; r=$?
 umask "$m"; echo $r >"$d/exit.$n"; exit $r"""
 
 LINEAGE = "PITBOSS_LINEAGE"    # variable of every process of a hand: OUTER/RUN:ACTOR:HAND
-PIPE_MAX = 1 << 20             # bytes: Linux's limit for a pipe without privileges (/proc/sys/fs/pipe-max-size)
+# bytes: Linux's limit for a pipe without privileges (/proc/sys/fs/pipe-max-size)
+PIPE_MAX = 1 << 20
 POLL_S = 0.04                  # between two looks at a tree that is being stopped
 
 
@@ -2534,14 +2606,16 @@ def _linux_processes() -> dict[int, Process]:
                     fields = f.read().rpartition(b")")[2].split()
             except OSError:
                 continue
-            table[int(name)] = Process(int(name), int(fields[1]), int(fields[3]), fields[19].decode(), fields[0] in (b"Z", b"X"))
+            table[int(name)] = Process(int(name), int(fields[1]), int(fields[3]), fields[19].decode(),
+                                       fields[0] in (b"Z", b"X"))
     return table
 
 
 def _ps_processes() -> dict[int, Process]:
     import subprocess
 
-    done = subprocess.run(["ps", "-axo", "pid=,ppid=,sess=,stat=,lstart="], capture_output=True, text=True, check=False)
+    done = subprocess.run(["ps", "-axo", "pid=,ppid=,sess=,stat=,lstart="], capture_output=True, text=True,
+                          check=False)
     table = {}
     for line in done.stdout.splitlines():
         pid, ppid, sess, stat, start = line.split(None, 4)
@@ -2564,7 +2638,8 @@ def read_lineage(pid: int) -> str:
         return found[1].decode("utf-8", "replace") if found else ""
     import subprocess
 
-    done = subprocess.run(["ps", "-Eww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["ps", "-Eww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True,
+                          check=False)
     found = re.search(LINEAGE + r"=(\S*)", done.stdout)
     return found[1] if found else ""
 
@@ -2601,7 +2676,8 @@ class ProcessTable:
         found = {p: s for p, s in known.items() if p in alive and alive[p].start == s}
         own_sid, shim = os.getsid(0), self.rows.get(handle["pid"])
         # a number is not given again while a session is named by it: without its leader it is still this hand's
-        sid = handle["pid"] if handle["boot"] == boot_id() and (shim is None or shim.start == handle["start"]) else -1
+        sid = handle["pid"] if handle["boot"] == boot_id() and (shim is None
+                                                                or shim.start == handle["start"]) else -1
         for p in alive.values():
             lineage = self.lineages.get((p.pid, p.start), "")
             if (p.sid == sid and sid != own_sid) or f"/{handle['marker']}/" in f"/{lineage}/":
@@ -2663,17 +2739,20 @@ def start_local(launch: Launch) -> dict:
     """
     import signal
 
-    stdout, stderr = (os.open(os.path.join(launch.task_dir, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-                      for name in ("stdout.log", "stderr.log"))
+    stdout, stderr = (os.open(os.path.join(launch.task_dir, name),
+                              os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
+                              0o600) for name in ("stdout.log", "stderr.log"))
     run_id, actor, hand = launch.marker.split(":")
-    argv = ["/bin/sh", "-c", SHIM, f"pitboss {run_id} {actor} hand {hand}", launch.task_dir, str(launch.hand), launch.cwd,
-            f"{launch.umask:03o}", *launch.argv]
+    argv = ["/bin/sh", "-c", SHIM, f"pitboss {run_id} {actor} hand {hand}", launch.task_dir, str(launch.hand),
+            launch.cwd, f"{launch.umask:03o}", *launch.argv]
     # Python ignores SIGPIPE and a caller may ignore SIGINT: both would be inherited through exec
-    defaults = [getattr(signal, n) for n in ("SIGPIPE", "SIGXFSZ", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTERM") if hasattr(signal, n)]
+    defaults = [getattr(signal, n) for n in ("SIGPIPE", "SIGXFSZ", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTERM")
+                if hasattr(signal, n)]
     moves = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((launch.stdin, stdout, stderr))]
     try:
         try:
-            pid = os.posix_spawn("/bin/sh", argv, launch.env, file_actions=moves, setsid=True, setsigmask=[], setsigdef=defaults)
+            pid = os.posix_spawn("/bin/sh", argv, launch.env, file_actions=moves, setsid=True, setsigmask=[],
+                                 setsigdef=defaults)
         except NotImplementedError:     # a libc without POSIX_SPAWN_SETSID
             pid = _popen_local(argv, launch.env, (launch.stdin, stdout, stderr))
     finally:
@@ -2685,15 +2764,16 @@ def start_local(launch: Launch) -> dict:
 def _popen_local(argv: list[str], env: dict, streams: tuple[int, int, int]) -> int:
     import subprocess
 
-    process = subprocess.Popen(argv, env=env, stdin=streams[0], stdout=streams[1], stderr=streams[2], start_new_session=True)
+    process = subprocess.Popen(argv, env=env, stdin=streams[0], stdout=streams[1], stderr=streams[2],
+                               start_new_session=True)
     process.returncode = 0           # its exit is collected by pid, not by this object
     return process.pid
 
 
 def make_handle(pid: int, marker: str) -> dict:
     """What names a hand's shim for good."""
-    return {"executor": "local", "pid": pid, "start": process_start(pid), "boot": boot_id(), "host": os.uname().nodename,
-            "ns": pid_namespace(), "marker": marker}
+    return {"executor": "local", "pid": pid, "start": process_start(pid), "boot": boot_id(),
+            "host": os.uname().nodename, "ns": pid_namespace(), "marker": marker}
 
 
 @functools.lru_cache(maxsize=1)
@@ -2742,7 +2822,8 @@ def wait_local(loop: asyncio.AbstractEventLoop, handle: dict) -> asyncio.Future:
 
             queue = select.kqueue()
             fd = os.dup(queue.fileno())
-            queue.control([select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)], 0)
+            queue.control([select.kevent(pid, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)],
+                          0)
     except (OSError, AttributeError):
         future.descriptor = None
         return future
@@ -2824,7 +2905,8 @@ def read_fence(task_dir: str, hand: int) -> int | str | None:
 def fence_off(task_dir: str, hand: int) -> bool:
     """Take a hand's number so that a shim that comes late does nothing.  False: a shim was first."""
     try:
-        fd = os.open(os.path.join(task_dir, f"hand.{hand}"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(os.path.join(task_dir, f"hand.{hand}"),
+                     os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         return False
     with os.fdopen(fd, "w") as f:
@@ -2970,7 +3052,8 @@ class Agent(NamedTuple):
     argv: Callable             # (Deal) -> list
     env: Callable              # (Deal) -> dict; the operator's own values win
     format: str                # a key of FORMATS
-    input: str                 # stream: messages in JSON lines, kept open; prompt: the prompt, then its end; none
+    # stream: messages in JSON lines, kept open; prompt: the prompt, then its end; none
+    input: str
     resumes: bool
     interrupt: str             # a line that interrupts a turn; empty: SIGINT
     version: tuple             # arguments that print its version; empty: it is not asked
@@ -2984,9 +3067,10 @@ def argv_claude(deal: Deal) -> list:
     an ordinary session and shut out hooks, servers, permissions and environment of a repository's settings.
     """
     task = deal.task
-    argv = [*deal.program, "-p", "--output-format", "stream-json", "--verbose", "--input-format", "stream-json", "--replay-user-messages",
-            "--dangerously-skip-permissions", "--strict-mcp-config", "--setting-sources", "user",
-            "--settings", '{"disableAllHooks":true}', "--add-dir", *folders_between(deal.root, deal.cwd), "--model", task.model, "--effort", task.effort]
+    argv = [*deal.program, "-p", "--output-format", "stream-json", "--verbose", "--input-format",
+            "stream-json", "--replay-user-messages", "--dangerously-skip-permissions", "--strict-mcp-config",
+            "--setting-sources", "user", "--settings", '{"disableAllHooks":true}', "--add-dir",
+            *folders_between(deal.root, deal.cwd), "--model", task.model, "--effort", task.effort]
     if deal.mcp_config:
         argv += ["--mcp-config", deal.mcp_config]
     bare = dict.fromkeys(t.partition("(")[0] for t in task.tools if not t.startswith("mcp__"))
@@ -2994,7 +3078,9 @@ def argv_claude(deal: Deal) -> list:
     argv += ["--tools", ",".join(bare)]
     if rules:
         argv += ["--allowedTools", ",".join(rules)]
-    return argv + (["--resume", deal.session_id] if deal.how in ("resume", "again") else ["--session-id", deal.session_id])
+    return argv + (["--resume", deal.session_id] if deal.how in ("resume",
+                                                                 "again") else ["--session-id",
+                                                                                deal.session_id])
 
 
 def folders_between(root: str, cwd: str) -> list[str]:
@@ -3005,10 +3091,9 @@ def folders_between(root: str, cwd: str) -> list[str]:
 
 def env_claude(deal: Deal) -> dict:
     """Variables that claude needs: root is refused without IS_SANDBOX, servers are waited for."""
-    return {
-        "CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD": "1", "MCP_CONNECTION_NONBLOCKING": "0", "MCP_CONNECT_TIMEOUT_MS": "30000",
-        "CLAUDE_CODE_ENTRYPOINT": "sdk-ts", "DISABLE_AUTOUPDATER": "1", **({"IS_SANDBOX": "1"} if deal.superuser else {}),
-    }
+    return {"CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD": "1", "MCP_CONNECTION_NONBLOCKING": "0",
+            "MCP_CONNECT_TIMEOUT_MS": "30000", "CLAUDE_CODE_ENTRYPOINT": "sdk-ts", "DISABLE_AUTOUPDATER": "1",
+            **({"IS_SANDBOX": "1"} if deal.superuser else {}),}
 
 
 def argv_demo(deal: Deal) -> list:
@@ -3019,8 +3104,10 @@ def argv_demo(deal: Deal) -> list:
 
 def argv_command(deal: Deal) -> list:
     """An `[agent.NAME]`: its words with the places filled in."""
-    places = {"prompt_file": deal.prompt_file, "model": deal.task.model, "session_id": deal.session_id, "mcp_config": deal.mcp_config}
-    return [re.sub(r"\{(prompt_file|model|session_id|mcp_config)\}", lambda m: places[m[1]], word) for word in deal.program]
+    places = {"prompt_file": deal.prompt_file, "model": deal.task.model, "session_id": deal.session_id,
+              "mcp_config": deal.mcp_config}
+    return [re.sub(r"\{(prompt_file|model|session_id|mcp_config)\}", lambda m: places[m[1]],
+                   word) for word in deal.program]
 
 
 def env_nothing(deal: Deal) -> dict:
@@ -3030,10 +3117,10 @@ def env_nothing(deal: Deal) -> dict:
 
 CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"subtype":"interrupt"}}'
 
-AGENTS = {a.name: a for a in (
-    Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True, CLAUDE_INTERRUPT, ("--version",), ""),
-    Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (), "follows the script in its prompt; no model, no network"),
-)}
+AGENTS = {a.name: a for a in (Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True,
+                                    CLAUDE_INTERRUPT, ("--version",), ""),
+                              Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (),
+                                    "follows the script in its prompt; no model, no network"),)}
 
 
 def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
@@ -3042,8 +3129,9 @@ def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
     if own is None:
         return AGENTS[name]
     takes_file = any("{prompt_file}" in word for word in own.command)
-    return Agent(name, own.command[0], argv_command, env_nothing, own.format, "none" if takes_file else "prompt", False, "", (),
-                 "no message can reach it while it runs" + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
+    return Agent(name, own.command[0], argv_command, env_nothing, own.format,
+                 "none" if takes_file else "prompt", False, "", (), "no message can reach it while it runs"
+                 + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
 
 
 def first_message(deal: Deal) -> str:
@@ -3057,12 +3145,14 @@ def first_message(deal: Deal) -> str:
 
 def render_message(text: str, uuid: str) -> str:
     """A message as a line of claude's `--input-format stream-json`; its echo carries the uuid."""
-    return json.dumps({"type": "user", "message": {"role": "user", "content": text}, "uuid": uuid}, separators=(",", ":")) + "\n"
+    return json.dumps({"type": "user", "message": {"role": "user", "content": text}, "uuid": uuid},
+                      separators=(",", ":")) + "\n"
 
 
 def server_config(servers: Iterable[Server]) -> dict:
     """The MCP servers as claude's `--mcp-config` file; `alwaysLoad` makes it wait for them."""
-    return {"mcpServers": {s.id: {"command": s.command, "args": list(s.args), "env": s.env, "alwaysLoad": True} for s in servers}}
+    return {"mcpServers": {s.id: {"command": s.command, "args": list(s.args), "env": s.env,
+                                  "alwaysLoad": True} for s in servers}}
 
 
 # ======================================================================================
@@ -3080,7 +3170,8 @@ READ_AT_ONCE = 256 << 10               # bytes of one log before the others get 
 class LiveHand:
     """What this process knows of a hand that lives, beyond the journal."""
 
-    def __init__(self, actor: Actor, child: bool, pipe: int | None, unsent: bytes, log: str, began: float) -> None:
+    def __init__(self, actor: Actor, child: bool, pipe: int | None, unsent: bytes, log: str,
+                 began: float) -> None:
         self.actor = actor.id
         self.hand = actor.hand
         self.handle: dict = {}
@@ -3108,8 +3199,8 @@ class LiveHand:
 class Dispatcher:
     """The one owner of a run's tasks: records events, acts on what is owed."""
 
-    def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *, env: Mapping[str, str], umask: int,
-                 notice: Callable, draw: Callable) -> None:
+    def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *,
+                 env: Mapping[str, str], umask: int, notice: Callable, draw: Callable) -> None:
         self.run_dir = run_dir
         self.manifest = manifest
         self.plans = {t.id: t for t in manifest.tasks}
@@ -3142,7 +3233,8 @@ class Dispatcher:
         step(self.run, event)
         self.notice(self.run, event)
         fresh, self.run.fresh = self.run.fresh, []
-        if EVENTS[kind].durable or self.unsynced:      # in journal order: later events wait behind a durable one
+        # in journal order: later events wait behind a durable one
+        if EVENTS[kind].durable or self.unsynced:
             self.unsynced += fresh
             self.sync_wanted.set()
         else:
@@ -3194,12 +3286,14 @@ class Dispatcher:
         self.ended, self.sync_wanted = asyncio.Event(), asyncio.Event()
         self.subreaper = be_subreaper()
         async with asyncio.TaskGroup() as self.group:
-            own = [self.group.create_task(self.keep_synced(), name="sync"), self.group.create_task(self.keep_ticking(), name="tick")]
+            own = [self.group.create_task(self.keep_synced(), name="sync"),
+                   self.group.create_task(self.keep_ticking(), name="tick")]
             try:
                 with self.signals():
                     owed = list(self.run.owed)
                     self.run.fresh.clear()
-                    self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename, boot=boot_id(), version=VERSION)
+                    self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
+                                boot=boot_id(), version=VERSION)
                     if self.cancel_first is not None:
                         self.record("cancelled", why="operator", reason=self.cancel_first)
                     for key in owed:
@@ -3221,8 +3315,9 @@ class Dispatcher:
         import signal
 
         loop = asyncio.get_running_loop()
-        wanted = {signal.SIGINT: lambda: self.on_signal("INT"), signal.SIGTERM: lambda: self.on_signal("TERM"),
-                  signal.SIGUSR1: self.on_cancel, signal.SIGHUP: lambda: None}
+        wanted = {signal.SIGINT: lambda: self.on_signal("INT"),
+                  signal.SIGTERM: lambda: self.on_signal("TERM"), signal.SIGUSR1: self.on_cancel,
+                  signal.SIGHUP: lambda: None}
         for number, handler in wanted.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -3248,7 +3343,8 @@ class Dispatcher:
         """An operator cancels the run; why stands in RUN/cancel.json."""
         if not self.run.cancelled:
             wish = read_json(os.path.join(self.run_dir, "cancel.json")) or {}
-            self.record("cancelled", why="operator", reason=str(wish.get("reason") or ""), done=self.done_hands())
+            self.record("cancelled", why="operator", reason=str(wish.get("reason") or ""),
+                        done=self.done_hands())
 
     def done_hands(self) -> list[str]:
         """Actors whose hand has done its work and only has to leave."""
@@ -3305,8 +3401,8 @@ class Dispatcher:
             live.idle_at = None
         if now - live.told_at >= USAGE_EVERY_S and live.talk.usage() != actor.hand_usage:
             live.told_at = now
-            self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()), cost_usd=live.talk.cost_usd(),
-                        log_at=live.tail.at)
+            self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()),
+                        cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
         if actor.state != "running" or late or live.tail.behind() and live.tail.fd is not None or self.has_left(live):
             return
         if live.idle_at is not None and now - live.idle_at > LINGER_S:
@@ -3316,7 +3412,8 @@ class Dispatcher:
 
     def has_left(self, live: LiveHand) -> bool:
         """Whether its exit is already on file or its process gone, before anything is called a timeout."""
-        return read_exit(self.task_dir(live.actor), live.hand) is not None or live.exit is not None and live.exit.done()
+        return read_exit(self.task_dir(live.actor),
+                         live.hand) is not None or live.exit is not None and live.exit.done()
 
     def send_rest(self, live: LiveHand) -> None:
         """Write on what did not fit into an agent's input."""
@@ -3368,7 +3465,8 @@ class Dispatcher:
             if has_no_room(e):
                 raise
             return self.record("place_failed", actor=name, message=str(fault_of(e, "making its worktree")))
-        write_file(os.path.join(self.make_task_dir(name), "worktree.path"), (place.path + "\n").encode("utf-8", "surrogateescape"))
+        write_file(os.path.join(self.make_task_dir(name), "worktree.path"),
+                   (place.path + "\n").encode("utf-8", "surrogateescape"))
         self.record("placed", actor=name, place=place._asdict())
 
     async def make_place(self, actor: Actor) -> Place:
@@ -3379,17 +3477,19 @@ class Dispatcher:
             repo = await self.git.look(former["path"])
             await self.git.run(repo.top, "worktree", "lock", "--reason", reason, former["path"])
             below = os.path.relpath(former.get("cwd") or former["path"], former["path"])
-            return self.git.place_of(repo._replace(prefix="" if below == "." else below), actor.directory, former["path"],
-                                     (former.get("branch"), former.get("base") or repo.head), bool(former.get("made")))
+            return self.git.place_of(repo._replace(prefix="" if below == "." else below), actor.directory,
+                                     former["path"], (former.get("branch"), former.get("base") or repo.head),
+                                     bool(former.get("made")))
         base = self.run.facts.get("worktree_dir")
-        path = os.path.join(base, run8, actor.id) if base else os.path.join(self.run_dir, "worktrees", actor.id)
+        path = os.path.join(base, run8, actor.id) if base else os.path.join(self.run_dir, "worktrees",
+                                                                            actor.id)
         branch, own, start = actor.branch, actor.branch is None, None
         if former.get("path"):     # sessions belong to a place: the old one is made again
             path = former["path"] if os.path.isdir(os.path.dirname(os.path.dirname(former["path"]))) else path
             start = former.get("rescue_ref")
             branch, own = former.get("branch") or branch, False
-        return await self.git.add_worktree(actor.directory, path, branch or f"pitboss/{run8}/{actor.id}", own and not former.get("branch"),
-                                           reason, start)
+        return await self.git.add_worktree(actor.directory, path, branch or f"pitboss/{run8}/{actor.id}",
+                                           own and not former.get("branch"), reason, start)
 
     def make_task_dir(self, actor: str) -> str:
         """An actor's folder, made where it is missing."""
@@ -3405,8 +3505,8 @@ class Dispatcher:
         log = os.path.join(self.make_task_dir(name), "stdout.log")
         fresh = actor.how == "afresh" or not actor.session_id
         self.dealt.add((name, actor.hand + 1))
-        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message=mint_uuid(), log_at=end_line(log),
-                    session_id=mint_uuid() if fresh else actor.session_id)
+        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message=mint_uuid(),
+                    log_at=end_line(log), session_id=mint_uuid() if fresh else actor.session_id)
 
     async def effect_spawn(self, name: str) -> None:
         """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
@@ -3420,7 +3520,8 @@ class Dispatcher:
         except OSError as e:
             if has_no_room(e):
                 raise
-            return self.record("spawn_failed", actor=name, hand=actor.hand, message=f"its process could not be started: {e.strerror}")
+            return self.record("spawn_failed", actor=name, hand=actor.hand,
+                               message=f"its process could not be started: {e.strerror}")
         except InvalidInput as e:
             return self.record("spawn_failed", actor=name, hand=actor.hand, message=str(e))
         self.hands[name] = live
@@ -3454,12 +3555,13 @@ class Dispatcher:
             data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
             stdin, pipe, unsent = open_input(data)
         else:
-            stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull,
+                            os.O_RDONLY | os.O_CLOEXEC)
         try:
             place = actor.place or {}
             cwd = place.get("cwd") or actor.directory
-            launch = Launch([str(word) for word in row.argv(deal)], cwd, self.agent_env(actor, deal, row), folder, actor.hand,
-                            self.marker_of(actor), self.umask, stdin)
+            launch = Launch([str(word) for word in row.argv(deal)], cwd, self.agent_env(actor, deal, row),
+                            folder, actor.hand, self.marker_of(actor), self.umask, stdin)
             handle = EXECUTORS["local"].start(launch)
         except OSError:
             if pipe is not None:
@@ -3482,11 +3584,13 @@ class Dispatcher:
             write_file(config, json.dumps(server_config(self.manifest.servers), indent=1).encode())
         program = self.programs.get(actor.agent)
         if program is None:
-            program = find_program(row, self.env, self.manifest.agents, self.meta.get("base_dir") or "/") or tuple(self_argv(self.run_dir))
+            program = find_program(row, self.env, self.manifest.agents, self.meta.get("base_dir")
+                                   or "/") or tuple(self_argv(self.run_dir))
             self.programs[actor.agent] = program
         place = actor.place or {}
-        return Deal(task, program, actor.how, actor.session_id, actor.message, place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file, config,
-                    os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
+        return Deal(task, program, actor.how, actor.session_id, actor.message,
+                    place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
+                    config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
 
     def agent_env(self, actor: Actor, deal: Deal, row: Agent) -> dict[str, str]:
         """The environment of a hand: the caller's, the adapter's, the manifest's, and where it is."""
@@ -3515,10 +3619,11 @@ class Dispatcher:
         final = (live.talk.result or {}).get("result")
         facts = decide_hand_end(actor, live.talk, end)
         del self.hands[name]
-        self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal, usage=list(usage),
-                    cost_usd=live.talk.cost_usd() if tells else None, session_id=live.talk.session_id,
-                    final=final if isinstance(final, str) else live.talk.last_text() or None, log_at=live.tail.at,
-                    lived_s=0.0 if end.vanished and not live.child else round(max(0.0, time.monotonic() - live.began), 3),
+        self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal,
+                    usage=list(usage), cost_usd=live.talk.cost_usd() if tells else None,
+                    session_id=live.talk.session_id, final=final if isinstance(final, str)
+                    else live.talk.last_text() or None, log_at=live.tail.at, lived_s=0.0 if end.vanished
+                    and not live.child else round(max(0.0, time.monotonic() - live.began), 3),
                     skipped=live.talk.skipped, **facts)
 
     def adopt(self, name: str) -> LiveHand:
@@ -3527,7 +3632,8 @@ class Dispatcher:
         age = age_of(actor.handle)
         if age is None:
             age = max(0.0, self.journal.now() - actor.hand_at)
-        live = LiveHand(actor, False, None, b"", os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age)
+        live = LiveHand(actor, False, None, b"", os.path.join(self.task_dir(name), "stdout.log"),
+                        time.monotonic() - age)
         live.handle = actor.handle
         return live
 
@@ -3576,7 +3682,8 @@ class Dispatcher:
             steps = (0.0, 0.0, KILL_S) if self.kill_now else (INTERRUPT_S, TERMINATE_S, KILL_S)
             if self.env.get(LINEAGE):
                 steps = (0.5, 1.0, KILL_S)       # an outer pitboss gives this one three seconds
-            await stop_ladder(functools.partial(self.find_unreaped, live), functools.partial(self.interrupt, live), steps)
+            await stop_ladder(functools.partial(self.find_unreaped, live),
+                              functools.partial(self.interrupt, live), steps)
         finally:
             live.stopped.set()
 
@@ -3642,7 +3749,8 @@ class Dispatcher:
     async def close_place(self, actor: Actor) -> dict:
         """What becomes of a settled actor's worktree."""
         policy = self.run.facts["worktree_cleanup"]
-        remove = {"never": "keep", "always": "rescue", "on_success": "saved" if STATUSES[actor.status].good else "keep"}[policy]
+        remove = {"never": "keep", "always": "rescue", "on_success": "saved" if STATUSES[actor.status].good
+                  else "keep"}[policy]
         if self.run.draining == "no_space":
             remove = "keep"
         return await self.git.close_worktree(
@@ -3652,7 +3760,8 @@ class Dispatcher:
     def export_record(self, name: str) -> None:
         """Append a settled actor's record to summary.jsonl."""
         line = self.mask.json(json.dumps(self.record_line(name), allow_nan=False)) + "\n"
-        fd = os.open(os.path.join(self.run_dir, "summary.jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(os.path.join(self.run_dir, "summary.jsonl"),
+                     os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             write_all(fd, line.encode())
         finally:
@@ -3667,7 +3776,8 @@ class Dispatcher:
         """Write the summary; the run is at its end."""
         await self.end_strangers()
         records = [self.record_line(name) for name in self.run.settled]
-        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta), self.mask, durable=True)
+        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta),
+                   self.mask, durable=True)
         self.record("run_finished", tasks_total=len(self.run.actors), tasks_failed=self.run.failed)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.run_dir, "reserve"))
@@ -3676,7 +3786,8 @@ class Dispatcher:
     async def end_strangers(self) -> None:
         """End children that nothing could be told of: every hand is gone, so they are leftovers."""
         if self.subreaper and not self.run.facts.get("keep_children") and self.strangers() not in ([], [-1]):
-            await stop_ladder(lambda: self.reap_orphans() or {p: process_start(p) or "" for p in self.strangers() if p > 0}, None,
+            await stop_ladder(lambda: self.reap_orphans() or {p: process_start(p) or ""
+                                                              for p in self.strangers() if p > 0}, None,
                               (0.0, TERMINATE_S, KILL_S))
 
 
@@ -3720,7 +3831,8 @@ def read_command(pid: int) -> str:
     """A process's command line, short; empty where it cannot be read."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as f:
-            return clip_cells(clean_text(f.read(400).replace(b"\0", b" ").decode("utf-8", "replace")), 80).strip()
+            return clip_cells(clean_text(f.read(400).replace(b"\0", b" ").decode("utf-8", "replace")),
+                              80).strip()
     except OSError:
         return ""
 
@@ -3753,7 +3865,8 @@ def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Comm
     path = shutil.which(program, path=env.get("PATH"))
     if path is None:
         there = "is not an executable program" if os.path.exists(program) else "was not found"
-        raise InvalidInput(f"agent {row.name}: {program} {there}" + ("" if os.sep in program else " on PATH"), hint=hint)
+        raise InvalidInput(f"agent {row.name}: {program} {there}" + ("" if os.sep in program else " on PATH"),
+                           hint=hint)
     return (path, *(own.command[1:] if own else ()))
 
 
@@ -3764,8 +3877,8 @@ def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | Non
     if not row.version:
         return None
     try:
-        done = subprocess.run([*program, *row.version], env=dict(env), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace", timeout=60, check=False)
+        done = subprocess.run([*program, *row.version], env=dict(env), stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)}: {clean_text(str(e))}") from None
     if done.returncode:
@@ -3803,7 +3916,8 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
         pin_self(beside)
         keep_reserve(beside)
         write_json(os.path.join(beside, "resolved.json"), render_resolved(order, run_id), mask)
-        write_json(os.path.join(beside, "meta.json"), render_meta(order, run_id, now, env), mask, durable=True)
+        write_json(os.path.join(beside, "meta.json"), render_meta(order, run_id, now, env), mask,
+                   durable=True)
         os.rename(beside, run_dir)       # a run folder is whole from the first moment
     except OSError as e:
         import shutil
@@ -3816,23 +3930,24 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
 def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -> dict:
     """`meta.json`: where the run came from, and what taking it over needs beyond the manifest."""
     rules = order.manifest.rules
-    return {
-        "run_id": run_id, "name": rules.name, "mode": order.manifest.mode,
-        "manifest_path": os.path.join(order.base_dir, order.label) if order.label != "stdin" else "stdin",
-        "manifest_name": order.stem, "base_dir": order.base_dir, "started_at": render_time(now), "pitboss_version": VERSION,
-        "claude_version": order.claude_version, "pid": os.getpid(), "host": os.uname().nodename,
-        "parent_run_id": env.get("PITBOSS_RUN_ID"), "max_parallel": rules.max_parallel, "resumed_from": order.resumed_from,
-        "only": order.only, "former": order.former}
+    return {"run_id": run_id, "name": rules.name, "mode": order.manifest.mode,
+            "manifest_path": os.path.join(order.base_dir, order.label) if order.label != "stdin" else "stdin",
+            "manifest_name": order.stem, "base_dir": order.base_dir, "started_at": render_time(now),
+            "pitboss_version": VERSION, "claude_version": order.claude_version, "pid": os.getpid(),
+            "host": os.uname().nodename, "parent_run_id": env.get("PITBOSS_RUN_ID"),
+            "max_parallel": rules.max_parallel, "resumed_from": order.resumed_from, "only": order.only,
+            "former": order.former}
 
 
 def render_resolved(order: Order, run_id: str) -> dict:
     """`resolved.json`: the manifest with nothing left to defaults."""
     former = order.former or {}
-    tasks = [{**{("timeout_secs" if k == "timeout_s" else k): v for k, v in t._asdict().items() if k != "index"},
-              "resume_session_id": (former.get(t.id) or {}).get("session_id")}
-             for t in order.manifest.tasks if order.only is None or t.id in order.only]
-    return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(), "tasks": tasks, "lead": None,
-            "mcp_servers": [s._asdict() for s in order.manifest.servers]}
+    tasks = [{**{("timeout_secs" if k == "timeout_s" else k): v for k,
+                 v in t._asdict().items() if k != "index"},
+              "resume_session_id": (former.get(t.id) or {}).get("session_id")} for t in order.manifest.tasks
+             if order.only is None or t.id in order.only]
+    return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(),
+            "tasks": tasks, "lead": None, "mcp_servers": [s._asdict() for s in order.manifest.servers]}
 
 
 class Taken(NamedTuple):
@@ -3856,7 +3971,8 @@ def take_over(run_dir: str, env: Mapping[str, str]) -> Taken:
         if meta is None or not os.path.exists(snapshot):
             raise Refused(f"{run_dir} has no meta.json or no manifest: it is not a whole run folder")
         with open(snapshot, "rb") as f:
-            manifest = read_manifest(f.read(), snapshot, stem=meta.get("manifest_name") or "", env={}, agents=AGENTS,
+            manifest = read_manifest(f.read(), snapshot, stem=meta.get("manifest_name") or "", env={},
+                                     agents=AGENTS,
                                      expand=functools.partial(expand_path, meta.get("base_dir") or "/"))
         path = os.path.join(run_dir, "journal.jsonl")
         if os.path.exists(path):
@@ -3894,16 +4010,18 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
         step(run, journal.append(kind, facts))
 
     if not run.run_id:
-        append("run_opened", format=JOURNAL_FORMAT, run_id=meta["run_id"], name=rules.name, mode=manifest.mode,
-               max_parallel=meta.get("max_parallel") or rules.max_parallel, halt_on_failure=rules.halt_on_failure,
-               keep_children=rules.keep_children, worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir)
+        append("run_opened", format=JOURNAL_FORMAT, run_id=meta["run_id"], name=rules.name,
+               mode=manifest.mode, max_parallel=meta.get("max_parallel") or rules.max_parallel,
+               halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
+               worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir)
     for task in manifest.tasks:
         if task.id in run.actors or (meta.get("only") is not None and task.id not in meta["only"]):
             continue
         row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
         session = (former or {}).get("session_id")
-        append("actor_added", actor=task.id, role="task", agent=task.agent, model=task.model, directory=task.directory,
-               use_worktree=task.use_worktree, timeout_s=task.timeout_s, branch=task.branch, format=row.format, resumes=row.resumes,
+        append("actor_added", actor=task.id, role="task", agent=task.agent, model=task.model,
+               directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
+               branch=task.branch, format=row.format, resumes=row.resumes,
                prompt_preview=preview(task.prompt), **({"former": former} if former else {}),
                **({"session_id": session, "how": "again"} if session and row.resumes else {}))
     journal.sync()
@@ -3942,7 +4060,8 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
     taken = take_over(run_dir, env)
-    dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask, notice=notice, draw=draw)
+    dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
+                            notice=notice, draw=draw)
     dispatcher.cancel_first = cancel
     try:
         asyncio.run(dispatcher.serve())
@@ -3951,7 +4070,8 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
         os.close(taken.lock)
     fault = dispatcher.fault
     if fault is None and taken.run.draining == "no_space":
-        fault = EnvironmentFault("there was no space left; nothing new was started", hint=f"make room, then pitboss resume {run_dir[-36:]}")
+        fault = EnvironmentFault("there was no space left; nothing new was started",
+                                 hint=f"make room, then pitboss resume {run_dir[-36:]}")
     return taken.run, fault
 
 
@@ -3961,7 +4081,8 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 # Pure functions from records to text.  What an agent printed is cleaned before it is shown:
 # no escape sequence of it ever reaches a terminal.
 
-COLOURS = {"white": "37", "cyan": "36", "green": "32", "magenta": "35", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
+COLOURS = {"white": "37", "cyan": "36", "green": "32", "magenta": "35", "yellow": "33", "red": "31",
+           "dim": "2", "bold": "1"}
 
 LOG_MARKS = {
     # mark: colour, what it is
@@ -4006,7 +4127,8 @@ def _log_user(event: dict) -> list[tuple[str, str]]:
     for block in content if isinstance(content, list) else ():
         if block.get("type") == "tool_result":
             inner = block.get("content")
-            text = inner if isinstance(inner, str) else " ".join(b.get("text", "") for b in inner or () if isinstance(b, dict))
+            text = inner if isinstance(inner, str) else " ".join(b.get("text", "") for b in inner or ()
+                                                                 if isinstance(b, dict))
             shown.append(("!" if block.get("is_error") else "<", clean_text(text)))
     return shown
 
@@ -4014,7 +4136,8 @@ def _log_user(event: dict) -> list[tuple[str, str]]:
 def _log_result(event: dict) -> list[tuple[str, str]]:
     text = event.get("result") or "; ".join(event.get("errors") or ()) or event.get("subtype")
     cost = event.get("total_cost_usd")
-    return [("!" if event.get("is_error") else "v", clean_text(f"{text}") + (f" ({render_usd(cost)})" if cost else ""))]
+    return [("!" if event.get("is_error") else "v",
+             clean_text(f"{text}") + (f" ({render_usd(cost)})" if cost else ""))]
 
 
 def _log_system(event: dict) -> list[tuple[str, str]]:
@@ -4052,25 +4175,30 @@ def render_status(head: dict, actors: list[dict], now: float, colour: bool, widt
 def actor_row(record: dict, now: float) -> list[str]:
     """One actor as the cells of a table."""
     status, usage = record["status"], record["token_usage"]
-    words = (record["failure_reason"] or {}).get("message") or record["final_message_preview"] or record.get("words") or ""
-    return [STATUSES[status].glyph if status else "▸" if record.get("state") == "Running" else "·", record["task_id"],
-            status or record.get("state", ""), render_duration(age_s(record, now)), render_tokens(sum(usage.values())),
-            render_usd(record["cost_usd"]), str(record.get("hands", 1)), clean_text(words)]
+    words = (record["failure_reason"]
+             or {}).get("message") or record["final_message_preview"] or record.get("words") or ""
+    return [STATUSES[status].glyph if status else "▸" if record.get("state") == "Running" else "·",
+            record["task_id"], status or record.get("state", ""), render_duration(age_s(record, now)),
+            render_tokens(sum(usage.values())), render_usd(record["cost_usd"]), str(record.get("hands", 1)),
+            clean_text(words)]
 
 
 def age_s(record: dict, now: float) -> float:
     """Seconds from an actor's start to its end, or until now."""
     if record["status"] or record.get("state") == "Pending":
         return record["duration_ms"] / 1000
-    return max(0.0, now - record["started_unix"]) if record.get("started_unix") else record["duration_ms"] / 1000
+    return max(0.0,
+               now - record["started_unix"]) if record.get("started_unix") else record["duration_ms"] / 1000
 
 
 def kept_lines(actors: list[dict]) -> list[str]:
     """Where kept worktrees and rescued work are."""
-    kept = [f"kept  {a['task_id']}  {a['worktree_path']}" + (f"  ({a['worktree_kept']})" if a.get("worktree_kept") else "")
+    kept = [f"kept  {a['task_id']}  {a['worktree_path']}" + (f"  ({a['worktree_kept']})"
+                                                             if a.get("worktree_kept") else "")
             for a in actors if a["status"] and a["worktree_path"]]
-    saved = [f"saved  {a['task_id']}  {a['rescue_ref']}" + (f"  bring it back: {a['restore']}" if a.get("restore") else "")
-             for a in actors if a.get("rescue_ref")]
+    saved = [f"saved  {a['task_id']}  {a['rescue_ref']}" + (f"  bring it back: {a['restore']}"
+                                                            if a.get("restore") else "") for a in actors
+             if a.get("rescue_ref")]
     return kept + saved
 
 
@@ -4079,10 +4207,11 @@ LIST_HEAD = ["RUN", "NAME", "MODE", "STATE", "ACTORS", "FAILED", "COST", "AGE"]
 
 def list_row(entry: dict, now: float) -> list[str]:
     """One run as the cells of `list`."""
-    state = entry["state"] + (f" ({entry['agents_alive']} agents live)" if entry["state"] == "stale" and entry["agents_alive"] else "")
+    state = entry["state"] + (f" ({entry['agents_alive']} agents live)" if entry["state"] == "stale"
+                              and entry["agents_alive"] else "")
     age = render_duration(now - entry["started_unix"]) if entry.get("started_unix") else "-"
-    return [entry["run_id"], clean_text(entry["name"] or "-"), entry["mode"] or "-", state, str(entry["tasks_total"]),
-            str(entry["tasks_failed"]), render_usd(entry["total_cost_usd"]), age]
+    return [entry["run_id"], clean_text(entry["name"] or "-"), entry["mode"] or "-", state,
+            str(entry["tasks_total"]), str(entry["tasks_failed"]), render_usd(entry["total_cost_usd"]), age]
 
 
 def render_change(run: RunState, event: dict, verbose: bool) -> str:
@@ -4090,7 +4219,8 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
     kind, name = event["kind"], event.get("actor", "")
     actor = run.actors.get(name)
     if kind == "hand_started":
-        return f"{name}: hand {event['hand']} runs" + (f" in {actor.place['path']}" if verbose and actor.place else "")
+        return f"{name}: hand {event['hand']} runs" + (f" in {actor.place['path']}" if verbose and actor.place
+                                                       else "")
     if kind == "hand_ended" and event.get("again"):
         return f"{name}: hand {event['hand']} is dealt again ({event['cause']})"
     if kind == "stop_decided":
@@ -4105,13 +4235,17 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
     if kind == "drained":
         return "draining: nothing new starts; the next signal cancels" if event["why"] == "signal" else "no space left: nothing new starts"
     if kind == "cancelled":
-        return "cancelling: every agent is being stopped" + (f" ({event['reason']})" if event.get("reason") else "")
+        return "cancelling: every agent is being stopped" + (f" ({event['reason']})" if event.get("reason")
+                                                             else "")
     return f"{kind} {name}".strip() if verbose else ""
 
 
-def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int, height: int) -> list[str]:
+def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int,
+                       height: int) -> list[str]:
     """The live progress of `dispatch`: a line for the run, then one for each actor that has begun, newest last."""
-    settled, cost = len(run.settled), sum(a.cost_usd or 0 for a in run.actors.values()) + sum(t.cost_usd() for t in talks.values())
+    settled, cost = len(run.settled), sum(a.cost_usd or 0
+                                          for a in run.actors.values()) + sum(t.cost_usd()
+                                                                              for t in talks.values())
     title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting)} waiting, {settled} settled, {run.failed} failed, "
              f"{render_usd(cost)}, {render_duration(now - run.opened_at)}")
     rows = []
@@ -4120,12 +4254,13 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
             continue
         talk = talks.get(actor.id)
         usage = actor.usage.plus(talk.usage()) if talk else actor.usage
-        cost_usd = (actor.cost_usd or 0.0) + talk.cost_usd() if talk and FORMATS[actor.format].tells_cost else actor.cost_usd
+        cost_usd = (actor.cost_usd
+                    or 0.0) + talk.cost_usd() if talk and FORMATS[actor.format].tells_cost else actor.cost_usd
         words = talk.words if talk else (actor.reason or {}).get("message") or preview(actor.final) or ""
         row = STATUSES.get(actor.status)
         rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
-                     render_duration((actor.ended_at or now) - (actor.started_at or now)), render_tokens(sum(usage)),
-                     render_usd(cost_usd), clean_text(words)])
+                     render_duration((actor.ended_at or now) - (actor.started_at or now)),
+                     render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
     order = sorted(rows, key=lambda r: r[0] != "▸")[:max(1, height - 2)]
     hidden = len(rows) - len(order)
     lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
@@ -4136,8 +4271,8 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
     """What `dispatch --dry-run` says of one task."""
     branch = task.branch or f"pitboss/<run8>/{task.id}"
     return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
-            f"  branch  {branch}" if task.use_worktree else "  branch  none: it works in its directory itself",
-            f"  limit   {task.timeout_s:g} s"]
+            f"  branch  {branch}" if task.use_worktree
+            else "  branch  none: it works in its directory itself", f"  limit   {task.timeout_s:g} s"]
 
 
 # ======================================================================================
@@ -4187,7 +4322,8 @@ class DemoAgent:
                 os._exit(1)
             with self.news:
                 if message.get("type") == "control_request":
-                    self.say_raw({"type": "control_response", "response": {"subtype": "success", "request_id": message["request_id"]}})
+                    self.say_raw({"type": "control_response",
+                                  "response": {"subtype": "success", "request_id": message["request_id"]}})
                     self.interrupted = True
                 else:
                     self.inbox.append(message)
@@ -4198,7 +4334,8 @@ class DemoAgent:
 
     def say_raw(self, event: dict) -> None:
         """Print one event."""
-        data = json.dumps(event, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        data = json.dumps(event, separators=(",", ":"),
+                          ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         try:
             write_all(1, data)
         except OSError:
@@ -4214,11 +4351,13 @@ class DemoAgent:
         self.turns += 1
         output = max(1, len(json.dumps(block)) // CHARS_PER_TOKEN)
         self.usage = self.usage.plus(Usage(DEMO_TOKENS, output))
-        self.event("assistant", message={
-            "id": f"msg_{self.session_id[:8]}{os.getpid()}{self.number}", "type": "message", "role": "assistant", "model": self.model,
-            "content": [block], "stop_reason": None, "stop_sequence": None,
-            "usage": {"input_tokens": DEMO_TOKENS, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 1}},
-            parent_tool_use_id=None)
+        self.event("assistant", message={"id": f"msg_{self.session_id[:8]}{os.getpid()}{self.number}",
+                                         "type": "message", "role": "assistant", "model": self.model,
+                                         "content": [block], "stop_reason": None, "stop_sequence": None,
+                                         "usage": {"input_tokens": DEMO_TOKENS,
+                                                   "cache_creation_input_tokens": 0,
+                                                   "cache_read_input_tokens": 0, "output_tokens": 1}},
+                   parent_tool_use_id=None)
 
     def text(self, text: str) -> None:
         """Say something."""
@@ -4234,33 +4373,39 @@ class DemoAgent:
         except OSError as e:
             output, failed = str(e), True
         self.turns += 1
-        self.event("user", message={"role": "user", "content": [
-            {"tool_use_id": call, "type": "tool_result", "content": output, "is_error": failed}]}, parent_tool_use_id=None,
-            timestamp=render_time(time.time()), tool_use_result={"stdout": output, "stderr": "", "interrupted": False, "isImage": False,
-                                                                 "noOutputExpected": False} if not failed else f"Error: {output}")
+        self.event("user", message={"role": "user", "content": [{"tool_use_id": call, "type": "tool_result",
+                                                                 "content": output, "is_error": failed}]},
+                   parent_tool_use_id=None, timestamp=render_time(time.time()),
+                   tool_use_result={"stdout": output, "stderr": "", "interrupted": False, "isImage": False,
+                                    "noOutputExpected": False} if not failed else f"Error: {output}")
 
-    def result(self, text: str | None, *, subtype: str = "success", error: bool = False, status: int | None = None,
-               reason: str = "completed", errors: tuple = ()) -> None:
+    def result(self, text: str | None, *, subtype: str = "success", error: bool = False,
+               status: int | None = None, reason: str = "completed", errors: tuple = ()) -> None:
         """Print the result event of a turn."""
         cost = price_usd(self.model, self.usage)
-        told = {"input_tokens": self.usage.input, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
-                "output_tokens": self.usage.output}
-        models = {self.model: {"inputTokens": self.usage.input, "outputTokens": self.usage.output, "cacheReadInputTokens": 0,
-                               "cacheCreationInputTokens": 0, "webSearchRequests": 0, "costUSD": cost, "contextWindow": 200000,
+        told = {"input_tokens": self.usage.input, "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0, "output_tokens": self.usage.output}
+        models = {self.model: {"inputTokens": self.usage.input, "outputTokens": self.usage.output,
+                               "cacheReadInputTokens": 0, "cacheCreationInputTokens": 0,
+                               "webSearchRequests": 0, "costUSD": cost, "contextWindow": 200000,
                                "maxOutputTokens": 32000}} if any(self.usage) else {}
-        self.event("result", subtype=subtype, is_error=error, **({"api_error_status": status} if subtype == "success" else {}),
-                   duration_ms=int((time.monotonic() - self.began) * 1000), duration_api_ms=0, num_turns=self.turns,
-                   **({"result": text} if text is not None else {}), stop_reason="end_turn" if not error else "stop_sequence",
-                   total_cost_usd=cost, usage=told, modelUsage=models, permission_denials=[], terminal_reason=reason,
+        self.event("result", subtype=subtype, is_error=error,
+                   **({"api_error_status": status} if subtype == "success" else {}),
+                   duration_ms=int((time.monotonic() - self.began) * 1000), duration_api_ms=0,
+                   num_turns=self.turns, **({"result": text} if text is not None else {}),
+                   stop_reason="end_turn" if not error else "stop_sequence", total_cost_usd=cost, usage=told,
+                   modelUsage=models, permission_denials=[], terminal_reason=reason,
                    **({"errors": list(errors)} if errors else {}))
 
     def api_error(self, status: int, code: str, text: str) -> None:
         """Print what claude prints when a provider says no, and exit as it does."""
-        self.event("assistant", message={
-            "id": mint_uuid(), "model": "<synthetic>", "role": "assistant", "stop_reason": "stop_sequence", "stop_sequence": "",
-            "type": "message", "usage": {"input_tokens": 0, "output_tokens": 0, "cache_creation_input_tokens": 0,
-                                         "cache_read_input_tokens": 0}, "content": [{"type": "text", "text": text}]},
-            parent_tool_use_id=None, error=code)
+        self.event("assistant", message={"id": mint_uuid(), "model": "<synthetic>", "role": "assistant",
+                                         "stop_reason": "stop_sequence", "stop_sequence": "",
+                                         "type": "message", "usage": {"input_tokens": 0, "output_tokens": 0,
+                                                                      "cache_creation_input_tokens": 0,
+                                                                      "cache_read_input_tokens": 0},
+                                         "content": [{"type": "text", "text": text}]},
+                   parent_tool_use_id=None, error=code)
         self.result(text, error=True, status=status)
         raise DemoEnd(1)
 
@@ -4308,12 +4453,13 @@ class DemoAgent:
         """One turn: echo the message, follow the script, print a result."""
         self.interrupted = False
         text = message["message"]["content"]
-        self.event("system", subtype="init", cwd=os.getcwd(), tools=["Bash", "Edit", "Read", "Write"], mcp_servers=[], model=self.model,
-                   permissionMode="bypassPermissions", slash_commands=[], apiKeySource="none", claude_code_version=VERSION,
-                   output_style="default", agents=[], skills=[], plugins=[])
-        self.say_raw({"type": "user", "message": {"role": "user", "content": text}, "session_id": self.session_id,
-                      "parent_tool_use_id": None, "uuid": message.get("uuid") or mint_uuid(), "timestamp": render_time(time.time()),
-                      "isReplay": True})
+        self.event("system", subtype="init", cwd=os.getcwd(), tools=["Bash", "Edit", "Read", "Write"],
+                   mcp_servers=[], model=self.model, permissionMode="bypassPermissions", slash_commands=[],
+                   apiKeySource="none", claude_code_version=VERSION, output_style="default", agents=[],
+                   skills=[], plugins=[])
+        self.say_raw({"type": "user", "message": {"role": "user", "content": text},
+                      "session_id": self.session_id, "parent_tool_use_id": None, "uuid": message.get("uuid")
+                      or mint_uuid(), "timestamp": render_time(time.time()), "isReplay": True})
         script = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
         if script or not self.session["script"]:
             self.session.update(script=script, done=0)
@@ -4328,7 +4474,8 @@ class DemoAgent:
                 self.text("There was no script in the prompt, so there was nothing to do.")
             self.result(self.last)
         except DemoInterrupt:
-            self.result(None, subtype="error_during_execution", error=True, reason="aborted_tools", errors=("interrupted",))
+            self.result(None, subtype="error_during_execution", error=True, reason="aborted_tools",
+                        errors=("interrupted",))
 
     def save(self) -> None:
         """Keep the session, so that it can be resumed."""
@@ -4377,16 +4524,17 @@ class DemoAgent:
     def step_commit(self, rest: str) -> None:
         """Commit everything in the folder."""
         message = rest or "work of the scripted agent"
-        self.shell(["sh", "-c", 'git add -A && git -c user.name=demo -c user.email=demo@localhost commit -q -m "$0"', message],
-                   f"git commit -m {json.dumps(message)}")
+        self.shell(["sh", "-c",
+                    'git add -A && git -c user.name=demo -c user.email=demo@localhost commit -q -m "$0"',
+                    message], f"git commit -m {json.dumps(message)}")
 
     def shell(self, argv: list[str], shown: str) -> None:
         """Run a command in a session of its own, as claude's Bash tool does."""
         import subprocess
 
         def run() -> tuple[str, bool]:
-            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
             output = process.communicate()[0].decode("utf-8", "replace")
             return output[:30000], process.returncode != 0
 
@@ -4417,7 +4565,8 @@ class DemoAgent:
         if self.session["limits"] > times:
             return
         self.save()
-        self.say_raw({"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": time.time() + seconds},
+        self.say_raw({"type": "rate_limit_event", "rate_limit_info": {"status": "rejected",
+                                                                      "resetsAt": time.time() + seconds},
                       "uuid": mint_uuid(), "session_id": self.session_id})
         self.api_error(429, "rate_limit", "API Error: Request rejected (429) · a limit of the script")
 
@@ -4456,14 +4605,15 @@ class DemoAgent:
 
         code = ("import os,signal,time\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\n"
                 f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep({float(rest or 60)})")
-        subprocess.run([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
 
     def step_kill(self, rest: str) -> None:
         """Send itself a signal."""
         import signal
 
-        os.kill(os.getpid(), getattr(signal, "SIG" + rest.strip().upper().removeprefix("SIG"), signal.SIGKILL))
+        os.kill(os.getpid(), getattr(signal, "SIG" + rest.strip().upper().removeprefix("SIG"),
+                                     signal.SIGKILL))
 
 
 class Step(NamedTuple):
@@ -4576,7 +4726,8 @@ $ commit Three half seconds
 $ say Done after a while.
 '''
 """
-DEMO_EXPECTED = {"greet": "Success", "docs": "Success", "broken": "Failed", "draft": "Success", "slow": "Success"}
+DEMO_EXPECTED = {"greet": "Success", "docs": "Success", "broken": "Failed", "draft": "Success",
+                 "slow": "Success"}
 
 
 def make_demo() -> str:
@@ -4592,7 +4743,8 @@ def make_demo() -> str:
     who = ("-c", "user.name=demo", "-c", "user.email=demo@localhost")
     try:
         for args in (("init", "-q"), ("add", "-A"), (*who, "commit", "-q", "-m", "A beginning")):
-            done = subprocess.run(["git", *GIT_ALWAYS, "-C", repo, *args], env=git_env(os.environ), capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *GIT_ALWAYS, "-C", repo, *args], env=git_env(os.environ),
+                                  capture_output=True, text=True, check=False)
             if done.returncode:
                 raise EnvironmentFault(f"git {args[-1]}: {done.stderr.strip()}")
     except OSError:
@@ -4621,7 +4773,8 @@ class Loaded(NamedTuple):
 
 def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
     """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError with all problems."""
-    label, base_dir = ("stdin", os.getcwd()) if path == "-" else (path, os.path.dirname(os.path.abspath(path)))
+    label, base_dir = ("stdin", os.getcwd()) if path == "-" else (path,
+                                                                  os.path.dirname(os.path.abspath(path)))
     try:
         if path == "-":
             data = sys.stdin.buffer.read(MAX_MANIFEST + 1)
@@ -4636,9 +4789,11 @@ def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None])
     return check_manifest(data, label, stem, base_dir, env, say)
 
 
-def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
+def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str],
+                   say: Callable[[str], None]) -> Loaded:
     """A manifest's bytes, read and checked with the file system.  Raises ManifestError with all problems."""
-    manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS, expand=functools.partial(expand_path, base_dir))
+    manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS,
+                             expand=functools.partial(expand_path, base_dir))
     problems = [*manifest.problems, *check_places(manifest)]
     ids = {("task", t.index): t.id for t in manifest.tasks if t.id}
     if problems or manifest.warnings:
@@ -4650,7 +4805,8 @@ def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mappi
     return Loaded(data, manifest, label, stem, base_dir)
 
 
-def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str], ask: bool = True) -> tuple[dict[str, tuple], str | None]:
+def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str],
+                  ask: bool = True) -> tuple[dict[str, tuple], str | None]:
     """(program of each agent, claude's version).  Raises InvalidInput for one that is missing or does not answer."""
     programs, version = {}, None
     for name in dict.fromkeys(names):
@@ -4689,7 +4845,8 @@ class Progress:
             size = shutil.get_terminal_size()
             self.drawn_at = time.monotonic()
             now = self.base[0] + time.monotonic() - self.base[1]
-            self.show([self.mask.text(line) for line in render_floor_lines(run, talks, now, size.columns - 1, size.lines)], keep=False)
+            self.show([self.mask.text(line) for line in render_floor_lines(run, talks, now, size.columns - 1,
+                                                                           size.lines)], keep=False)
 
     def show(self, lines: list[str], keep: bool) -> None:
         """Print lines in place of the table; a terminal that is gone stops nothing."""
@@ -4739,7 +4896,8 @@ def cmd_validate(options: Any) -> str:
             say_error(f"pitboss: note: agent {name}: {row.limits}")
     counts = f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
     if options.json:
-        print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks), "max_parallel": manifest.rules.max_parallel}))
+        print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks),
+                          "max_parallel": manifest.rules.max_parallel}))
     else:
         print(f"OK: {manifest.mode}, {counts}, max_parallel={manifest.rules.max_parallel}")
     return "ok"
@@ -4750,11 +4908,13 @@ def cmd_dispatch(options: Any) -> str:
     if options.dry_run and options.background:
         raise InvalidInput("--dry-run starts nothing, so it does not go with --background")
     loaded = load_manifest(options.manifest, os.environ, say_error)
-    programs, version = find_programs(loaded, os.environ, (t.agent for t in loaded.manifest.tasks), ask=not options.dry_run)
+    programs, version = find_programs(loaded, os.environ, (t.agent for t in loaded.manifest.tasks),
+                                      ask=not options.dry_run)
     if options.dry_run:
         return show_plan(loaded, programs)
     given = options.runs_dir or loaded.manifest.rules.run_dir
-    order = Order(loaded.data, loaded.manifest, loaded.label, loaded.stem, loaded.base_dir, runs_folder(os.environ, given), version)
+    order = Order(loaded.data, loaded.manifest, loaded.label, loaded.stem, loaded.base_dir,
+                  runs_folder(os.environ, given), version)
     umask = os.umask(0o077)
     run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
     if options.background:
@@ -4768,14 +4928,16 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
     print(f"{loaded.manifest.mode} run {rules.name}: {len(loaded.manifest.tasks)} tasks, max_parallel={rules.max_parallel}; nothing is started")
     for task in loaded.manifest.tasks:
         row = agent_row(task.agent, loaded.manifest.agents)
-        base = os.path.join(rules.worktree_dir, "<run8>", task.id) if rules.worktree_dir else f"<run folder>/worktrees/{task.id}"
+        base = os.path.join(rules.worktree_dir, "<run8>",
+                            task.id) if rules.worktree_dir else f"<run folder>/worktrees/{task.id}"
         folder = task.directory
         if task.use_worktree:
             repo = look_at_folder(task.directory)
             folder = os.path.join(base, repo.prefix) if isinstance(repo, Repo) and repo.prefix else base
         program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
-        deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder, folder, "<prompt file>",
-                    "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0)
+        deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder,
+                    folder, "<prompt file>", "<mcp config>" if loaded.manifest.servers else "", "<sessions>",
+                    os.geteuid() == 0)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with it."
           if rules.worktree_cleanup != "never" else "Every worktree stays.")
@@ -4787,8 +4949,9 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     import subprocess
 
     with open(os.path.join(run_dir, "dispatch.log"), "ab") as log:
-        child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}"], stdin=subprocess.DEVNULL, stdout=log,
-                                 stderr=log, start_new_session=True, cwd="/")
+        child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}"],
+                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                 cwd="/")
     journal = os.path.join(run_dir, "journal.jsonl")
     deadline = time.monotonic() + 15
     while child.poll() is None and time.monotonic() < deadline and not os.path.exists(journal):
@@ -4796,8 +4959,8 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     if child.poll() is not None and not os.path.exists(journal):
         raise EnvironmentFault(f"the dispatcher ended at once: {last_lines(read_end(os.path.join(run_dir, 'dispatch.log'), 2000), 2)}")
     meta = read_json(os.path.join(run_dir, "meta.json")) or {}
-    print(json.dumps({"run_id": os.path.basename(run_dir), "manifest_path": meta.get("manifest_path"), "started_at": meta.get("started_at"),
-                      "child_pid": child.pid}))
+    print(json.dumps({"run_id": os.path.basename(run_dir), "manifest_path": meta.get("manifest_path"),
+                      "started_at": meta.get("started_at"), "child_pid": child.pid}))
     child.returncode = 0           # it goes on without this process
     return "ok"
 
@@ -4838,12 +5001,14 @@ def cmd_resume(options: Any) -> str:
     if os.path.exists(os.path.join(run_dir, "summary.json")) and not is_locked(run_dir):
         return resume_as_new(run_dir, meta, options)
     if options.failed:
-        raise Refused("--failed is for finished runs; this one is continued as it is", hint=f"pitboss resume {options.run}")
+        raise Refused("--failed is for finished runs; this one is continued as it is",
+                      hint=f"pitboss resume {options.run}")
     journal = os.path.join(run_dir, "journal.jsonl")
     if os.path.exists(journal) and not is_locked(run_dir):
         run = fold_run(run_dir)
         loaded = read_snapshot(run_dir, meta)
-        find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"), ask=False)
+        find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"),
+                      ask=False)
     umask = os.umask(0o077)
     return deal_and_report(run_dir, umask, options)
 
@@ -4867,9 +5032,10 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     wanted = [t for t in (meta.get("only") or [a for a in old.actors])
               if not options.failed or not STATUSES.get(old.actors[t].status, STATUSES["Failed"]).good]
     if not wanted:
-        raise Refused("every task of this run succeeded; nothing is left to deal again", hint=f"pitboss resume {options.run} deals all of them")
-    loaded = check_manifest(data, os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("manifest_name") or "", meta.get("base_dir") or "/",
-                            os.environ, say_error)
+        raise Refused("every task of this run succeeded; nothing is left to deal again",
+                      hint=f"pitboss resume {options.run} deals all of them")
+    loaded = check_manifest(data, os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("manifest_name")
+                            or "", meta.get("base_dir") or "/", os.environ, say_error)
     _, version = find_programs(loaded, os.environ, (old.actors[t].agent for t in wanted))
     former = {}
     for name in wanted:
@@ -4883,7 +5049,8 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
                   meta.get("manifest_name") or "", meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
                   os.path.basename(run_dir))
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask, options)
+    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
+                           options)
 
 
 def check_free(path: str | None) -> None:
@@ -4909,13 +5076,15 @@ def cmd_cancel(options: Any) -> str:
         return "ok"
     holder = read_json(os.path.join(run_dir, "lock")) or {}
     if not is_living_holder(holder):
-        raise Refused(f"the run {run_id} is held on {holder.get('host', 'another machine')}", hint="cancel it there")
+        raise Refused(f"the run {run_id} is held on {holder.get('host', 'another machine')}",
+                      hint="cancel it there")
     mask = make_mask([os.environ])
     write_json(os.path.join(run_dir, "cancel.json"), {"reason": options.reason}, mask)
     send_signal(holder["pid"], holder["start"], signal.SIGUSR1)
     while not options.no_wait and is_locked(run_dir) and is_living_holder(holder):
         time.sleep(0.05)
-    say_error(f"pitboss: run {run_id} is cancelled" if not options.no_wait else f"pitboss: run {run_id} is being cancelled")
+    say_error(f"pitboss: run {run_id} is cancelled" if not options.no_wait
+              else f"pitboss: run {run_id} is being cancelled")
     return "ok"
 
 
@@ -4942,19 +5111,22 @@ def look_at_run(run_dir: str) -> Overview:
     meta = read_json(os.path.join(run_dir, "meta.json")) or {}
     head = {"run_id": os.path.basename(run_dir), "name": meta.get("name"), "mode": meta.get("mode")}
     if isinstance(summary, dict) and isinstance(summary.get("tasks"), list):
-        return Overview({**head, "name": summary.get("name") or head["name"], "mode": summary.get("mode") or head["mode"], "state": "complete",
-                         "tasks_total": summary.get("tasks_total", 0), "tasks_failed": summary.get("tasks_failed", 0),
+        return Overview({**head, "name": summary.get("name") or head["name"], "mode": summary.get("mode")
+                         or head["mode"], "state": "complete", "tasks_total": summary.get("tasks_total", 0),
+                         "tasks_failed": summary.get("tasks_failed", 0),
                          "total_cost_usd": summary.get("total_cost_usd"), "agents_alive": 0,
                          "tasks_not_started": summary.get("tasks_not_started", 0)}, summary["tasks"], None)
     state = run_state(run_dir)
     run = fold_run(run_dir) if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else RunState()
     if state == "stale" and not any(a.hand or a.place for a in run.actors.values()):
         state = "aborted"
-    alive = sum(1 for a in run.actors.values() if ("watch", a.id) in run.owed and EXECUTORS[a.handle["executor"]].is_alive(a.handle))
+    alive = sum(1 for a in run.actors.values() if ("watch", a.id) in run.owed
+                and EXECUTORS[a.handle["executor"]].is_alive(a.handle))
     actors = []
     for actor in run.actors.values():
         record = live_record(run, actor, os.path.join(run_dir, "tasks", actor.id, "stdout.log"))
-        actors.append({**record, "started_unix": actor.started_at, "final_message": get_blob(run_dir, record["final_message"])})
+        actors.append({**record, "started_unix": actor.started_at,
+                       "final_message": get_blob(run_dir, record["final_message"])})
     costs = [a["cost_usd"] for a in actors if a["cost_usd"] is not None]
     return Overview({**head, "state": state, "tasks_total": len(run.actors), "tasks_failed": run.failed,
                      "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
@@ -4974,7 +5146,8 @@ def cmd_status(options: Any) -> str:
     lines = render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width())
     if seen.head["state"] == "stale":
         alive = seen.head["agents_alive"]
-        lines.append(f"its dispatcher died" + (f"; {alive} agents live without it" if alive else "") + f": pitboss resume {options.run}")
+        lines.append(f"its dispatcher died" + (f"; {alive} agents live without it" if alive else "")
+                     + f": pitboss resume {options.run}")
     print("\n".join(lines))
     return "ok"
 
@@ -4992,7 +5165,8 @@ def rebuild_exports(run_dir: str) -> None:
             for name in run.settled:
                 record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
                 records.append({**record, "final_message": get_blob(run_dir, record["final_message"])})
-            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta), mask, durable=True)
+            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta), mask,
+                       durable=True)
     finally:
         os.close(lock)
 
@@ -5005,16 +5179,18 @@ def cmd_list(options: Any) -> str:
         try:
             head = look_at_run(os.path.join(runs_dir, run_id)).head
         except PitbossError as e:
-            head = {"run_id": run_id, "name": None, "mode": None, "state": f"unreadable: {clean_text(str(e))}", "tasks_total": 0,
-                    "tasks_failed": 0, "total_cost_usd": None, "agents_alive": 0}
+            head = {"run_id": run_id, "name": None, "mode": None,
+                    "state": f"unreadable: {clean_text(str(e))}", "tasks_total": 0, "tasks_failed": 0,
+                    "total_cost_usd": None, "agents_alive": 0}
         if not options.active or head["state"] == "running" or head["agents_alive"]:
             entries.append({**head, "started_unix": int(run_id.replace("-", "")[:12], 16) / 1000})
     if options.json:
-        print(json.dumps([{**{k: v for k, v in e.items() if k != "started_unix"}, "started_at": render_time(e["started_unix"])}
-                          for e in entries], indent=2))
+        print(json.dumps([{**{k: v for k, v in e.items() if k != "started_unix"},
+                           "started_at": render_time(e["started_unix"])} for e in entries], indent=2))
     elif entries:
         now = time.time()
-        print("\n".join(render_table([LIST_HEAD, *(list_row(e, now) for e in entries)], right=(4, 5, 6, 7), width=terminal_width())))
+        print("\n".join(render_table([LIST_HEAD, *(list_row(e, now) for e in entries)], right=(4, 5, 6, 7),
+                                     width=terminal_width())))
     else:
         say_error(f"no runs in {runs_dir}")
     return "ok"
@@ -5132,7 +5308,8 @@ def cmd_demo_agent(options: Any) -> str:
         session = read_json(path)
         if session is None:
             say_error(f"No conversation found with session ID: {session_id}")
-            agent.result(None, subtype="error_during_execution", error=True, errors=(f"No conversation found with session ID: {session_id}",))
+            agent.result(None, subtype="error_during_execution", error=True,
+                         errors=(f"No conversation found with session ID: {session_id}",))
             sys.exit(1)
         agent.session = session
     elif os.path.exists(path):
@@ -5172,16 +5349,19 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
     import subprocess
 
     yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
-    yield Finding("system", True, f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores, user {os.geteuid()}"
+    yield Finding("system", True,
+                  f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores, user {os.geteuid()}"
                   + (" (root: claude is told that it runs in a sandbox)" if os.geteuid() == 0 else ""))
-    for name, needed, why in (("sh", True, "every agent is started through it"), ("git", True, "worktrees need it"),
-                              ("tmux", False, "")):
+    for name, needed, why in (("sh", True, "every agent is started through it"),
+                              ("git", True, "worktrees need it"), ("tmux", False, "")):
         path = shutil.which(name, path=env.get("PATH"))
         if path is None:
-            yield Finding(name, False if needed else None, "not on PATH", f"install {name}: {why}" if needed else "")
+            yield Finding(name, False if needed else None, "not on PATH", f"install {name}: {why}" if needed
+                          else "")
             continue
-        done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh" else [path, "-c", "echo"], capture_output=True,
-                              text=True, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh"
+                              else [path, "-c", "echo"], capture_output=True, text=True, check=False,
+                              stdin=subprocess.DEVNULL)
         yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at {path}".strip())
     for row in AGENTS.values():
         if not row.program:
@@ -5189,7 +5369,8 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
             continue
         try:
             program = find_program(row, env, {}, "/")
-            yield Finding(row.name, True, f"{ask_version(row, program, env)} at {program[0]}" + (f"; {row.limits}" if row.limits else ""))
+            yield Finding(row.name, True, f"{ask_version(row, program, env)} at {program[0]}"
+                          + (f"; {row.limits}" if row.limits else ""))
         except InvalidInput as e:
             yield Finding(row.name, None, str(e).partition(": ")[2], e.hint)
     runs_dir = runs_folder(env, given)
@@ -5201,9 +5382,11 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
     writable = os.access(there, os.W_OK)
     yield Finding("runs", writable, f"{runs_dir}" + ("" if writable else f": {there} is not writable"),
                   "" if writable else "set XDG_DATA_HOME, or give --run-dir")
-    yield Finding("disk", room > 100e6, f"{render_bytes(room)} free in {there}", "" if room > 100e6 else "make room: agents and logs need it")
+    yield Finding("disk", room > 100e6, f"{render_bytes(room)} free in {there}",
+                  "" if room > 100e6 else "make room: agents and logs need it")
     yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
-                  "pidfd tells of exits" if hasattr(os, "pidfd_open") else "no pidfd: exits are found by kqueue or by looking")
+                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
+                  else "no pidfd: exits are found by kqueue or by looking")
 
 
 def cmd_version(options: Any) -> str:
@@ -5220,20 +5403,26 @@ def cmd_reference(options: Any) -> str:
 
 def render_reference() -> str:
     """Every table of the README that is derived from the code, as Markdown."""
-    heads = {"run": "[run]", "defaults": "[defaults], and each [[task]]", "task": "[[task]]", "template": "[[template]]",
-             "mcp_server": "[[mcp_server]]", "agent": "[agent.NAME]"}
+    heads = {"run": "[run]", "defaults": "[defaults], and each [[task]]", "task": "[[task]]",
+             "template": "[[template]]", "mcp_server": "[[mcp_server]]", "agent": "[agent.NAME]"}
     parts = []
     for name, (fields, _, what) in TABLES.items():
         shown = [f for f in fields if f not in HOUSE_FIELDS and not (name == "task" and f in ACTOR_FIELDS)]
-        parts += [f"#### `{heads[name]}`: {what.replace('`[agent.NAME]`: ', '')}", "", reference_of(tuple(shown)), ""]
+        parts += [f"#### `{heads[name]}`: {what.replace('`[agent.NAME]`: ', '')}", "",
+                  reference_of(tuple(shown)), ""]
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
-    parts += [f"| `{c.name} {c.usage}`".replace(" `", "`") + f" | {c.help} |" for c in COMMANDS.values() if c.help]
-    parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|", *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
-    parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|", *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
+    parts += [f"| `{c.name} {c.usage}`".replace(" `", "`") + f" | {c.help} |" for c in COMMANDS.values()
+              if c.help]
+    parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
+              *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
+    parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|",
+              *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
     parts += ["", "#### Agents", "", "| agent | how | limits |", "|---|---|---|"]
-    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.limits or 'none'} |" for a in AGENTS.values()]
+    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.limits or 'none'} |"
+              for a in AGENTS.values()]
     parts += ["", "#### The scripted agent's steps", "", "| step | what it does |", "|---|---|"]
-    parts += [f"| `$ {s.usage}` | {s.meaning} |" for s in STEPS.values()] + ["| `$ loop N` … `$ end` | repeat the steps between |"]
+    parts += [f"| `$ {s.usage}` | {s.meaning} |"
+              for s in STEPS.values()] + ["| `$ loop N` … `$ end` | repeat the steps between |"]
     return "\n".join(parts)
 
 
@@ -5251,7 +5440,8 @@ class Cli(NamedTuple):
 _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"})
 _MANIFEST = (("manifest",), {"metavar": "MANIFEST", "help": "a TOML file, or - for standard input"})
 _JSON = (("--json",), {"action": "store_true", "help": "print JSON"})
-_RUNS_DIR = (("--run-dir", "--runs-dir"), {"dest": "runs_dir", "metavar": "DIR", "help": "another folder of runs"})
+_RUNS_DIR = (("--run-dir", "--runs-dir"), {"dest": "runs_dir", "metavar": "DIR",
+                                           "help": "another folder of runs"})
 _QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress"})
 _VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
 
@@ -5306,13 +5496,16 @@ def make_parser(prog: str, name: str) -> Any:
     if name:
         command = COMMANDS[name]
         example = f"Example: {prog} {command.example}\n\n" if command.example else ""
-        parser = Parser(prog=f"{prog} {name}", description=f"{command.run.__doc__.splitlines()[0]}\n\n{example}".rstrip(),
+        parser = Parser(prog=f"{prog} {name}",
+                        description=f"{command.run.__doc__.splitlines()[0]}\n\n{example}".rstrip(),
                         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
         for flags, settings in command.args:
             parser.add_argument(*flags, **settings)
         return parser
-    listed = "\n".join(f"  {pad_cells(c.name + ' ' + c.usage, 22)} {c.help}" for c in COMMANDS.values() if c.help)
-    parser = Parser(prog=prog, usage=f"{prog} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True,
+    listed = "\n".join(f"  {pad_cells(c.name + ' ' + c.usage, 22)} {c.help}" for c in COMMANDS.values()
+                       if c.help)
+    parser = Parser(prog=prog, usage=f"{prog} COMMAND ...",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True,
                     description=f"Deals work to coding agents and never loses a hand.\n\ncommands:\n{listed}",
                     epilog=f"{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}")
     parser.add_argument("-V", "--version", action="store_true", help="print the version")
@@ -5334,12 +5527,14 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
         sys.exit(0 if argv else EXIT_CODES["invalid"][0])
     if argv[0] not in COMMANDS:
         known = [c.name for c in COMMANDS.values() if c.help]
-        raise InvalidInput(f"unknown command {show_value(argv[0])}{did_you_mean(argv[0], known)}", hint=f"{prog} --help")
+        raise InvalidInput(f"unknown command {show_value(argv[0])}{did_you_mean(argv[0], known)}",
+                           hint=f"{prog} --help")
     parser = make_parser(prog, argv[0])
     options, rest = parser.parse_known_args(argv[1:])
     if rest:
         flags = [flag for names, _ in COMMANDS[argv[0]].args for flag in names if flag.startswith("-")]
-        raise InvalidInput(f"{argv[0]}: unknown argument {show_value(rest[0])}{did_you_mean(rest[0], flags)}", hint=f"{parser.prog} --help")
+        raise InvalidInput(f"{argv[0]}: unknown argument {show_value(rest[0])}{did_you_mean(rest[0], flags)}",
+                           hint=f"{parser.prog} --help")
     return argv[0], options
 
 
@@ -5358,7 +5553,8 @@ def main(argv: list[str] | None = None) -> int:  # long: the one place where eve
         sys.stdout.flush()
     except PitbossError as e:
         code = e.code
-        say_error(f"pitboss: {make_mask([os.environ]).text(str(e))}" + (f"\n  try: {e.hint}" if e.hint else ""))
+        say_error(f"pitboss: {make_mask([os.environ]).text(str(e))}" + (f"\n  try: {e.hint}" if e.hint
+                                                                        else ""))
     except KeyboardInterrupt:
         code = "interrupted"
     except BrokenPipeError:

@@ -492,20 +492,29 @@ def test_a_dead_agent_is_dealt_again_in_its_session(tmp_path):
 
 
 def test_a_hand_that_keeps_dying_is_given_up(tmp_path):
-    """At most three hands are dealt for ones that vanished; then the record says Failed."""
-    crew = make_waiting_crew(tmp_path, 1)
-    dispatcher, run_dir = start_waiting(crew)
-    for hand in itertools.count(2):
-        cut_power(dispatcher, run_dir)
-        (crew.trail / "t00.lock").rmdir()
-        dispatcher = crew.start("resume", run_dir.name)
-        wait_for(lambda: dispatcher.poll() is not None or (crew.trail / "t00.lock").exists(), 30, f"{hand}")
-        if dispatcher.poll() is not None:
-            break
-        wait_for(lambda: stages(run_dir)["t00"] == "running", 30)
+    """At most three hands are dealt for ones that vanished at their work; then the record says Failed."""
+    home, notes = Home(tmp_path), tmp_path / "notes"
+    repo = home.repo(files=1)
+    script = f"$ say hello\n$ run echo here >>{notes}; sleep 1000\n"
+    crew = Crew(home, repo, home.manifest(task_table("one", "demo", repo, script)), [], tmp_path)
+    dispatcher, hands = crew.start("dispatch", crew.manifest), 0
+    while has_another_hand(crew, dispatcher, notes, hands):
+        hands += 1
+        cut_power(dispatcher, crew.run_dir())
+        dispatcher = crew.start("resume", crew.run_dir().name)
     assert dispatcher.returncode == 1, crew.said()
-    assert [(r["task_id"], r["status"]) for r in read_records(run_dir)] == [("t00", "Failed")]
-    assert hand == 5, f"{hand - 1} hands were dealt"
+    assert [(r["task_id"], r["status"]) for r in read_records(crew.run_dir())] == [("one", "Failed")]
+    assert hands == 4
+
+
+def has_another_hand(crew: Crew, dispatcher: subprocess.Popen, notes: Path, before: int) -> bool:
+    """Wait for one more hand at its work, and in the journal; False when the run has ended instead."""
+    def is_new() -> bool:
+        here = len(notes.read_text().split()) if notes.exists() else 0
+        return here > before and stages(crew.run_dir())["one"] == "running"
+
+    wait_for(lambda: dispatcher.poll() is not None or is_new(), 30, "another hand, or the end")
+    return dispatcher.poll() is None
 
 
 # ---- time while nobody, or a stopped dispatcher, watches ----

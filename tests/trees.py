@@ -79,9 +79,11 @@ FEATURES = [Feature(*row) for row in (
     ("bisect", "progress", "either", "git bisect start -q HEAD HEAD~1 >/dev/null"),
     # files
     ("modified", "files", "unsaved", "w modified.txt changed"),
-    ("same_size", "files", "unsaved",
-     'touch -r same.txt "$NOTES/$ID.stamp"; printf "same %s\\n" "$ID" >same.txt;'
-     ' touch -r "$NOTES/$ID.stamp" same.txt'),
+    # git looks at size and time before it reads: too soon after the checkout these say nothing
+    ("same_size", "files", "unsaved", 'printf "same %s\\n" "$ID" >same.txt'),
+    ("same_time", "files", "unsaved",
+     'touch -r timed.txt "$NOTES/$ID.stamp"; sleep 1.1; printf "time %s\\n" "$ID" >timed.txt;'
+     ' touch -r "$NOTES/$ID.stamp" timed.txt'),
     ("staged_new", "files", "unsaved", "w staged.txt new; git add staged.txt"),
     ("staged_then_modified", "files", "unsaved",
      "w restaged.txt staged; git add restaged.txt; w restaged.txt later"),
@@ -239,6 +241,7 @@ def make_base(folder: Path, git, submodule: bool, configs: list[tuple[str, str]]
     for name in TRACKED:
         (folder / f"{name}.txt").write_text(f"{name}\n")
     (folder / "same.txt").write_text("same ???\n")
+    (folder / "timed.txt").write_text("time ???\n")
     (folder / "tracked.log").write_text("tracked\n")
     (folder / "tool.sh").write_text("true\n")
     (folder / "tool.sh").chmod(0o755)
