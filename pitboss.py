@@ -300,20 +300,29 @@ class Mask(NamedTuple):
 
     plain: re.Pattern
     inside_json: re.Pattern
+    hints: tuple               # one of them is in every text that a pattern matches: most texts need no more
 
     def text(self, text: str) -> str:
         """`text` with every secret replaced."""
-        return self.plain.sub("***", text)
+        return self.plain.sub("***", text) if any(h in text for h in self.hints) else text
 
     def json(self, text: str) -> str:
         """A JSON document with every secret in its strings replaced; it stays JSON."""
-        return self.inside_json.sub("***", text)
+        return self.inside_json.sub("***", text) if any(h in text for h in self.hints) else text
 
 
 # Shapes of well known keys: Anthropic and OpenAI, GitHub, GitLab, Slack, AWS, Google, JSON web tokens.
-_TOKEN_SHAPES = (r"\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}|\bglpat-[A-Za-z0-9_-]{16,}"
-                 r"|\bxox[abprs]-[A-Za-z0-9-]{10,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}"
-                 r"|\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+")
+_TOKEN_SHAPES = (
+    # what each begins with    its shape
+    (("sk-",),                 r"\bsk-[A-Za-z0-9_-]{16,}"),
+    (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{20,}"),
+    (("github_pat_",),         r"\bgithub_pat_[A-Za-z0-9_]{20,}"),
+    (("glpat-",),              r"\bglpat-[A-Za-z0-9_-]{16,}"),
+    (("xox",),                 r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
+    (("AKIA",),                r"\bAKIA[A-Z0-9]{16}\b"),
+    (("AIza",),                r"\bAIza[A-Za-z0-9_-]{30,}"),
+    (("eyJ",),                 r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+"),
+)
 SECRET_NAMES = ("*KEY*", "*TOKEN*", "*SECRET*", "*PASSWORD*", "*PASSWD*", "*CREDENTIAL*")
 MIN_SECRET = 6            # characters; a shorter value would mask half of every text
 
@@ -326,12 +335,14 @@ def make_mask(environments: Iterable[Mapping[str, str]], names: Iterable[str] = 
     values = {v for env in environments for k, v in env.items() if len(v) >= MIN_SECRET and
               any(fnmatch.fnmatchcase(k, g) or fnmatch.fnmatchcase(k.upper(), g) for g in globs)}
     longest_first = sorted(values, key=len, reverse=True)
-    plain = "|".join([re.escape(v) for v in longest_first] + [_TOKEN_SHAPES])
-    inside = "|".join([re.escape(json.dumps(v)[1:-1]) for v in longest_first] + [_TOKEN_SHAPES])
-    return Mask(re.compile(plain), re.compile(inside))
+    shapes = [shape for _, shape in _TOKEN_SHAPES]
+    escaped = [json.dumps(v)[1:-1] for v in longest_first]
+    hints = dict.fromkeys([h for starts, _ in _TOKEN_SHAPES for h in starts] + longest_first + escaped)
+    return Mask(re.compile("|".join([re.escape(v) for v in longest_first] + shapes)),
+                re.compile("|".join([re.escape(v) for v in escaped] + shapes)), tuple(hints))
 
 
-NO_SECRETS = Mask(re.compile(_TOKEN_SHAPES), re.compile(_TOKEN_SHAPES))
+NO_SECRETS = make_mask(())
 
 
 # ======================================================================================
@@ -342,7 +353,7 @@ NO_SECRETS = Mask(re.compile(_TOKEN_SHAPES), re.compile(_TOKEN_SHAPES))
 # To add a kind of value: one row in KINDS.
 
 REQUIRED = object()
-UNSET = None
+MAX_SHOWN = 100           # characters of a found value in an error
 
 
 class Field(NamedTuple):
@@ -355,6 +366,7 @@ class Field(NamedTuple):
     also: tuple = ()          # other spellings that mean the same
     choices: tuple = ()
     low: float | None = None
+    above: float | None = None
     high: float | None = None
     pattern: str = ""
     shown: str = ""           # the default as people read it, where the value alone does not say it
@@ -395,7 +407,7 @@ def check_fields(fields: tuple[Field, ...], given: dict, path: str,
 
     A value that is wrong is replaced by its default, so that later checks can go on.
     """
-    spelled = {name: f for f in fields for name in (f.name, *f.also)}
+    spelled = [name for f in fields for name in (f.name, *f.also)]
     problems = [Problem(path + k, f"unknown key{did_you_mean(k, spelled)}", (*where, k))
                 for k in given if k not in spelled]
     values = {}
@@ -424,13 +436,12 @@ def wrong_value(f: Field, value: Any) -> str:
     kind = KINDS[f.kind]
     ok = isinstance(value, kind.types) and (isinstance(value, bool) == (f.kind == "flag"))
     if ok and isinstance(value, (int, float)) and not isinstance(value, bool):
-        ok = math.isfinite(value) and (f.low is None
-                                       or value >= f.low) and (f.high is None or value <= f.high)
+        ok = (math.isfinite(value) and (f.low is None or value >= f.low) and (f.above is None or value > f.above)
+              and (f.high is None or value <= f.high))
     if ok and f.kind in ("texts", "env"):
         ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
     if ok and isinstance(value, str):
-        ok = not (f.choices and value not in f.choices) and re.fullmatch(f.pattern or r"(?s).*",
-                                                                         value) is not None
+        ok = (not f.choices or value in f.choices) and (not f.pattern or bool(re.fullmatch(f.pattern, value)))
         ok = ok and "\0" not in value and not (f.kind == "path" and not value)
     if ok:
         return ""
@@ -445,19 +456,22 @@ def allowed_words(f: Field) -> str:
     words = KINDS[f.kind].words
     if f.low is not None and f.high is not None:
         return f"{words} from {f.low:g} to {f.high:g}"
-    if f.low is not None:
-        return f"{words} >= {f.low:g}"
+    if f.low is not None or f.above is not None:
+        return f"{words} >= {f.low:g}" if f.low is not None else f"{words} > {f.above:g}"
     return words + (f" matching {f.pattern}" if f.pattern else "") + (" without NUL"
                                                                       if f.kind in ("text", "path") else "")
 
 
 def show_value(value: Any) -> str:
-    """A found value, short, as its author would recognise it."""
+    """A found value, short, as its author would recognise it; of a long text both ends."""
+    if isinstance(value, str):
+        text = clean_text(value)
+        value = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN // 3] + "…" + text[-MAX_SHOWN * 2 // 3:]
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):     # a TOML date
         text = str(value)
-    return clip_cells(clean_text(text), 60)
+    return text if isinstance(value, str) else clip_cells(clean_text(text), MAX_SHOWN)
 
 
 def schema_of(fields: tuple[Field, ...]) -> dict:
@@ -469,6 +483,7 @@ def schema_of(fields: tuple[Field, ...]) -> dict:
             **KINDS[f.kind].schema, "description": f.help,
             **({"enum": list(f.choices)} if f.choices else {}),
             **({"minimum": f.low} if f.low is not None else {}),
+            **({"exclusiveMinimum": f.above} if f.above is not None else {}),
             **({"maximum": f.high} if f.high is not None else {}),
             **({"pattern": f"^{f.pattern}$"} if f.pattern else {}),
         } for f in fields for name in (f.name, *f.also)},
@@ -517,7 +532,7 @@ RUN_FIELDS = (
 
 HOUSE_FIELDS = (           # for runs with a lead; beside [[task]] they get a warning
     Field("max_workers", "count", None, "live workers of a layer", low=1, high=16),
-    Field("budget_usd", "number", None, "what the run may spend", low=0),
+    Field("budget_usd", "number", None, "what the run may spend", above=0),
     Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1),
     Field("approval_policy", "text", None, "what happens to an approval that no rule matches", also=("default_approval_policy",),
           choices=("block", "auto_approve", "auto_reject")),
@@ -759,7 +774,7 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
 def decode_manifest(data: bytes, label: str) -> str:
     """The text of a manifest.  Raises InvalidInput naming the offset of what is not UTF-8."""
     if len(data) > MAX_MANIFEST:
-        raise InvalidInput(f"{label}: it has {len(data)} bytes; allowed: at most {MAX_MANIFEST}")
+        raise InvalidInput(f"{label}: it has more than the {MAX_MANIFEST} bytes that are allowed")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
@@ -1389,7 +1404,7 @@ def on_actor_added(run: RunState, event: dict) -> None:
 
 def on_dispatcher_started(run: RunState, event: dict) -> None:
     """A dispatcher took the run over: a drain of the one before is lifted."""
-    run.draining = ""
+    run.draining = run.signal = ""
     fill_slots(run)
     finish_when_done(run)
 
@@ -1773,7 +1788,18 @@ def write_all(fd: int, data: bytes) -> None:
 
 def write_json(path: str, value: Any, mask: Mask, durable: bool = False) -> None:
     """Write a JSON document for people and programs."""
-    write_file(path, (mask.json(json.dumps(value, indent=2, allow_nan=False)) + "\n").encode(), durable)
+    write_file(path, mask.json(render_json(value)).encode(), durable)
+
+
+def render_json(value: dict) -> str:
+    """A JSON document with a line for each key, and for each row of a list of objects."""
+    lines = []
+    for key, item in value.items():
+        rows = isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
+        text = ("[\n" + ",\n".join("    " + json.dumps(row, allow_nan=False) for row in item) + "\n  ]" if rows
+                else json.dumps(item, allow_nan=False))
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_json(path: str) -> Any:
@@ -2078,18 +2104,35 @@ def pin_self(run_dir: str) -> None:
     be cached beside itself.  Every process that a run starts uses the copy: it starts without
     compiling, and an upgrade of pitboss.py cannot change a run half way.
     """
-    import py_compile
     import shutil
 
     here = os.path.join(run_dir, "self")
     os.makedirs(here, mode=0o700, exist_ok=True)
     source = os.path.abspath(__file__)
-    if source.endswith(".pyc"):
-        source = source[:-1]
-    copy = shutil.copyfile(source, os.path.join(here, "pitboss.py"))
-    py_compile.compile(copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    copy = shutil.copyfile(source[:-1] if source.endswith(".pyc") else source, os.path.join(here, "pitboss.py"))
+    write_bytecode(copy)
     write_file(os.path.join(here, "start"), b"import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
                b"from pitboss import main\nsys.exit(main())\n")
+
+
+def write_bytecode(copy: str) -> None:
+    """Cache the bytecode of a copy of this file beside it, from the running code where that is at hand."""
+    import importlib.util
+    import marshal
+    import py_compile
+
+    code = RUNNING_CODE.get("code")
+    if code is None:
+        py_compile.compile(copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        return
+    cached = importlib.util.cache_from_source(copy)
+    os.makedirs(os.path.dirname(cached), mode=0o700, exist_ok=True)
+    # PEP 552: magic number, flags (a hash that is not checked), the source's hash
+    head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
+    write_file(cached, head + marshal.dumps(code))
+
+
+RUNNING_CODE: dict = {}    # `code`: of this module, when it is the program that was started
 
 
 def self_argv(run_dir: str) -> list[str]:
@@ -2315,11 +2358,12 @@ class Git:
             return None
         gitdir = worktree_gitdir(path)
         if gitdir and read_text(os.path.join(gitdir, "locked")) == reason:
-            code, out, _ = await self.run(path, "rev-parse", "--symbolic-full-name", "HEAD", "HEAD^{commit}")
+            code, head, _ = await self.run(path, "symbolic-ref", "-q", "HEAD")
+            wrong, base, _ = await self.run(path, "rev-parse", "--verify", "-q", "HEAD^{commit}")
             status, dirty, _ = await self.run(path, "status", "--porcelain", "-z", "-uno")
-            lines = out.decode("utf-8", "replace").split("\n")
-            if not code and not status and not dirty and lines[0].startswith("refs/heads/"):
-                return lines[0].removeprefix("refs/heads/"), lines[1]
+            if not (code or wrong or status or dirty) and head.startswith(b"refs/heads/"):
+                branch = head.decode("utf-8", "surrogateescape").strip().removeprefix("refs/heads/")
+                return branch, base.decode().strip()
             await self.run(repo.top, "worktree", "remove", "--force", "--force", path)
         elif os.path.isdir(path) and not gitdir and f"{os.sep}worktrees{os.sep}" in path:
             with contextlib.suppress(OSError):
@@ -2377,7 +2421,7 @@ class Git:
             if gitdir and read_text(os.path.join(gitdir, "locked")).startswith(LOCK_PREFIX):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(gitdir, "locked"))
-        if place.made and place.branch:
+        if place.made and place.branch and place.base:
             await self.run(place.repo, "update-ref", "-d", f"refs/heads/{place.branch}", place.base)
         return told
 
@@ -2579,7 +2623,7 @@ class Launch(NamedTuple):
     hand: int
     marker: str                # RUN:ACTOR:HAND
     umask: int
-    stdin: int                 # a descriptor
+    streams: tuple             # descriptors of its standard input, output and error
 
 
 class Process(NamedTuple):
@@ -2723,13 +2767,21 @@ def be_subreaper() -> bool:
         return False
 
 
-def own_children() -> list[int] | None:
-    """The pids of this process's children; None where the kernel does not tell."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as f:
-            return [int(word) for word in f.read().split()]
-    except OSError:
-        return None
+class OwnChildren:
+    """The pids of this process's children, as the kernel tells them; None where it does not."""
+
+    def __init__(self) -> None:
+        try:
+            self.fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.fd = -1
+
+    def read(self) -> list[int] | None:
+        """The children at this moment, dead ones that nobody collected included."""
+        try:
+            return [int(word) for word in os.pread(self.fd, 1 << 20, 0).split()]
+        except OSError:
+            return None
 
 
 def start_local(launch: Launch) -> dict:
@@ -2739,25 +2791,18 @@ def start_local(launch: Launch) -> dict:
     """
     import signal
 
-    stdout, stderr = (os.open(os.path.join(launch.task_dir, name),
-                              os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
-                              0o600) for name in ("stdout.log", "stderr.log"))
     run_id, actor, hand = launch.marker.split(":")
     argv = ["/bin/sh", "-c", SHIM, f"pitboss {run_id} {actor} hand {hand}", launch.task_dir, str(launch.hand),
             launch.cwd, f"{launch.umask:03o}", *launch.argv]
     # Python ignores SIGPIPE and a caller may ignore SIGINT: both would be inherited through exec
     defaults = [getattr(signal, n) for n in ("SIGPIPE", "SIGXFSZ", "SIGINT", "SIGQUIT", "SIGHUP", "SIGTERM")
                 if hasattr(signal, n)]
-    moves = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate((launch.stdin, stdout, stderr))]
+    moves = [(os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate(launch.streams)]
     try:
-        try:
-            pid = os.posix_spawn("/bin/sh", argv, launch.env, file_actions=moves, setsid=True, setsigmask=[],
-                                 setsigdef=defaults)
-        except NotImplementedError:     # a libc without POSIX_SPAWN_SETSID
-            pid = _popen_local(argv, launch.env, (launch.stdin, stdout, stderr))
-    finally:
-        os.close(stdout)
-        os.close(stderr)
+        pid = os.posix_spawn("/bin/sh", argv, launch.env, file_actions=moves, setsid=True, setsigmask=[],
+                             setsigdef=defaults)
+    except NotImplementedError:     # a libc without POSIX_SPAWN_SETSID
+        pid = _popen_local(argv, launch.env, launch.streams)
     return make_handle(pid, launch.marker)
 
 
@@ -3170,14 +3215,13 @@ READ_AT_ONCE = 256 << 10               # bytes of one log before the others get 
 class LiveHand:
     """What this process knows of a hand that lives, beyond the journal."""
 
-    def __init__(self, actor: Actor, child: bool, pipe: int | None, unsent: bytes, log: str,
-                 began: float) -> None:
+    def __init__(self, actor: Actor, child: bool, log: str, began: float) -> None:
         self.actor = actor.id
         self.hand = actor.hand
         self.handle: dict = {}
         self.child = child                 # of this process: else it was adopted
-        self.pipe = pipe                   # our end of its input
-        self.unsent = unsent               # what did not fit into it yet
+        self.pipe: int | None = None       # our end of its input
+        self.unsent = b""                  # what did not fit into it yet
         self.form = actor.format
         self.tail = Tail(log, actor.log_at)
         self.talk = Talk(actor.model)
@@ -3215,7 +3259,8 @@ class Dispatcher:
         self.meta = read_json(os.path.join(run_dir, "meta.json")) or {}
         self.hands: dict[str, LiveHand] = {}
         self.table = ProcessTable()
-        self.subreaper = False
+        self.children = OwnChildren()
+        self.subreaper = False             # whether orphans of hands become this process's children
         self.dealt: set[tuple[str, int]] = set()       # hands that this process dealt itself
         self.unsynced: list[tuple] = []                # owed keys that wait for an fsync
         self.sync_wanted: asyncio.Event | None = None
@@ -3223,6 +3268,7 @@ class Dispatcher:
         self.ended: asyncio.Event | None = None
         self.kill_now = False
         self.programs: dict[str, tuple] = {}
+        self.summary: int | None = None                # descriptor of summary.jsonl
         self.cancel_first: str | None = None           # a reason: the run is cancelled before anything else
 
     # ---- recording
@@ -3442,7 +3488,7 @@ class Dispatcher:
         if not self.subreaper:
             return
         shims = {live.handle.get("pid") for live in self.hands.values()}
-        for pid in own_children() or ():
+        for pid in self.children.read() or ():
             if pid not in shims:
                 with contextlib.suppress(OSError):
                     if os.getsid(pid) != os.getsid(0):      # helpers of this process stay asyncio's
@@ -3506,7 +3552,7 @@ class Dispatcher:
         fresh = actor.how == "afresh" or not actor.session_id
         self.dealt.add((name, actor.hand + 1))
         self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message=mint_uuid(),
-                    log_at=end_line(log), session_id=mint_uuid() if fresh else actor.session_id)
+                    log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh else actor.session_id)
 
     async def effect_spawn(self, name: str) -> None:
         """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
@@ -3550,27 +3596,28 @@ class Dispatcher:
         """Start the process of a hand that was dealt.  Raises OSError."""
         folder, row = self.task_dir(actor.id), agent_row(actor.agent, self.manifest.agents)
         deal = self.make_deal(actor, row, folder)
-        began, unsent, pipe = time.monotonic(), b"", None
-        if row.input == "stream":
-            data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
-            stdin, pipe, unsent = open_input(data)
-        else:
-            stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull,
-                            os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            place = actor.place or {}
-            cwd = place.get("cwd") or actor.directory
-            launch = Launch([str(word) for word in row.argv(deal)], cwd, self.agent_env(actor, deal, row),
-                            folder, actor.hand, self.marker_of(actor), self.umask, stdin)
-            handle = EXECUTORS["local"].start(launch)
-        except OSError:
-            if pipe is not None:
-                os.close(pipe)
-            raise
-        finally:
-            os.close(stdin)
-        live = LiveHand(actor, True, pipe, unsent, os.path.join(folder, "stdout.log"), began)
-        live.handle = handle
+        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic())
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        live.tail.fd = os.open(live.tail.path, flags, 0o600)
+        with contextlib.ExitStack() as stack:
+            stderr = os.open(os.path.join(folder, "stderr.log"), flags, 0o600)
+            stack.callback(os.close, stderr)
+            if row.input == "stream":
+                data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
+                stdin, live.pipe, live.unsent = open_input(data)
+            else:
+                stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, stdin)
+            argv = [str(word) for word in row.argv(deal)]
+            try:
+                live.handle = EXECUTORS["local"].start(Launch(
+                    argv, deal.cwd, self.agent_env(actor, deal, row), folder, actor.hand, self.marker_of(actor),
+                    self.umask, (stdin, live.tail.fd, stderr)))
+            except OSError:
+                live.unsent = b""
+                self.close_input(live)
+                live.tail.close()
+                raise
         return live
 
     def make_deal(self, actor: Actor, row: Agent, folder: str) -> Deal:
@@ -3606,10 +3653,10 @@ class Dispatcher:
         """Stay with a hand until it is gone, then record how it ended.  Also adopts one that is found alive."""
         live = self.hands.get(name) or self.adopt(name)
         self.hands[name] = live
-        await self.await_exit(live)
+        written = await self.await_exit(live)
         if live.stopped:
             await live.stopped.wait()
-        end = await self.harvest(live)
+        end = await self.harvest(live, written)
         self.reap_orphans()
         actor = self.run.actors[name]
         if live.pipe is not None:
@@ -3632,28 +3679,28 @@ class Dispatcher:
         age = age_of(actor.handle)
         if age is None:
             age = max(0.0, self.journal.now() - actor.hand_at)
-        live = LiveHand(actor, False, None, b"", os.path.join(self.task_dir(name), "stdout.log"),
-                        time.monotonic() - age)
+        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age)
         live.handle = actor.handle
         return live
 
-    async def await_exit(self, live: LiveHand) -> None:
-        """Return when a hand's shim is gone, and with it the agent."""
+    async def await_exit(self, live: LiveHand) -> str | None:
+        """Return when a hand's shim is gone, and with it the agent: what the shim wrote down."""
         executor = EXECUTORS[live.handle["executor"]]
         live.exit = executor.wait(asyncio.get_running_loop(), live.handle)
         try:
             if live.exit.descriptor is not None and (live.child or executor.is_alive(live.handle)):
                 await live.exit
-            while executor.is_alive(live.handle):        # where nothing tells of an exit
+            while not live.exit.done() and executor.is_alive(live.handle):       # where nothing tells of an exit
                 await asyncio.sleep(POLL_S)
         finally:
             close_wait(asyncio.get_running_loop(), live.exit)
             if not live.exit.done():
                 live.exit.set_result(None)
-        while read_exit(self.task_dir(live.actor), live.hand) is None and self.find(live):
+        while (written := read_exit(self.task_dir(live.actor), live.hand)) is None and self.find(live):
             await asyncio.sleep(TICK_S)        # the shim was killed, and the agent lives without it
+        return written
 
-    async def harvest(self, live: LiveHand) -> Ending:
+    async def harvest(self, live: LiveHand, written: str | None) -> Ending:
         """Read a dead hand's log to its end, and how it ended."""
         folder = self.task_dir(live.actor)
         status = collect_child(live.handle["pid"]) if live.child else None
@@ -3661,7 +3708,6 @@ class Dispatcher:
             await asyncio.sleep(0)
         for line in live.tail.rest():
             fold_line(live.talk, line, live.form)
-        written = read_exit(folder, live.hand)
         if written == "cd":
             return Ending(None, no_folder=True)
         if written is not None and written.isdigit():
@@ -3674,9 +3720,11 @@ class Dispatcher:
 
     async def effect_stop(self, name: str) -> None:
         """Bring a hand and all that it started to an end."""
-        live = self.hands.get(name)
-        if live is None or ("stop", name) not in self.run.owed:
+        if ("stop", name) not in self.run.owed:
             return                     # it left by itself
+        live = self.hands.get(name)
+        if live is None:               # of an earlier dispatcher: effect_watch goes on with it
+            live = self.hands[name] = self.adopt(name)
         live.stopped = asyncio.Event()
         try:
             steps = (0.0, 0.0, KILL_S) if self.kill_now else (INTERRUPT_S, TERMINATE_S, KILL_S)
@@ -3735,7 +3783,7 @@ class Dispatcher:
 
     def strangers(self) -> list[int]:
         """Living children of this process that are neither shims of living hands nor helpers of its own."""
-        children = own_children()
+        children = self.children.read()
         if children is None:
             return [-1]
         shims = {live.handle.get("pid") for live in self.hands.values()}
@@ -3760,12 +3808,10 @@ class Dispatcher:
     def export_record(self, name: str) -> None:
         """Append a settled actor's record to summary.jsonl."""
         line = self.mask.json(json.dumps(self.record_line(name), allow_nan=False)) + "\n"
-        fd = os.open(os.path.join(self.run_dir, "summary.jsonl"),
-                     os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            write_all(fd, line.encode())
-        finally:
-            os.close(fd)
+        if self.summary is None:
+            path = os.path.join(self.run_dir, "summary.jsonl")
+            self.summary = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        write_all(self.summary, line.encode())
 
     def record_line(self, name: str) -> dict:
         """The TaskRecord of an actor, its texts in full."""
@@ -4230,7 +4276,9 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
         words = (actor.reason or {}).get("message") or preview(actor.final) or ""
         took = render_duration((actor.ended_at or 0) - (actor.started_at or 0))
         line = f"{name}: {row.glyph} {actor.status} {took} {render_tokens(sum(actor.usage))} tokens {render_usd(actor.cost_usd)}"
-        left = f"; {len(event['leftovers'])} leftover processes" if event.get("leftovers") else ""
+        kept = run.facts.get("keep_children") and actor.status == "Success"
+        left = "".join(f"\n  {name}: leftover process {'left running' if kept else 'ended'}: {process}"
+                       for process in event.get("leftovers") or ())
         return line + (f"  {clip_cells(clean_text(words), 70)}" if words else "") + left
     if kind == "drained":
         return "draining: nothing new starts; the next signal cancels" if event["why"] == "signal" else "no space left: nothing new starts"
@@ -5587,5 +5635,6 @@ def save_traceback() -> str:
 
 
 if __name__ == "__main__":
+    RUNNING_CODE["code"] = sys._getframe().f_code
     sys.modules.setdefault("pitboss", sys.modules["__main__"])
     sys.exit(main())
