@@ -1542,7 +1542,7 @@ def on_run_finished(run: RunState, event: dict) -> None:
 
 
 class EventKind(NamedTuple):
-    """One kind of event: its handler, and whether it is on disk before anything follows from it."""
+    """One kind of event: its handler, and whether it is forced to disk (EFFECTS says what waits for that)."""
 
     handler: Callable
     durable: bool = False
@@ -3279,13 +3279,13 @@ class Dispatcher:
         step(self.run, event)
         self.notice(self.run, event)
         fresh, self.run.fresh = self.run.fresh, []
-        # in journal order: later events wait behind a durable one
-        if EVENTS[kind].durable or self.unsynced:
-            self.unsynced += fresh
-            self.sync_wanted.set()
-        else:
-            for key in fresh:
+        for key in fresh:
+            if EFFECTS[key[0]].waits:
+                self.unsynced.append(key)
+            else:
                 self.act(key)
+        if EVENTS[kind].durable or self.unsynced:
+            self.sync_wanted.set()
         if self.journal.full and not self.run.draining:
             self.record("drained", why="no_space")
         if self.run.draining == "no_space" and not self.run.live and not self.run.closing:
@@ -3309,7 +3309,7 @@ class Dispatcher:
         """Start doing what is owed under `key`.  The only way to act, for a living and a resumed run."""
         if key in self.run.owed and not self.ended.is_set():
             verb, actor = key
-            self.group.create_task(self.perform(EFFECTS[verb], actor), name=f"{verb} {actor}")
+            self.group.create_task(self.perform(EFFECTS[verb].run, actor), name=f"{verb} {actor}")
 
     async def perform(self, effect: Callable, actor: str) -> None:
         """Run one effect.  A machine that cannot is the end of this process, not of the run."""
@@ -3837,14 +3837,25 @@ class Dispatcher:
                               (0.0, TERMINATE_S, KILL_S))
 
 
+class Effect(NamedTuple):
+    """One thing that can be owed.
+
+    `waits`: it destroys or publishes something, so the event that owes it is forced to disk first.  Starting a hand
+    need not wait: a power cut ends the hand together with the line that is lost.
+    """
+
+    run: Callable              # async (dispatcher, actor)
+    waits: bool
+
+
 EFFECTS = {
-    "place":  Dispatcher.effect_place,
-    "deal":   Dispatcher.effect_deal,
-    "spawn":  Dispatcher.effect_spawn,
-    "watch":  Dispatcher.effect_watch,
-    "stop":   Dispatcher.effect_stop,
-    "close":  Dispatcher.effect_close,
-    "finish": Dispatcher.effect_finish,
+    "place":  Effect(Dispatcher.effect_place,  False),
+    "deal":   Effect(Dispatcher.effect_deal,   False),
+    "spawn":  Effect(Dispatcher.effect_spawn,  False),
+    "watch":  Effect(Dispatcher.effect_watch,  False),
+    "stop":   Effect(Dispatcher.effect_stop,   False),
+    "close":  Effect(Dispatcher.effect_close,  True),
+    "finish": Effect(Dispatcher.effect_finish, True),
 }
 
 

@@ -458,7 +458,7 @@ class Server(ThreadingHTTPServer):
 def start(**options) -> Server:
     """A server that runs in a thread of this process."""
     server = Server(**options)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     return server
 
 

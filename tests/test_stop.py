@@ -22,7 +22,7 @@ from tools import Home, processes_with, read_events, read_records, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the verdict reads /proc")
 
-COPIES = max(1, int(os.environ.get("PITBOSS_TEST_ROUNDS", "200")) // 100)
+COPIES = max(1, int(os.environ.get("PITBOSS_TEST_ROUNDS", "200")) // 50)
 SHELL = '[agent.shell]\ncommand = ["sh"]\nformat = "text"\n'     # its prompt is a shell script
 
 # Each script says that it is ready with READY, and then never ends by itself.

@@ -79,8 +79,10 @@ FEATURES = [Feature(*row) for row in (
     ("bisect", "progress", "either", "git bisect start -q HEAD HEAD~1 >/dev/null"),
     # files
     ("modified", "files", "unsaved", "w modified.txt changed"),
-    # git looks at size and time before it reads: too soon after the checkout these say nothing
+    # git looks at size and time before it reads: within one second these say nothing
     ("same_size", "files", "unsaved", 'printf "same %s\\n" "$ID" >same.txt'),
+    ("same_second", "files", "unsaved",
+     'printf "fast abc\\n" >fast.txt; git add fast.txt; printf "fast %s\\n" "$ID" >fast.txt; sleep 1.1'),
     ("same_time", "files", "unsaved",
      'touch -r timed.txt "$NOTES/$ID.stamp"; sleep 1.1; printf "time %s\\n" "$ID" >timed.txt;'
      ' touch -r "$NOTES/$ID.stamp" timed.txt'),
@@ -115,9 +117,9 @@ FEATURES = [Feature(*row) for row in (
     ("executable", "files", "unsaved", "chmod +x plain.txt; chmod -x tool.sh; w run.sh new; chmod +x run.sh"),
     ("empty_folder", "files", "clean", "mkdir -p empty/deeper"),
     ("fifo", "files", "either", "mkfifo pipe"),
-    ("assume_unchanged", "files", "unsaved",
+    ("assume_unchanged", "files", "either",
      "git update-index --assume-unchanged assumed.txt; w assumed.txt changed"),
-    ("skip_worktree", "files", "unsaved",
+    ("skip_worktree", "files", "either",
      "git update-index --skip-worktree skipped.txt; w skipped.txt changed"),
     ("sparse", "files", "either", "git update-index --skip-worktree sparse.txt; rm sparse.txt"),
     ("big_binary", "files", "unsaved", "head -c 3000000 /dev/urandom >big.bin"),
