@@ -401,7 +401,8 @@ def problems_of(case: Case, note: dict, record: dict, found: Found) -> list[str]
     fate = expected_fate(case, found.policy)
     problems = []
     if fate != "either" and there != (fate == "stays"):
-        problems.append(f"the worktree {'stays' if there else 'is gone'}, expected: {fate}")
+        kept = record["worktree_kept"]
+        problems.append(f"the worktree {'stays' if there else 'is gone'} ({kept}), expected: {fate}")
     problems += _wrong_in_record(case, note, record, there)
     problems += _wrong_branches(note, there, found)
     problems += _wrong_in_kept(note, found) if there else _lost(note, found)
