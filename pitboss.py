@@ -1131,7 +1131,7 @@ def _fold_result(talk: Talk, event: dict) -> None:
                                                    for m in models.values()))
         talk.running.clear()
     cost = event.get("total_cost_usd")
-    if isinstance(cost, (int, float)) and math.isfinite(cost):
+    if isinstance(cost, (int, float)) and not isinstance(cost, bool) and math.isfinite(cost) and cost >= 0:
         talk.known_usd = float(cost)
     if isinstance(event.get("result"), str) and event["result"].strip():
         talk.words = event["result"]
@@ -1538,7 +1538,7 @@ def on_cancelled(run: RunState, event: dict) -> None:
 def on_run_finished(run: RunState, event: dict) -> None:
     """Every record is final and the summary is written."""
     run.owed.pop(("finish", ""), None)
-    run.finished_at = event["at"]
+    run.finished_at = event["ended_at"]
 
 
 class EventKind(NamedTuple):
@@ -1683,11 +1683,10 @@ def preview(final: Any) -> str | None:
     return text if len(text) <= 200 and not isinstance(final, dict) else text[:200] + "…"
 
 
-def summary_of(run: RunState, records: list[dict], meta: dict) -> dict:
+def summary_of(run: RunState, records: list[dict], meta: dict, ended: float) -> dict:
     """`summary.json` of a run whose actors have all settled."""
     costs = [r["cost_usd"] for r in records if r["cost_usd"] is not None]
-    ended = run.finished_at if run.finished_at is not None else run.last_at
-    return {"run_id": run.run_id, "name": run.name, "mode": run.mode,
+    return {"run_id": run.run_id,
             "manifest_path": meta.get("manifest_path"), "manifest_name": meta.get("manifest_name"),
             "pitboss_version": meta.get("pitboss_version"), "claude_version": meta.get("claude_version"),
             "started_at": render_time(run.opened_at), "ended_at": render_time(ended),
@@ -2156,7 +2155,7 @@ GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR",
                  "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_NAMESPACE")
 LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with when it is ours
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
-_CONTENTION = re.compile(r"File exists|could not lock|cannot lock|unable to lock|Another git process|failed to read \S*commondir")
+_CONTENTION = re.compile(r"File exists|could not lock config file|Another git process|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
 
@@ -2324,7 +2323,7 @@ class Git:
         """
         repo = await self.look(directory)
         async with self.repository_lock(repo.common) as fd:
-            found = await self.find_begun(repo, path, reason)
+            found = await self.find_begun(repo, path, reason, own)
             if found:
                 return self.place_of(repo, directory, path, found, own)
             exists, wanted, number = await self.has_branch(repo, branch), branch, 1
@@ -2332,7 +2331,10 @@ class Git:
                 number += 1
                 branch = f"{wanted}-{number}"
                 exists = await self.has_branch(repo, branch)
-            base = start or repo.head
+            base = repo.head
+            if start and not exists:
+                code, out, _ = await self.run(repo.top, "rev-parse", "--verify", "-q", f"{start}^{{commit}}")
+                base = out.decode().strip() if not code else base
             await self.try_worktree(repo, path, branch, exists, reason, base, fd)
             if exists:
                 base = await self.ask(path, "rev-parse", "HEAD")
@@ -2349,7 +2351,7 @@ class Git:
         code, _, _ = await self.run(repo.top, "show-ref", "--verify", "--quiet", f"refs/heads/{branch}")
         return code == 0
 
-    async def find_begun(self, repo: Repo, path: str, reason: str) -> tuple[str, str] | None:
+    async def find_begun(self, repo: Repo, path: str, reason: str, own: bool) -> tuple[str, str] | None:
         """The head of a worktree that an earlier dispatcher made at `path` for the same reason.
 
         One that it only began, or something else that is ours, is cleared: nobody has worked in it.
@@ -2357,6 +2359,7 @@ class Git:
         if not os.path.lexists(path):
             return None
         gitdir = worktree_gitdir(path)
+        branch = read_text(os.path.join(gitdir, "HEAD")).removeprefix("ref: ") if gitdir else ""
         if gitdir and read_text(os.path.join(gitdir, "locked")) == reason:
             code, head, _ = await self.run(path, "symbolic-ref", "-q", "HEAD")
             wrong, base, _ = await self.run(path, "rev-parse", "--verify", "-q", "HEAD^{commit}")
@@ -2365,6 +2368,8 @@ class Git:
                 branch = head.decode("utf-8", "surrogateescape").strip().removeprefix("refs/heads/")
                 return branch, base.decode().strip()
             await self.run(repo.top, "worktree", "remove", "--force", "--force", path)
+            if own and branch.startswith("refs/heads/"):
+                await self.run(repo.top, "update-ref", "-d", branch, repo.head)
         elif os.path.isdir(path) and not gitdir and f"{os.sep}worktrees{os.sep}" in path:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
@@ -2374,13 +2379,16 @@ class Git:
                            fd: int) -> None:
         """`git worktree add`, again and again while another process holds a lock of git's own."""
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        deadline, pause, flag = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b"
+        deadline, pause, flag, force = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b", []
         while True:
             start = [path, branch] if exists else ["--no-track", flag, branch, path, base]
-            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *start,
+            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *force, *start,
                                           pass_fds=(fd,))
             if not code:
                 return
+            if exists and not force and "missing but" in err:
+                force = ["--force", "--force"]       # its folder is gone, and its branch holds what it had committed
+                continue
             contended = _CONTENTION.search(err) and "a branch named" not in err
             if not contended or time.monotonic() > deadline:
                 # git may leave the new branch behind; delete it only where it is as it was made
@@ -2422,8 +2430,18 @@ class Git:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(gitdir, "locked"))
         if place.made and place.branch and place.base:
-            await self.run(place.repo, "update-ref", "-d", f"refs/heads/{place.branch}", place.base)
+            await self.delete_empty_branch(place)
         return told
+
+    async def delete_empty_branch(self, place: Place) -> None:
+        """Delete a branch of this run's own that holds nothing beyond its base."""
+        ref = f"refs/heads/{place.branch}"
+        code, _, _ = await self.run(place.repo, "update-ref", "-d", ref, place.base)
+        if code:
+            gone, tip, _ = await self.run(place.repo, "rev-parse", "--verify", "-q", ref)
+            commit = tip.decode().strip()
+            if not gone and not (await self.run(place.repo, "merge-base", "--is-ancestor", commit, place.base))[0]:
+                await self.run(place.repo, "update-ref", "-d", ref, commit)
 
     async def inspect(self, place: Place) -> Tree:
         """What a worktree holds that is nowhere else, and why it had better stay.  Raises GitError."""
@@ -2461,6 +2479,9 @@ class Git:
                      if line.startswith(b"# branch.oid ")), "")
         detached = b"# branch.head (detached)" in status.split(b"\0")
         seen = reflog_commits(read_text(os.path.join(gitdir, "logs", "HEAD")))
+        own = [f"refs/{name}" for name in ("worktree", "bisect", "rewritten") if os.path.isdir(os.path.join(gitdir, "refs", name))]
+        if own:      # refs that go with the worktree
+            seen |= set((await self.ask(place.path, "for-each-ref", "--format=%(objectname)", *own)).split())
         if not detached and seen <= {head, place.base}:
             return []
         out = await self.ask(place.path, "rev-list", "--ignore-missing", *sorted(seen | {head}), "--not",
@@ -3527,7 +3548,7 @@ class Dispatcher:
                                      former["path"], (former.get("branch"), former.get("base") or repo.head),
                                      bool(former.get("made")))
         base = self.run.facts.get("worktree_dir")
-        path = os.path.join(base, run8, actor.id) if base else os.path.join(self.run_dir, "worktrees",
+        path = os.path.join(base, self.run.run_id, actor.id) if base else os.path.join(self.run_dir, "worktrees",
                                                                             actor.id)
         branch, own, start = actor.branch, actor.branch is None, None
         if former.get("path"):     # sessions belong to a place: the old one is made again
@@ -3822,9 +3843,10 @@ class Dispatcher:
         """Write the summary; the run is at its end."""
         await self.end_strangers()
         records = [self.record_line(name) for name in self.run.settled]
-        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta),
+        ended_at = round(self.journal.now(), 6)
+        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta, ended_at),
                    self.mask, durable=True)
-        self.record("run_finished", tasks_total=len(self.run.actors), tasks_failed=self.run.failed)
+        self.record("run_finished", ended_at=ended_at, tasks_total=len(self.run.actors), tasks_failed=self.run.failed)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.run_dir, "reserve"))
         self.ended.set()
@@ -3980,16 +4002,18 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
         import shutil
 
         shutil.rmtree(beside, ignore_errors=True)
-        raise fault_of(e, "making the run folder") from None
+        fault = fault_of(e, f"making a run folder in {order.runs_dir}")
+        fault.hint = fault.hint or "set XDG_DATA_HOME, or give --run-dir, a folder that can be written"
+        raise fault from None
     return run_dir
 
 
 def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -> dict:
     """`meta.json`: where the run came from, and what taking it over needs beyond the manifest."""
     rules = order.manifest.rules
-    return {"run_id": run_id, "name": rules.name, "mode": order.manifest.mode,
+    return {"run_id": run_id, "mode": order.manifest.mode,
             "manifest_path": os.path.join(order.base_dir, order.label) if order.label != "stdin" else "stdin",
-            "manifest_name": order.stem, "base_dir": order.base_dir, "started_at": render_time(now),
+            "manifest_name": rules.name, "base_dir": order.base_dir, "started_at": render_time(now),
             "pitboss_version": VERSION, "claude_version": order.claude_version, "pid": os.getpid(),
             "host": os.uname().nodename, "parent_run_id": env.get("PITBOSS_RUN_ID"),
             "max_parallel": rules.max_parallel, "resumed_from": order.resumed_from, "only": order.only,
@@ -4987,7 +5011,7 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
     print(f"{loaded.manifest.mode} run {rules.name}: {len(loaded.manifest.tasks)} tasks, max_parallel={rules.max_parallel}; nothing is started")
     for task in loaded.manifest.tasks:
         row = agent_row(task.agent, loaded.manifest.agents)
-        base = os.path.join(rules.worktree_dir, "<run8>",
+        base = os.path.join(rules.worktree_dir, "<run id>",
                             task.id) if rules.worktree_dir else f"<run folder>/worktrees/{task.id}"
         folder = task.directory
         if task.use_worktree:
@@ -5103,6 +5127,7 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
             former[name] = {"session_id": actor.session_id if actor.hands else "", **(actor.place or {}),
                             "rescue_ref": (actor.closed or {}).get("rescue_ref")}
             check_free(former[name].get("path"))
+            warn_of_loss(name, former[name])
     label = meta.get("manifest_path") or "stdin"
     order = Order(data, loaded.manifest._replace(rules=loaded.manifest.rules._replace(max_parallel=old.facts["max_parallel"])), label,
                   meta.get("manifest_name") or "", meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
@@ -5110,6 +5135,21 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     umask = os.umask(0o077)
     return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
                            options)
+
+
+def warn_of_loss(name: str, former: dict) -> None:
+    """Say so when nothing is left of an actor's worktree: neither the folder, nor its branch, nor a rescue ref."""
+    import subprocess
+
+    if not former.get("path") or worktree_gitdir(former["path"]):
+        return
+    refs = [f"refs/heads/{former['branch']}" if former.get("branch") else None, former.get("rescue_ref")]
+    for ref in filter(None, refs):
+        done = subprocess.run(["git", "-C", former["repo"], "rev-parse", "--verify", "-q", ref], env=git_env(os.environ),
+                              capture_output=True, check=False)
+        if not done.returncode:
+            return
+    say_error(f"pitboss: warning: {name}: its worktree, branch and rescue ref are gone; it begins at HEAD")
 
 
 def check_free(path: str | None) -> None:
@@ -5168,10 +5208,10 @@ def look_at_run(run_dir: str) -> Overview:
     """How a run stands: from its summary when it is finished, else from its journal."""
     summary = read_json(os.path.join(run_dir, "summary.json"))
     meta = read_json(os.path.join(run_dir, "meta.json")) or {}
-    head = {"run_id": os.path.basename(run_dir), "name": meta.get("name"), "mode": meta.get("mode")}
+    head = {"run_id": os.path.basename(run_dir), "name": meta.get("manifest_name"), "mode": meta.get("mode")}
     if isinstance(summary, dict) and isinstance(summary.get("tasks"), list):
-        return Overview({**head, "name": summary.get("name") or head["name"], "mode": summary.get("mode")
-                         or head["mode"], "state": "complete", "tasks_total": summary.get("tasks_total", 0),
+        return Overview({**head, "name": summary.get("manifest_name") or head["name"], "state": "complete",
+                         "tasks_total": summary.get("tasks_total", 0),
                          "tasks_failed": summary.get("tasks_failed", 0),
                          "total_cost_usd": summary.get("total_cost_usd"), "agents_alive": 0,
                          "tasks_not_started": summary.get("tasks_not_started", 0)}, summary["tasks"], None)
@@ -5224,7 +5264,7 @@ def rebuild_exports(run_dir: str) -> None:
             for name in run.settled:
                 record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
                 records.append({**record, "final_message": get_blob(run_dir, record["final_message"])})
-            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta), mask,
+            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta, run.finished_at), mask,
                        durable=True)
     finally:
         os.close(lock)
@@ -5300,6 +5340,8 @@ def last_lines_at(path: str, count: int) -> int:
         with open(path, "rb") as f:
             size = end = os.fstat(f.fileno()).st_size
             seen = 0
+            if count <= 0:
+                return size
             while end > 0:
                 start = max(0, end - 65536)
                 f.seek(start)
@@ -5556,7 +5598,7 @@ def make_parser(prog: str, name: str) -> Any:
         command = COMMANDS[name]
         example = f"Example: {prog} {command.example}\n\n" if command.example else ""
         parser = Parser(prog=f"{prog} {name}",
-                        description=f"{command.run.__doc__.splitlines()[0]}\n\n{example}".rstrip(),
+                        description=f"{(command.run.__doc__ or command.help).splitlines()[0]}\n\n{example}".rstrip(),
                         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
         for flags, settings in command.args:
             parser.add_argument(*flags, **settings)
@@ -5616,9 +5658,10 @@ def main(argv: list[str] | None = None) -> int:  # long: the one place where eve
                                                                         else ""))
     except KeyboardInterrupt:
         code = "interrupted"
+    except SystemExit as e:          # argparse has printed a help text
+        return leave_quietly(int(e.code or 0))
     except BrokenPipeError:
-        code = "ok"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)       # or the interpreter complains when it flushes
+        return leave_quietly(0)
     except OSError as e:
         fault = fault_of(e, "pitboss")
         code = fault.code
@@ -5628,6 +5671,15 @@ def main(argv: list[str] | None = None) -> int:  # long: the one place where eve
     except Exception as e:  # boundary: a bug is reported in one line, with its traceback in a file
         say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its traceback: {save_traceback()}")
     return EXIT_CODES[code][0]
+
+
+def leave_quietly(code: int) -> int:
+    """Flush what was printed; where nobody reads it, see that the interpreter does not complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
 
 
 def save_traceback() -> str:
