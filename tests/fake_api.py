@@ -118,7 +118,7 @@ class Plan:
                 self.script, start = script, at
         asked = [turn.said or turn.text for turn in turns if turn.role == "user" and turn.text]
         self.user = asked[-1] if asked else ""
-        self.name = hashlib.sha256((asked[0] if asked else "").encode()).hexdigest()[:16]
+        self.name = hashlib.sha256(json.dumps(self.script).encode()).hexdigest()[:16]
         self.results = {}               # step number to its results
         self.before = []                # (number, step) to act on before the answer
         self.step, self.number = {"text": "(no script in this conversation)"}, 0

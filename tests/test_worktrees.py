@@ -180,8 +180,8 @@ def test_the_printed_command_brings_a_rescued_tree_back(home, features):
     assert note_of(str(places[0]))["files"] == note["files"]
 
 
-WHY = {"nested": "nested", "nested_ignored": "ignored/nested", "merge_ours": "merge", "rebase_stopped": "rebase",
-       "locked": "lock", "submodule": "sub"}
+WHY = {"nested": "nested", "nested_ignored": "ignored/nested", "merge_ours": "merge",
+       "rebase_stopped": "rebase", "locked": "lock", "submodule": "sub"}
 
 
 def test_the_record_says_why_a_tree_stays(home):
@@ -225,7 +225,7 @@ def test_the_next_run_does_not_go_on_upon_the_branch_of_the_last(home):
 @pytest.mark.parametrize("policy", ["always", "on_success"])
 def test_a_task_that_ran_out_of_time_loses_nothing(home, policy):
     repo = home.repo()
-    late = task(repo, "echo late >late.txt; sleep 300", timeout_secs=1)
+    late = task(repo, "echo late >late.txt; exec sleep 300", timeout_secs=1)
     done = deal(home, [late], check=1, worktree_cleanup=policy)["a"]
     assert done["status"] == "TimedOut"
     if policy == "always":
@@ -277,6 +277,154 @@ def test_a_folder_of_the_users_in_the_place_of_the_tree_is_not_removed(home):
     assert (Path(done["worktree_path"]) / "mine.txt").read_text() == "mine\n"
     [away] = (home.root / "trees").glob("**/*.away")
     assert (away / "file0.txt").exists()
+
+
+BREAKS = {
+    "index": 'echo junk >"$(git rev-parse --git-path index)"',
+    "HEAD": 'echo junk >"$(git rev-parse --git-path HEAD)"',
+    "gitdir": 'rm -rf "$(git rev-parse --absolute-git-dir)"',
+    "branch": 'echo junk >"$(git rev-parse --git-common-dir)/$(git symbolic-ref HEAD)"',
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_tree_that_git_cannot_read_any_more_stays(home, broken):
+    repo = home.repo()
+    done = deal(home, [task(repo, f"echo new >new.txt; {BREAKS[broken]}")], worktree_cleanup="always")["a"]
+    assert done["status"] == "Success" and done["worktree_kept"]
+    assert (Path(done["worktree_path"]) / "new.txt").read_text() == "new\n"
+
+
+def test_a_dropped_commit_is_kept_where_the_user_turned_reflogs_off(home):
+    repo = home.repo()
+    git(repo, "config", "core.logAllRefUpdates", "false")
+    tell = f"git rev-parse HEAD >'{home.root}/commit'"
+    script = f"{committing('dropped.txt')}; {tell}; git reset -q --hard HEAD~1"
+    done = deal(home, [task(repo, script)], worktree_cleanup="always")["a"]
+    commit = (home.root / "commit").read_text().strip()
+    kept = git(repo, "rev-list", "--all").split()
+    assert commit in kept or done["worktree_path"]
+
+
+def test_a_filter_that_fails_keeps_the_tree(home):
+    """The content cannot be saved: the repository's own clean filter refuses it."""
+    repo = home.repo()
+    (repo / ".gitattributes").write_text("*.up filter=up\n")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "attributes")
+    git(repo, "config", "filter.up.clean", "false")
+    git(repo, "config", "filter.up.required", "true")
+    done = deal(home, [task(repo, "echo new >new.up")], worktree_cleanup="always")["a"]
+    assert done["status"] == "Success" and done["worktree_kept"]
+    assert (Path(done["worktree_path"]) / "new.up").read_text() == "new\n"
+
+
+def test_a_tree_whose_removal_fails_stays_and_is_rescued_first(home):
+    """An immutable ignored file; its attribute is taken back by the test."""
+    repo = home.repo()
+    (repo / ".gitignore").write_text("ignored/\n")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "ignore")
+    probe = home.root / "probe"
+    probe.touch()
+    if subprocess.run(["chattr", "+i", probe], capture_output=True).returncode:
+        pytest.skip("this file system or user cannot make a file immutable")
+    subprocess.run(["chattr", "-i", probe], check=True)
+    script = "mkdir ignored; echo x >ignored/x; chattr +i ignored/x; echo new >new.txt"
+    done = deal(home, [task(repo, script)], worktree_cleanup="always")["a"]
+    [held] = home.runs.glob("*/worktrees/*/ignored/x")
+    subprocess.run(["chattr", "-i", held], check=True)
+    assert done["worktree_path"] == str(held.parent.parent)
+    assert done["status"] == "Success" and done["worktree_kept"]
+    assert git(repo, "show", f"{done['rescue_ref']}:new.txt") == "new\n"
+
+
+def _clone(home: Home, *options: str) -> Path:
+    origin = make_repo(home.root / "origin")
+    git(origin, "config", "uploadpack.allowFilter", "true")
+    git(home.root, "clone", "-q", *options, origin.as_uri(), "clone")
+    return home.root / "clone"
+
+
+def _separate(home: Home) -> Path:
+    git(home.root, "init", "-q", "-b", "main", "--separate-git-dir", "apart.git", "apart")
+    return make_repo(home.root / "apart")
+
+
+def _sha256(home: Home) -> Path:
+    git(home.root, "init", "-q", "-b", "main", "--object-format=sha256", "modern")
+    return make_repo(home.root / "modern")
+
+
+def _beside_bare(home: Home) -> Path:
+    """A worktree of a bare repository: there is no main checkout."""
+    bare = _clone(home, "--bare")
+    git(bare, "worktree", "add", "-q", "-b", "work", str(home.root / "work"), "main")
+    return home.root / "work"
+
+
+def _sparse(home: Home) -> Path:
+    repo = make_repo(home.root / "sparse")
+    for name in ("in", "out"):
+        (repo / name).mkdir()
+        (repo / name / "file.txt").write_text(f"{name}\n")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "folders")
+    git(repo, "sparse-checkout", "set", "in")
+    assert not (repo / "out").exists()
+    return repo
+
+
+KINDS = {
+    "separate git dir": _separate, "sha256": _sha256, "beside a bare one": _beside_bare, "sparse": _sparse,
+    "shallow": lambda home: _clone(home, "--depth=1"),
+    "partial": lambda home: _clone(home, "--filter=blob:none"),
+    "odd path": lambda home: make_repo(home.root / "it's a \"re po\" \u00fc \\ *"),
+    "leading dash": lambda home: make_repo(home.root / "-repo"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_repository(home, kind):
+    """Clean goes, commits stay on their branch, the rest is rescued, and the user's checkout is as it was."""
+    repo = KINDS[kind](home)
+    before = branches(repo), git(repo, "status", "--short"), trees_of(repo)
+    tasks = [task(repo, "true", "clean"), task(repo, "echo new >new.txt", "dirty"),
+             task(repo, committing("made.txt"), "commits")]
+    records = deal(home, tasks, worktree_cleanup="always")
+    kept = {name: record["worktree_kept"] for name, record in records.items() if record["worktree_path"]}
+    assert kept == {}
+    [own] = branches(repo) - before[0]
+    assert own.endswith("/commits") and git(repo, "show", f"{own}:made.txt") == "made.txt\n"
+    ref = records["dirty"]["rescue_ref"]
+    assert git(repo, "show", f"{ref}:new.txt") == "new\n"
+    assert git(repo, "diff", "--name-status", f"{ref}^", ref) == "A\tnew.txt\n"
+    assert (branches(repo) - {own}, git(repo, "status", "--short"), trees_of(repo)) == before
+
+
+def test_a_filter_that_is_missing_fails_the_creation_and_leaves_nothing(home):
+    repo = home.repo()
+    (repo / ".gitattributes").write_text("*.bin filter=lfs\n")
+    (repo / "big.bin").write_text("pointer\n")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "attributes")
+    for key, value in {"smudge": "no-such-program smudge", "required": "true"}.items():
+        git(repo, "config", f"filter.lfs.{key}", value)
+    done = deal(home, [task(repo)], check=1)["a"]
+    assert done["status"] == "SpawnFailed" and "lfs" in reason(done)
+    assert branches(repo) == {"main"} and trees_of(repo) == [] and done["worktree_path"] is None
+
+
+@pytest.mark.parametrize("place", ["file", "below a file"])
+def test_a_worktree_dir_that_cannot_be_made_is_a_clear_error(home, place):
+    repo = home.repo()
+    (home.root / "taken").write_text("a file\n")
+    path = manifest(home, [task(repo)], worktree_dir="taken" if place == "file" else "taken/trees")
+    done = home.pitboss("dispatch", path)
+    assert done.returncode in (1, 2, 5) and "Traceback" not in done.stderr
+    said = done.stderr if done.returncode != 1 else reason(records_of(done.stdout)["a"])
+    assert "taken" in said
+    assert branches(repo) == {"main"} and trees_of(repo) == []
 
 
 def test_kept_trees_are_named_before_the_run_folder(home):
@@ -483,11 +631,13 @@ def test_the_callers_git_variables_are_ignored(home):
     assert not (home.root / "index").exists() and not (home.root / "objects").exists()
 
 
-@pytest.mark.parametrize("spelling", ["absolute", "relative", "home", "variable"])
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "home", "variable", "inside"])
 def test_worktree_dir_may_be_elsewhere(home, spelling):
     repo = home.repo()
     place = home.root / "home" / "trees" if spelling == "home" else home.root / "trees"
-    given = {"absolute": str(place), "relative": "trees", "home": "~/trees", "variable": "$PLACE/trees"}
+    place = repo / "trees" if spelling == "inside" else place
+    given = {"absolute": str(place), "relative": "trees", "home": "~/trees", "variable": "$PLACE/trees",
+             "inside": "repo/trees"}
     done = deal(home, [task(repo)], options={"env": {"PLACE": str(home.root)}}, worktree_dir=given[spelling],
                 worktree_cleanup="never")["a"]
     assert Path(done["worktree_path"]).is_relative_to(place)
@@ -733,6 +883,22 @@ def test_resume_where_the_user_removed_the_kept_folder_uses_the_branch(home):
     assert trial.resume()["status"] == "Success"
     _, _, branch, head = trial.place()
     assert (branch, head) == (own, git(trial.repo, "rev-parse", own).strip())
+
+
+def test_resume_of_a_resume_goes_on_in_the_same_tree_until_it_may_go(home):
+    script = f"""{IDENTITY}
+echo "$PITBOSS_WORKTREE" >>'{home.root}/places'; echo x >>work.txt
+test "$(grep -c x work.txt)" -lt 3 || {{ git add work.txt; git commit -qm work; }}"""
+    repo = home.repo()
+    done = home.pitboss("dispatch", manifest(home, [task(repo, script)]), check=0)
+    for _ in range(2):
+        done = home.pitboss("resume", run_folder(done.stdout).name, check=0)
+    places = (home.root / "places").read_text().splitlines()
+    assert len(places) == 3 and len(set(places)) == 1
+    assert records_of(done.stdout)["a"]["worktree_path"] is None
+    assert not Path(places[0]).exists() and trees_of(repo) == []
+    [own] = branches(repo) - {"main"}
+    assert git(repo, "show", f"{own}:work.txt") == "x\nx\nx\n"
 
 
 def test_resume_keeps_the_place_inside_the_tree(home):
