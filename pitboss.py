@@ -79,7 +79,8 @@ asyncio = Late("asyncio")    # 35 ms that status, list and version never spend
 EXIT_CODES = {
     "ok": (0, "everything asked for was done, and every actor succeeded"),
     "failed": (1, "the run finished, and something did not succeed or was not started"),
-    "invalid": (2, "usage or manifest invalid or unreadable, or a needed program is missing; nothing was started"),
+    "invalid": (2, "usage or manifest invalid or unreadable, or a needed program is missing; nothing was "
+                   "started"),
     "missing": (3, "the run or actor that was named does not exist"),
     "refused": (4, "somebody else holds the run, or a rule forbids it"),
     "environment": (5, "the environment is at fault (no space, no permission); the run can be resumed"),
@@ -139,7 +140,8 @@ class Status(NamedTuple):
 
 STATUSES = {s.name: s for s in (
     #      name          glyph  colour    good   meaning
-    Status("Success",     "✓", "green",   True,  "a result that is not an error, exit status 0, and nobody stopped it"),
+    Status("Success",     "✓", "green",   True,  "a result that is not an error, exit status 0, and nobody "
+                                                 "stopped it"),
     Status("Failed",      "✗", "red",     False, "the agent ended otherwise; failure_reason says how"),
     Status("TimedOut",    "⧗", "yellow",  False, "stopped when its timeout_secs had passed"),
     Status("Cancelled",   "⊘", "yellow",  False, "stopped by an operator"),
@@ -233,7 +235,8 @@ def civil_date(days: int) -> tuple[int, int, int]:
     return date.year, date.month, date.day
 
 
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.|[\x00-\x1f\x7f-\x9f]|[\ud800-\udfff]")
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b."
+                      r"|[\x00-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
@@ -387,9 +390,11 @@ KINDS = {
     "count":   Kind((int,),               "an integer",             {"type": "integer"}),
     "number":  Kind((int, float),         "a number",               {"type": "number"}),
     "flag":    Kind((bool,),              "true or false",          {"type": "boolean"}),
-    "texts":   Kind((list,),              "a list of texts",        {"type": "array", "items": {"type": "string"}}),
+    "texts":   Kind((list,),              "a list of texts",        {"type": "array",
+                                                                     "items": {"type": "string"}}),
     "env":     Kind((dict,),              "a table of texts",       {"type": "object",
-                                                                     "additionalProperties": {"type": "string"}}),
+                                                                     "additionalProperties":
+                                                                     {"type": "string"}}),
 }
 
 
@@ -436,8 +441,8 @@ def wrong_value(f: Field, value: Any) -> str:
     kind = KINDS[f.kind]
     ok = isinstance(value, kind.types) and (isinstance(value, bool) == (f.kind == "flag"))
     if ok and isinstance(value, (int, float)) and not isinstance(value, bool):
-        ok = (math.isfinite(value) and (f.low is None or value >= f.low) and (f.above is None or value > f.above)
-              and (f.high is None or value <= f.high))
+        ok = (math.isfinite(value) and (f.low is None or value >= f.low)
+              and (f.above is None or value > f.above) and (f.high is None or value <= f.high))
     if ok and f.kind in ("texts", "env"):
         ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
     if ok and isinstance(value, str):
@@ -497,7 +502,8 @@ def reference_of(fields: tuple[Field, ...]) -> str:
         default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None
                                                                        else f"`{json.dumps(f.default)}`")
         names = f"`{f.name}`" + "".join(f" (`{n}`)" for n in f.also)
-        rows.append(f"| {names} | {allowed_words(f).replace(' without NUL', '').replace('|', chr(92) + '|')} | {default} | {f.help} |")
+        kind = allowed_words(f).replace(" without NUL", "").replace("|", "\\|")
+        rows.append(f"| {names} | {kind} | {default} | {f.help} |")
     return "\n".join(rows)
 
 
@@ -515,36 +521,46 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 CLEANUPS = ("always", "on_success", "never")
 
 RUN_FIELDS = (
-    Field("name", "text", None, "label that groups runs", shown="the manifest's file name without extension, `stdin` for `-`",
+    Field("name", "text", None, "label that groups runs", shown="the manifest's file name without "
+                                                                "extension, `stdin` for `-`",
           pattern=r"(?s).+"),
-    Field("max_parallel", "count", None, "hands at once; it beats the environment", also=("max_parallel_tasks",), low=1,
+    Field("max_parallel", "count", None, "hands at once; it beats the environment",
+          also=("max_parallel_tasks",), low=1,
           shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`"),
     Field("halt_on_failure", "flag", False, "after any status but Success start nothing more"),
     Field("run_dir", "path", None, "where run folders go", shown="`$XDG_DATA_HOME/pitboss/runs`"),
-    Field("worktree_dir", "path", None, "where worktrees go, for example another disk", shown="the run folder's `worktrees/`"),
-    Field("keep_children", "flag", False, "leave a successful agent's leftover processes alone and list them"),
-    Field("secret_env", "texts", (), "names or globs of further variables whose values are masked in all that pitboss writes "
+    Field("worktree_dir", "path", None, "where worktrees go, for example another disk",
+          shown="the run folder's `worktrees/`"),
+    Field("keep_children", "flag", False,
+          "leave a successful agent's leftover processes alone and list them"),
+    Field("secret_env", "texts", (), "names or globs of further variables whose values are masked in all "
+                                     "that pitboss writes "
           "or shows; names that look like keys always are"),
-    Field("worktree_cleanup", "text", "on_success", "when a settled actor's worktree may go; never one with unsaved work "
+    Field("worktree_cleanup", "text", "on_success", "when a settled actor's worktree may go; never one with "
+                                                    "unsaved work "
           "that is not saved first", choices=CLEANUPS),
-    Field("emit_event_stream", "flag", False, "also export the journal as `events.jsonl` while the run goes on"),
+    Field("emit_event_stream", "flag", False, "also export the journal as `events.jsonl` while the run goes "
+                                              "on"),
 )
 
 HOUSE_FIELDS = (           # for runs with a lead; beside [[task]] they get a warning
     Field("max_workers", "count", None, "live workers of a layer", low=1, high=16),
     Field("budget_usd", "number", None, "what the run may spend", above=0),
     Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1),
-    Field("approval_policy", "text", None, "what happens to an approval that no rule matches", also=("default_approval_policy",),
+    Field("approval_policy", "text", None, "what happens to an approval that no rule matches",
+          also=("default_approval_policy",),
           choices=("block", "auto_approve", "auto_reject")),
     Field("require_plan_approval", "flag", None, "no worker before a plan was approved"),
     Field("dump_shared_store", "flag", None, "write shared-store.json at the end"),
 )
 
 ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
-    Field("agent", "text", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`", pattern=r"(?s).+"),
+    Field("agent", "text", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`",
+          pattern=r"(?s).+"),
     Field("model", "text", "claude-sonnet-4-6", "the model, as the agent names it", pattern=r"(?s).+"),
     Field("effort", "text", "high", "reasoning effort, where the agent knows such a thing", choices=EFFORTS),
-    Field("tools", "texts", ("Read", "Write", "Edit", "Bash", "Glob", "Grep"), "built-in tools that the agent may use",
+    Field("tools", "texts", ("Read", "Write", "Edit", "Bash", "Glob", "Grep"), "built-in tools that the "
+                                                                               "agent may use",
           shown="`Read Write Edit Bash Glob Grep`"),
     Field("timeout_secs", "count", 3600, "seconds until a running actor is stopped", low=1),
     Field("use_worktree", "flag", True, "work in a git worktree of its own"),
@@ -567,16 +583,20 @@ TEMPLATE_FIELDS = (
 )
 
 SERVER_FIELDS = (
-    Field("id", "text", REQUIRED, "name of the server, as in `mcp__ID__tool`", pattern=r"[A-Za-z0-9_-]{1,64}"),
-    Field("command", "text", REQUIRED, "the program that speaks MCP on its standard streams", pattern=r"(?s).+"),
+    Field("id", "text", REQUIRED, "name of the server, as in `mcp__ID__tool`",
+          pattern=r"[A-Za-z0-9_-]{1,64}"),
+    Field("command", "text", REQUIRED, "the program that speaks MCP on its standard streams",
+          pattern=r"(?s).+"),
     Field("args", "texts", (), "its arguments", shown="none"),
     Field("env", "env", {}, "environment variables of the server", shown="–"),
 )
 
 COMMAND_FIELDS = (
-    Field("command", "texts", REQUIRED, "argv with the places `{prompt_file}` `{model}` `{session_id}` `{mcp_config}`; without "
+    Field("command", "texts", REQUIRED, "argv with the places `{prompt_file}` `{model}` `{session_id}` "
+                                        "`{mcp_config}`; without "
           "`{prompt_file}` the prompt is its standard input"),
-    Field("format", "text", "text", "what it prints: claude's stream-json events, or text", choices=("claude", "text")),
+    Field("format", "text", "text", "what it prints: claude's stream-json events, or text",
+          choices=("claude", "text")),
 )
 
 TABLES = {
@@ -683,7 +703,8 @@ def find_line(where: tuple, lines: Mapping[tuple, int]) -> int | None:
 
 _KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 _HEADER = re.compile(r"""^\s*(\[\[?)\s*((?:[A-Za-z0-9_.\s-]|"[^"]*"|'[^']*')+?)\s*\]\]?\s*(?:#.*)?$""")
-_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=\s*(.*)$""")
+_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)"""
+                  r"""\s*=\s*(.*)$""")
 
 
 def locate_keys(text: str) -> dict[tuple, int]:
@@ -735,7 +756,9 @@ def wrong_branch(name: str) -> str:
     found = _BAD_BRANCH.search(name)
     if not name or name == "HEAD":
         return "a branch name as `git check-ref-format --branch` allows it"
-    return f"a branch name without {json.dumps(found[0])} there, as `git check-ref-format --branch` allows it" if found else ""
+    if found:
+        return f"a branch name without {json.dumps(found[0])} there, as `git check-ref-format --branch` allows it"
+    return ""
 
 
 def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str], expand: Callable[[str], str],
@@ -849,7 +872,7 @@ def resolve_rules(checked: tuple[dict, dict], given: Any, stem: str, env: Mappin
     if parallel is None:
         text = env.get("ANTHROPIC_MAX_CONCURRENT", "")
         parallel = int(text) if re.fullmatch(r"[1-9][0-9]{0,5}", text) else 4
-        if text and str(parallel) != text and "max_parallel" not in given and "max_parallel_tasks" not in given:
+        if text and str(parallel) != text and not given.keys() & {"max_parallel", "max_parallel_tasks"}:
             problems.append(Problem("environment variable ANTHROPIC_MAX_CONCURRENT",
                                     f"found {show_value(text)}; allowed: an integer >= 1"))
     return Rules(name=values.get("name") or stem, max_parallel=parallel,
@@ -902,14 +925,17 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str],
         problems += wrong
         agent_where = (*where, "agent") if "agent" in spelled else ("defaults", "agent")
         if merged["agent"] not in agents:
-            problems.append(Problem(("task[%d]." % n if "agent" in spelled else "defaults.") + "agent", f"found "
+            problems.append(Problem(("task[%d]." % n if "agent" in spelled else "defaults.") + "agent",
+                                    f"found "
                                     f"{show_value(merged['agent'])}; allowed: one of {', '.join(agents)}"
                                     f"{did_you_mean(merged['agent'], agents)}", agent_where))
         if row["branch"] is not None and wrong_branch(row["branch"]):
-            problems.append(Problem(path + "branch", f"found {show_value(row['branch'])}; allowed: {wrong_branch(row['branch'])}",
+            problems.append(Problem(path + "branch", f"found {show_value(row['branch'])}; allowed: "
+                                                     f"{wrong_branch(row['branch'])}",
                                     (*where, "branch")))
         problems += check_env(merged["env"], row["env"] or {}, path, where)
-        warnings += [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own permission gate is off",
+        warnings += [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own "
+                                             f"permission gate is off",
                              (*where, "tools")) for t in merged["tools"] if "(" in t]
         tasks.append(Task(row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt,
                           row["branch"], merged["agent"], merged["model"], merged["effort"],
@@ -962,7 +988,8 @@ def fill_template(row: dict, templates: dict[str, str], path: str, where: tuple)
     name, values = row["template"], row["vars"] or {}
     if name not in templates:
         known = ", ".join(sorted(templates)) or "none is defined"
-        return "", [Problem(path + "template", f"found {show_value(name)}; allowed: {known}{did_you_mean(name or '', templates)}",
+        return "", [Problem(path + "template", f"found {show_value(name)}; allowed: "
+                                               f"{known}{did_you_mean(name or '', templates)}",
                             (*where, "template"))]
     places = {m[2] for m in _PLACE.finditer(templates[name]) if m[2]}
     problems = [Problem(f"{path}vars.{p}", f"is required: template {name} has a place {{{p}}}",
@@ -1230,7 +1257,7 @@ def split_status(status: int) -> tuple[int | None, int | None]:
 def find_reason(talk: Talk, end: Ending) -> dict:
     """`{kind, message}` of a hand that did not succeed, and `resets_at` (unix seconds) where it is known."""
     result = talk.result or {}
-    said = result.get("result") if isinstance(result.get("result"), str) else ""
+    said = result.get("result") if result.get("is_error") and isinstance(result.get("result"), str) else ""
     errors = [e for e in result.get("errors") or [] if isinstance(e, str)]
     message = said or "; ".join(errors) or last_lines(end.stderr) or how_ended(end)
     kind = ERROR_KINDS.get(talk.error, "unknown")
@@ -1388,7 +1415,8 @@ def change(run: RunState, actor: str, **facts: Any) -> Actor:
 def on_run_opened(run: RunState, event: dict) -> None:
     """The run begins.  Raises JournalError for a journal of a newer version."""
     if event.get("format", 0) > JOURNAL_FORMAT:
-        raise JournalError(f"the journal has format {event['format']}; this pitboss knows formats up to {JOURNAL_FORMAT}",
+        raise JournalError(f"the journal has format {event['format']}; this pitboss knows formats up to "
+                           f"{JOURNAL_FORMAT}",
                            hint="use the version of pitboss that began the run, or a newer one")
     run.run_id, run.name, run.mode = event["run_id"], event["name"], event["mode"]
     run.opened_at, run.facts = event["at"], event
@@ -1602,7 +1630,8 @@ def finish_when_done(run: RunState) -> None:
     A run that drained for want of room is not at its end: it is resumed.
     """
     may_start = run.waiting and not (run.draining or run.halted or run.cancelled)
-    if not run.live and not run.closing and not may_start and run.finished_at is None and run.draining != "no_space":
+    at_work = run.live or run.closing or may_start
+    if not at_work and run.finished_at is None and run.draining != "no_space":
         owe(run, "finish")
 
 
@@ -1619,7 +1648,9 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     form = actor.format
     was_done = actor.stop_done and FORMATS[form].results
     if actor.stop and not was_done:
-        status, words = ("TimedOut", f"{actor.timeout_s:g} s had passed") if actor.stop == "timeout" else ("Cancelled", actor.stop_reason)
+        status, words = "Cancelled", actor.stop_reason
+        if actor.stop == "timeout":
+            status, words = "TimedOut", f"{actor.timeout_s:g} s had passed"
         words = "; ".join(w for w in (words, how_ended(end) if end.signal is not None else "") if w)
         return {"status": status, "reason": {"kind": "unknown", "message": words} if words else None}
     if actor.stop and talk.result and not talk.result.get("is_error") and not end.log_cut:
@@ -1721,7 +1752,8 @@ def mint_run_id(now: float) -> str:
     import uuid
 
     random = int.from_bytes(os.urandom(10), "big")
-    value = (int(now * 1000) & (1 << 48) - 1) << 80 | 7 << 76 | (random >> 64 & 0xFFF) << 64 | 2 << 62 | random & (1 << 62) - 1
+    value = (int(now * 1000) & (1 << 48) - 1) << 80 | 7 << 76 | (random >> 64 & 0xFFF) << 64
+    value |= 2 << 62 | random & (1 << 62) - 1
     return str(uuid.UUID(int=value))
 
 
@@ -1795,8 +1827,8 @@ def render_json(value: dict) -> str:
     lines = []
     for key, item in value.items():
         rows = isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
-        text = ("[\n" + ",\n".join("    " + json.dumps(row, allow_nan=False) for row in item) + "\n  ]" if rows
-                else json.dumps(item, allow_nan=False))
+        text = ("[\n" + ",\n".join("    " + json.dumps(row, allow_nan=False) for row in item) + "\n  ]"
+                if rows else json.dumps(item, allow_nan=False))
         lines.append(f"  {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -1932,7 +1964,8 @@ def read_journal(path: str, start: int = 0) -> Iterator[dict]:
             for number, line in enumerate(f, 1):
                 if bad:
                     raise JournalError(f"{path}:{bad}: this line of the journal is broken",
-                                       hint="the journal was changed by something else; restore that line, or keep the folder as it is")
+                                       hint="the journal was changed by something else; restore that line, "
+                                            "or keep the folder as it is")
                 event = parse_event(line)
                 if event is None:
                     bad = number
@@ -2009,7 +2042,8 @@ def take_lock(run_dir: str) -> int:
                                        hint="use --run-dir on a local disk") from None
             if time.monotonic() > deadline or is_living_holder(holder):
                 os.close(fd)
-                raise Refused(f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')} holds the run {os.path.basename(run_dir)}",
+                raise Refused(f"process {holder.get('pid', '?')} on {holder.get('host', 'this machine')} "
+                              f"holds the run {os.path.basename(run_dir)}",
                               hint=f"pitboss status {os.path.basename(run_dir)}") from None
             time.sleep(0.02)
     os.ftruncate(fd, 0)
@@ -2056,7 +2090,8 @@ def boot_id() -> str:
 def process_start(pid: int) -> str | None:
     """When a process started, as an opaque word: with the pid it names a process for good.
 
-    Linux: field 22 of /proc/PID/stat, clock ticks after boot; elsewhere what ps says.  None: no such process, or a zombie.
+    Linux: field 22 of /proc/PID/stat, clock ticks after boot; elsewhere what ps says.  None: no such
+    process, or a zombie.
     """
     if sys.platform == "linux":
         try:
@@ -2108,7 +2143,8 @@ def pin_self(run_dir: str) -> None:
     here = os.path.join(run_dir, "self")
     os.makedirs(here, mode=0o700, exist_ok=True)
     source = os.path.abspath(__file__)
-    copy = shutil.copyfile(source[:-1] if source.endswith(".pyc") else source, os.path.join(here, "pitboss.py"))
+    copy = shutil.copyfile(source[:-1] if source.endswith(".pyc") else source,
+                           os.path.join(here, "pitboss.py"))
     write_bytecode(copy)
     write_file(os.path.join(here, "start"), b"import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
                b"from pitboss import main\nsys.exit(main())\n")
@@ -2122,7 +2158,8 @@ def write_bytecode(copy: str) -> None:
 
     code = RUNNING_CODE.get("code")
     if code is None:
-        py_compile.compile(copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        py_compile.compile(copy, doraise=True,
+                           invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         return
     cached = importlib.util.cache_from_source(copy)
     os.makedirs(os.path.dirname(cached), mode=0o700, exist_ok=True)
@@ -2148,14 +2185,16 @@ def self_argv(run_dir: str) -> list[str]:
 
 GIT_ALWAYS = ("-c", "core.hooksPath=/dev/null", "-c", "commit.gpgSign=false", "-c", "core.fsmonitor=false",
               "-c", "gc.auto=0", "-c", "maintenance.auto=false", "-c", "advice.detachedHead=false")
-# What `git rev-parse --local-env-vars` names (git 2.39), and GIT_NAMESPACE: they would point git at another repository.
+# What `git rev-parse --local-env-vars` names (git 2.39), and GIT_NAMESPACE: they would point git at
+# another repository.
 GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY",
                  "GIT_PREFIX", "GIT_CONFIG", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_CONFIG_PARAMETERS",
                  "GIT_CONFIG_COUNT", "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_NO_REPLACE_OBJECTS",
                  "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_NAMESPACE")
 LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with when it is ours
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
-_CONTENTION = re.compile(r"File exists|could not lock config file|Another git process|failed to read \S*commondir")
+_CONTENTION = re.compile(r"File exists|could not lock config file|Another git process"
+                         r"|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
 
@@ -2246,7 +2285,8 @@ def check_places(manifest: Manifest) -> list[Problem]:
         elif task.branch:
             first = taken.setdefault((os.path.realpath(repo.common), task.branch), task.index)
             if first != task.index:
-                problems.append(Problem(path + "branch", f"found {show_value(task.branch)}, which task[{first}] has in the same repository; "
+                problems.append(Problem(path + "branch", f"found {show_value(task.branch)}, which "
+                                                         f"task[{first}] has in the same repository; "
                                         "allowed: branches that differ", ("task", task.index, "branch")))
     return problems
 
@@ -2382,12 +2422,13 @@ class Git:
         deadline, pause, flag, force = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b", []
         while True:
             start = [path, branch] if exists else ["--no-track", flag, branch, path, base]
-            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *force, *start,
-                                          pass_fds=(fd,))
+            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *force,
+                                          *start, pass_fds=(fd,))
             if not code:
                 return
             if exists and not force and "missing but" in err:
-                force = ["--force", "--force"]       # its folder is gone, and its branch holds what it had committed
+                # its folder is gone, and its branch holds what it had committed
+                force = ["--force", "--force"]
                 continue
             contended = _CONTENTION.search(err) and "a branch named" not in err
             if not contended or time.monotonic() > deadline:
@@ -2440,7 +2481,8 @@ class Git:
         if code:
             gone, tip, _ = await self.run(place.repo, "rev-parse", "--verify", "-q", ref)
             commit = tip.decode().strip()
-            if not gone and not (await self.run(place.repo, "merge-base", "--is-ancestor", commit, place.base))[0]:
+            if not gone and not (await self.run(place.repo, "merge-base", "--is-ancestor", commit,
+                                                place.base))[0]:
                 await self.run(place.repo, "update-ref", "-d", ref, commit)
 
     async def inspect(self, place: Place) -> Tree:
@@ -2479,7 +2521,8 @@ class Git:
                      if line.startswith(b"# branch.oid ")), "")
         detached = b"# branch.head (detached)" in status.split(b"\0")
         seen = reflog_commits(read_text(os.path.join(gitdir, "logs", "HEAD")))
-        own = [f"refs/{name}" for name in ("worktree", "bisect", "rewritten") if os.path.isdir(os.path.join(gitdir, "refs", name))]
+        own = [f"refs/{name}" for name in ("worktree", "bisect", "rewritten")
+               if os.path.isdir(os.path.join(gitdir, "refs", name))]
         if own:      # refs that go with the worktree
             seen |= set((await self.ask(place.path, "for-each-ref", "--format=%(objectname)", *own)).split())
         if not detached and seen <= {head, place.base}:
@@ -2526,7 +2569,7 @@ class Git:
         return name
 
     async def remove_worktree(self, place: Place, force: bool) -> None:
-        """`git worktree remove`: without `force` git looks once more for unsaved content.  Raises GitError."""
+        """`git worktree remove`; without `force` git looks once more for unsaved content.  Raises GitError."""
         import shutil
 
         gitdir = worktree_gitdir(place.path)
@@ -2619,9 +2662,10 @@ def render_argv(argv: Iterable[str]) -> str:
 # good: pid and start time, boot, host and pid namespace.  It is opaque outside this section;
 # another way to run hands is another row of EXECUTORS.
 
-# Arguments: the task's folder, the hand's number, the agent's folder, the caller's umask, then the agent's argv.
-# Whoever creates hand.N owns the hand.  The agent runs in the foreground: `&` would take its input away and make it
-# ignore INT.  The traps keep the shim alive to write down how the agent ended; children start with the defaults.
+# Arguments: the task's folder, the hand's number, the agent's folder, the caller's umask, the agent's argv.
+# Whoever creates hand.N owns the hand.  The agent runs in the foreground: `&` would take its input away and
+# make it ignore INT.  The traps keep the shim alive to write down how the agent ended; children start with
+# the defaults.
 SHIM = """set -C; echo $$ >"$1/hand.$2" || exit 125
 set +C; trap : TERM INT HUP; d=$1 n=$2 m=$(umask)
 cd -- "$3" || { echo cd >"$d/exit.$n"; exit 126; }
@@ -2732,7 +2776,7 @@ class ProcessTable:
         self.lineages = {k: self.lineages[k] if self.lineages.get(k) else read_lineage(k[0]) for k in keys}
 
     def members(self, handle: dict, known: dict[int, str]) -> dict[int, str]:
-        """The living processes of a hand, pid to start: its tree, its sessions, and all that carry its marker.
+        """The living processes of a hand, pid to start: its tree, its sessions, all that carry its marker.
 
         `known` are members found before; they and what descends from them stay members.
         """
@@ -2740,7 +2784,7 @@ class ProcessTable:
         alive = {p.pid: p for p in self.rows.values() if not p.zombie and p.pid != os.getpid()}
         found = {p: s for p, s in known.items() if p in alive and alive[p].start == s}
         own_sid, shim = os.getsid(0), self.rows.get(handle["pid"])
-        # a number is not given again while a session is named by it: without its leader it is still this hand's
+        # a pid is not given again while a session is named by it: without its leader it is still this hand's
         sid = handle["pid"] if handle["boot"] == boot_id() and (shim is None
                                                                 or shim.start == handle["start"]) else -1
         for p in alive.values():
@@ -2852,7 +2896,7 @@ def pid_namespace() -> str:
 
 
 def age_of(handle: dict) -> float | None:
-    """Seconds since a living hand's start by the kernel's clock, which nobody sets; None where it does not tell."""
+    """Seconds since a living hand's start by the kernel's clock, which nobody sets; None: it does not tell."""
     if sys.platform != "linux" or not handle["start"] or handle["boot"] != boot_id():
         return None
     try:
@@ -2871,7 +2915,8 @@ def may_live_elsewhere(handle: dict) -> bool:
 
 def is_alive_local(handle: dict) -> bool:
     """Whether the shim of a hand lives."""
-    return handle["boot"] == boot_id() and handle["start"] is not None and process_start(handle["pid"]) == handle["start"]
+    start = handle["start"] if handle["boot"] == boot_id() else None
+    return start is not None and process_start(handle["pid"]) == start
 
 
 def wait_local(loop: asyncio.AbstractEventLoop, handle: dict) -> asyncio.Future:
@@ -2949,7 +2994,7 @@ def collect_child(pid: int) -> int | None:
 
 
 def read_exit(task_dir: str, hand: int) -> str | None:
-    """What the shim wrote down: an exit status, `cd`, or None when it could not (a line is whole when it ends)."""
+    """What the shim wrote down: an exit status or `cd`; None: nothing, or no line that has its end."""
     try:
         with open(os.path.join(task_dir, f"exit.{hand}"), encoding="ascii", errors="replace") as f:
             text = f.read()
@@ -2965,7 +3010,9 @@ def read_fence(task_dir: str, hand: int) -> int | str | None:
             text = f.read()
     except OSError:
         return None
-    return int(text) if text.strip().isdigit() and text.endswith("\n") else "fenced" if text == "fenced\n" else ""
+    if text.endswith("\n") and text.strip().isdigit():
+        return int(text)
+    return "fenced" if text == "fenced\n" else ""
 
 
 def fence_off(task_dir: str, hand: int) -> bool:
@@ -2982,7 +3029,7 @@ def fence_off(task_dir: str, hand: int) -> bool:
 
 async def stop_ladder(find: Callable[[], dict[int, str]], interrupt: Callable[[], None] | None,
                       steps: tuple[float, float, float]) -> None:
-    """End every process that `find` names: interrupt, TERM, KILL, each with its time, until nothing new appears."""
+    """End every process that `find` names: interrupt, TERM, KILL, each with its time, until none is new."""
     import signal
 
     find()                      # before the first signal: what a dying parent lets go of stays known
@@ -3129,8 +3176,9 @@ class Agent(NamedTuple):
 def argv_claude(deal: Deal) -> list:
     """Claude Code, measured with 2.1.197.
 
-    The last four flags of the first line, with CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD, keep memory files as in
-    an ordinary session and shut out hooks, servers, permissions and environment of a repository's settings.
+    `--setting-sources user` to `--add-dir`, with CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD, keep memory
+    files as in an ordinary session and shut out what a repository's settings say: hooks, servers, permissions
+    and environment (which could send the API key elsewhere).
     """
     task = deal.task
     argv = [*deal.program, "-p", "--output-format", "stream-json", "--verbose", "--input-format",
@@ -3203,7 +3251,8 @@ def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
 def first_message(deal: Deal) -> str:
     """What a hand is told first: the prompt, or `continue` in a session that knows it.
 
-    claude takes a first word with a slash for a command of its own, which never reaches the model; a newline before it cures that.
+    claude takes a first word with a slash for a command of its own, which never reaches the model; a newline
+    before it cures that.
     """
     text = "continue" if deal.how == "resume" else deal.task.prompt
     return "\n" + text if text.startswith("/") else text
@@ -3470,7 +3519,8 @@ class Dispatcher:
             live.told_at = now
             self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()),
                         cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
-        if actor.state != "running" or late or live.tail.behind() and live.tail.fd is not None or self.has_left(live):
+        behind = live.tail.fd is not None and live.tail.behind()
+        if actor.state != "running" or late or behind or self.has_left(live):
             return
         if live.idle_at is not None and now - live.idle_at > LINGER_S:
             self.record("stop_decided", actor=actor.id, why="linger", done=True)
@@ -3502,7 +3552,8 @@ class Dispatcher:
     async def abandon(self) -> None:
         """The run folder was deleted: nothing could be resumed, so nothing is left running."""
         self.kill_everything()
-        self.give_up(EnvironmentFault(f"the run folder {self.run_dir} was deleted while the run went on; its agents were ended"))
+        self.give_up(EnvironmentFault(f"the run folder {self.run_dir} was deleted while the run went on; "
+                                      f"its agents were ended"))
 
     def reap_orphans(self) -> None:
         """Collect dead children that hands left behind."""
@@ -3548,8 +3599,8 @@ class Dispatcher:
                                      former["path"], (former.get("branch"), former.get("base") or repo.head),
                                      bool(former.get("made")))
         base = self.run.facts.get("worktree_dir")
-        path = os.path.join(base, self.run.run_id, actor.id) if base else os.path.join(self.run_dir, "worktrees",
-                                                                            actor.id)
+        path = os.path.join(base, self.run.run_id,
+                            actor.id) if base else os.path.join(self.run_dir, "worktrees", actor.id)
         branch, own, start = actor.branch, actor.branch is None, None
         if former.get("path"):     # sessions belong to a place: the old one is made again
             path = former["path"] if os.path.isdir(os.path.dirname(os.path.dirname(former["path"]))) else path
@@ -3573,7 +3624,8 @@ class Dispatcher:
         fresh = actor.how == "afresh" or not actor.session_id
         self.dealt.add((name, actor.hand + 1))
         self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message=mint_uuid(),
-                    log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh else actor.session_id)
+                    log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh
+                    else actor.session_id)
 
     async def effect_spawn(self, name: str) -> None:
         """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
@@ -3627,13 +3679,15 @@ class Dispatcher:
                 data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
                 stdin, live.pipe, live.unsent = open_input(data)
             else:
-                stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull,
+                                os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, stdin)
             argv = [str(word) for word in row.argv(deal)]
             try:
-                live.handle = EXECUTORS["local"].start(Launch(
-                    argv, deal.cwd, self.agent_env(actor, deal, row), folder, actor.hand, self.marker_of(actor),
-                    self.umask, (stdin, live.tail.fd, stderr)))
+                live.handle = EXECUTORS["local"].start(Launch(argv, deal.cwd,
+                                                              self.agent_env(actor, deal, row), folder,
+                                                              actor.hand, self.marker_of(actor), self.umask,
+                                                              (stdin, live.tail.fd, stderr)))
             except OSError:
                 live.unsent = b""
                 self.close_input(live)
@@ -3671,7 +3725,7 @@ class Dispatcher:
         }
 
     async def effect_watch(self, name: str) -> None:
-        """Stay with a hand until it is gone, then record how it ended.  Also adopts one that is found alive."""
+        """Stay with a hand until it is gone, then record how it ended; adopts one that was found alive."""
         live = self.hands.get(name) or self.adopt(name)
         self.hands[name] = live
         written = await self.await_exit(live)
@@ -3711,7 +3765,8 @@ class Dispatcher:
         try:
             if live.exit.descriptor is not None and (live.child or executor.is_alive(live.handle)):
                 await live.exit
-            while not live.exit.done() and executor.is_alive(live.handle):       # where nothing tells of an exit
+            # where nothing tells of an exit
+            while not live.exit.done() and executor.is_alive(live.handle):
                 await asyncio.sleep(POLL_S)
         finally:
             close_wait(asyncio.get_running_loop(), live.exit)
@@ -3844,9 +3899,10 @@ class Dispatcher:
         await self.end_strangers()
         records = [self.record_line(name) for name in self.run.settled]
         ended_at = round(self.journal.now(), 6)
-        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta, ended_at),
-                   self.mask, durable=True)
-        self.record("run_finished", ended_at=ended_at, tasks_total=len(self.run.actors), tasks_failed=self.run.failed)
+        write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
+                                                                          ended_at), self.mask, durable=True)
+        self.record("run_finished", ended_at=ended_at, tasks_total=len(self.run.actors),
+                    tasks_failed=self.run.failed)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.run_dir, "reserve"))
         self.ended.set()
@@ -3862,8 +3918,8 @@ class Dispatcher:
 class Effect(NamedTuple):
     """One thing that can be owed.
 
-    `waits`: it destroys or publishes something, so the event that owes it is forced to disk first.  Starting a hand
-    need not wait: a power cut ends the hand together with the line that is lost.
+    `waits`: it destroys or publishes something, so the event that owes it is forced to disk first.  Starting
+    a hand need not wait: a power cut ends the hand together with the line that is lost.
     """
 
     run: Callable              # async (dispatcher, actor)
@@ -3959,10 +4015,12 @@ def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | Non
         done = subprocess.run([*program, *row.version], env=dict(env), stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)}: {clean_text(str(e))}") from None
+        said = clean_text(str(e))
+        raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)}: {said}") from None
     if done.returncode:
         said = last_lines(done.stderr or done.stdout, 1)
-        raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)} ended with status {done.returncode}: {said}")
+        raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)} ended with status "
+                           f"{done.returncode}: {said}")
     return clean_text(done.stdout.strip().splitlines()[0]) if done.stdout.strip() else ""
 
 
@@ -4079,8 +4137,10 @@ def check_reachable(run: RunState) -> None:
     """Raise Refused when a hand may live on another host or in another pid namespace."""
     for actor in run.actors.values():
         if ("watch", actor.id) in run.owed and may_live_elsewhere(actor.handle):
-            raise Refused(f"{actor.id} may still live on {actor.handle['host']}, where it cannot be seen from here",
-                          hint=f"resume the run on {actor.handle['host']}, in the pid namespace that it was started in")
+            raise Refused(f"{actor.id} may still live on {actor.handle['host']}, where it cannot be seen "
+                          f"from here",
+                          hint=f"resume the run on {actor.handle['host']}, in the pid namespace that it was "
+                               f"started in")
 
 
 def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict) -> None:
@@ -4199,7 +4259,8 @@ def _log_assistant(event: dict) -> list[tuple[str, str]]:
         if block.get("type") == "text" and block["text"].strip():
             shown.append(("!" if message.get("model") == "<synthetic>" else ">", clean_text(block["text"])))
         elif block.get("type") == "tool_use":
-            shown.append(("*", clean_text(f"{block.get('name')} {json.dumps(block.get('input'), ensure_ascii=False)}")))
+            shown.append(("*", clean_text(f"{block.get('name')} "
+                                          f"{json.dumps(block.get('input'), ensure_ascii=False)}")))
     return shown
 
 
@@ -4223,7 +4284,8 @@ def _log_result(event: dict) -> list[tuple[str, str]]:
 
 def _log_system(event: dict) -> list[tuple[str, str]]:
     if event.get("subtype") == "api_retry":
-        return [("!", f"retry {event.get('attempt')}/{event.get('max_retries')}: {event.get('error')} {event.get('error_status') or ''}")]
+        return [("!", f"retry {event.get('attempt')}/{event.get('max_retries')}: {event.get('error')} "
+                      f"{event.get('error_status') or ''}")]
     return []
 
 
@@ -4241,7 +4303,8 @@ def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
 def render_status(head: dict, actors: list[dict], now: float, colour: bool, width: int) -> list[str]:
     """The lines of `status`: one about the run, a table of its actors, then what was kept where."""
     done = sum(1 for a in actors if a["status"])
-    title = (f"{head['run_id']}  {head['name']}  {head['mode']}  {head['state']}  {done} of {head['tasks_total']} settled, "
+    title = (f"{head['run_id']}  {head['name']}  {head['mode']}  {head['state']}  {done} of "
+             f"{head['tasks_total']} settled, "
              f"{head['tasks_failed']} failed  {render_usd(head['total_cost_usd'])}")
     rows = [["", "ACTOR", "STATE", "TIME", "TOKENS", "COST", "HANDS", "LAST WORDS"]]
     rows += [actor_row(a, now) for a in actors]
@@ -4310,13 +4373,15 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
         row = STATUSES[actor.status]
         words = (actor.reason or {}).get("message") or preview(actor.final) or ""
         took = render_duration((actor.ended_at or 0) - (actor.started_at or 0))
-        line = f"{name}: {row.glyph} {actor.status} {took} {render_tokens(sum(actor.usage))} tokens {render_usd(actor.cost_usd)}"
+        spent = f"{render_tokens(sum(actor.usage))} tokens {render_usd(actor.cost_usd)}"
+        line = f"{name}: {row.glyph} {actor.status} {took} {spent}"
         kept = run.facts.get("keep_children") and actor.status == "Success"
         left = "".join(f"\n  {name}: leftover process {'left running' if kept else 'ended'}: {process}"
                        for process in event.get("leftovers") or ())
         return line + (f"  {clip_cells(clean_text(words), 70)}" if words else "") + left
     if kind == "drained":
-        return "draining: nothing new starts; the next signal cancels" if event["why"] == "signal" else "no space left: nothing new starts"
+        return {"signal": "draining: nothing new starts; the next signal cancels"}.get(
+            event["why"], "no space left: nothing new starts")
     if kind == "cancelled":
         return "cancelling: every agent is being stopped" + (f" ({event['reason']})" if event.get("reason")
                                                              else "")
@@ -4325,11 +4390,12 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
 
 def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int,
                        height: int) -> list[str]:
-    """The live progress of `dispatch`: a line for the run, then one for each actor that has begun, newest last."""
+    """The live progress of `dispatch`: a line for the run, then one for each actor that has begun."""
     settled, cost = len(run.settled), sum(a.cost_usd or 0
                                           for a in run.actors.values()) + sum(t.cost_usd()
                                                                               for t in talks.values())
-    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting)} waiting, {settled} settled, {run.failed} failed, "
+    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting)} waiting, {settled} "
+             f"settled, {run.failed} failed, "
              f"{render_usd(cost)}, {render_duration(now - run.opened_at)}")
     rows = []
     for actor in run.actors.values():
@@ -4643,7 +4709,8 @@ class DemoAgent:
 
     def step_limit(self, rest: str) -> None:
         """Meet a usage limit."""
-        seconds, times = ([float(word) for word in rest.split()] + [60.0, math.inf])[:2] if len(rest.split()) != 1 else (float(rest), math.inf)
+        words = [float(word) for word in rest.split()]
+        seconds, times = words[0] if words else 60.0, words[1] if len(words) > 1 else math.inf
         self.session["limits"] += 1
         if self.session["limits"] > times:
             return
@@ -4652,6 +4719,12 @@ class DemoAgent:
                                                                       "resetsAt": time.time() + seconds},
                       "uuid": mint_uuid(), "session_id": self.session_id})
         self.api_error(429, "rate_limit", "API Error: Request rejected (429) · a limit of the script")
+
+    def step_retry(self, rest: str) -> None:
+        """Repeat a request, as claude does when a provider is busy."""
+        for attempt in range(1, int(rest or 1) + 1):
+            self.event("system", subtype="api_retry", attempt=attempt, max_retries=10, retry_delay_ms=1.0,
+                       error_status=529, error="overloaded")
 
     def step_auth(self, rest: str) -> None:
         """Fail to log in."""
@@ -4709,23 +4782,33 @@ class Step(NamedTuple):
 
 STEPS = {
     "say":    Step(DemoAgent.step_say,    "say TEXT",            "one message"),
-    "write":  Step(DemoAgent.step_write,  "write PATH TEXT",     "write a line (`\\n` for more) to a file in its folder"),
+    "write":  Step(DemoAgent.step_write,  "write PATH TEXT",     "write a line (`\\n` for more) to a file "
+                                                                 "in its folder"),
     "append": Step(DemoAgent.step_append, "append PATH TEXT",    "the same at the end of the file"),
     "commit": Step(DemoAgent.step_commit, "commit [MESSAGE]",    "commit everything in the folder"),
-    "run":    Step(DemoAgent.step_run,    "run COMMAND",         "a shell command; its output is a tool result; a failure does not end the script"),
+    "run":    Step(DemoAgent.step_run,    "run COMMAND",         "a shell command; its output is a tool "
+                                                                 "result; a failure does not end the script"),
     "sleep":  Step(DemoAgent.step_sleep,  "sleep SECONDS",       "let time pass"),
-    "print":  Step(DemoAgent.step_print,  "print BYTES [LINE]",  "messages of LINE bytes (1000), BYTES in all"),
-    "raw":    Step(DemoAgent.step_raw,    "raw TEXT",            "a line that is no event; `\\n` and `\\xNN` are escapes"),
+    "print":  Step(DemoAgent.step_print,  "print BYTES [LINE]",
+                   "messages of LINE bytes (1000), BYTES in all"),
+    "raw":    Step(DemoAgent.step_raw,    "raw TEXT",            "a line that is no event; `\\n` and "
+                                                                 "`\\xNN` are escapes"),
     "stderr": Step(DemoAgent.step_stderr, "stderr TEXT",         "a line on the standard error output"),
-    "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]", "meet a usage limit (429) that resets in SECONDS (60); with N only the first N times"),
+    "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]", "meet a usage limit (429) that resets in "
+                                                                 "SECONDS (60); with N only the first N times"),
+    "retry":  Step(DemoAgent.step_retry,  "retry [N]",           "say N times that a request is repeated"),
     "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
-    "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",         "end with a result that is an error, exit status 1"),
+    "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",         "end with a result that is an error, exit "
+                                                                 "status 1"),
     "exit":   Step(DemoAgent.step_exit,   "exit CODE",           "exit at once, without a result"),
     "hang":   Step(DemoAgent.step_hang,   "hang",                "sleep for ever"),
-    "linger": Step(DemoAgent.step_linger, "linger",              "stay after the result, whatever the input says"),
+    "linger": Step(DemoAgent.step_linger, "linger",              "stay after the result, whatever the input "
+                                                                 "says"),
     "ignore": Step(DemoAgent.step_ignore, "ignore",              "ignore INT, TERM and HUP from here on"),
-    "daemon": Step(DemoAgent.step_daemon, "daemon SECONDS",      "leave a process behind, in a session of its own, that ignores TERM"),
-    "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",         "send itself a signal: `kill KILL`, `kill STOP`"),
+    "daemon": Step(DemoAgent.step_daemon, "daemon SECONDS",      "leave a process behind, in a session of "
+                                                                 "its own, that ignores TERM"),
+    "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",         "send itself a signal: `kill KILL`, `kill "
+                                                                 "STOP`"),
 }
 
 
@@ -4814,7 +4897,7 @@ DEMO_EXPECTED = {"greet": "Success", "docs": "Success", "broken": "Failed", "dra
 
 
 def make_demo() -> str:
-    """A temporary folder with a small repository and the demonstration's manifest; returns the manifest's path."""
+    """Make a temporary folder with a small repository and a manifest; returns the manifest's path."""
     import subprocess
     import tempfile
 
@@ -4855,7 +4938,7 @@ class Loaded(NamedTuple):
 
 
 def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
-    """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError with all problems."""
+    """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError."""
     label, base_dir = ("stdin", os.getcwd()) if path == "-" else (path,
                                                                   os.path.dirname(os.path.abspath(path)))
     try:
@@ -4890,7 +4973,7 @@ def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mappi
 
 def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str],
                   ask: bool = True) -> tuple[dict[str, tuple], str | None]:
-    """(program of each agent, claude's version).  Raises InvalidInput for one that is missing or does not answer."""
+    """(program of each agent, claude's version).  Raises InvalidInput for one that is missing or silent."""
     programs, version = {}, None
     for name in dict.fromkeys(names):
         row = agent_row(name, loaded.manifest.agents)
@@ -4902,7 +4985,7 @@ def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str],
 
 
 class Progress:
-    """What a dispatch shows while it goes on: a table that is drawn again on a terminal, else a line a change."""
+    """What a dispatch shows: on a terminal a table that is drawn again and again, else a line a change."""
 
     def __init__(self, options: Any) -> None:
         self.quiet, self.verbose = options.quiet, options.verbose
@@ -5008,7 +5091,8 @@ def cmd_dispatch(options: Any) -> str:
 def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
     """What `dispatch --dry-run` prints: each agent's command, folder and branch."""
     rules = loaded.manifest.rules
-    print(f"{loaded.manifest.mode} run {rules.name}: {len(loaded.manifest.tasks)} tasks, max_parallel={rules.max_parallel}; nothing is started")
+    print(f"{loaded.manifest.mode} run {rules.name}: {len(loaded.manifest.tasks)} tasks, "
+          f"max_parallel={rules.max_parallel}; nothing is started")
     for task in loaded.manifest.tasks:
         row = agent_row(task.agent, loaded.manifest.agents)
         base = os.path.join(rules.worktree_dir, "<run id>",
@@ -5022,7 +5106,8 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
                     folder, "<prompt file>", "<mcp config>" if loaded.manifest.servers else "", "<sessions>",
                     os.geteuid() == 0)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
-    print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with it."
+    print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with "
+          "it."
           if rules.worktree_cleanup != "never" else "Every worktree stays.")
     return "ok"
 
@@ -5040,7 +5125,8 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     while child.poll() is None and time.monotonic() < deadline and not os.path.exists(journal):
         time.sleep(0.02)
     if child.poll() is not None and not os.path.exists(journal):
-        raise EnvironmentFault(f"the dispatcher ended at once: {last_lines(read_end(os.path.join(run_dir, 'dispatch.log'), 2000), 2)}")
+        raise EnvironmentFault(f"the dispatcher ended at once: "
+                               f"{last_lines(read_end(os.path.join(run_dir, 'dispatch.log'), 2000), 2)}")
     meta = read_json(os.path.join(run_dir, "meta.json")) or {}
     print(json.dumps({"run_id": os.path.basename(run_dir), "manifest_path": meta.get("manifest_path"),
                       "started_at": meta.get("started_at"), "child_pid": child.pid}))
@@ -5129,8 +5215,10 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
             check_free(former[name].get("path"))
             warn_of_loss(name, former[name])
     label = meta.get("manifest_path") or "stdin"
-    order = Order(data, loaded.manifest._replace(rules=loaded.manifest.rules._replace(max_parallel=old.facts["max_parallel"])), label,
-                  meta.get("manifest_name") or "", meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
+    order = Order(data,
+                  loaded.manifest._replace(rules=loaded.manifest.rules._replace(max_parallel=old.facts["max_parallel"])), label,
+                  meta.get("manifest_name") or "", meta.get("base_dir") or "/", os.path.dirname(run_dir),
+                  version, tuple(wanted), former,
                   os.path.basename(run_dir))
     umask = os.umask(0o077)
     return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
@@ -5138,15 +5226,15 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
 
 
 def warn_of_loss(name: str, former: dict) -> None:
-    """Say so when nothing is left of an actor's worktree: neither the folder, nor its branch, nor a rescue ref."""
+    """Say so when nothing is left of an actor's worktree: no folder, no branch, no rescue ref."""
     import subprocess
 
     if not former.get("path") or worktree_gitdir(former["path"]):
         return
     refs = [f"refs/heads/{former['branch']}" if former.get("branch") else None, former.get("rescue_ref")]
     for ref in filter(None, refs):
-        done = subprocess.run(["git", "-C", former["repo"], "rev-parse", "--verify", "-q", ref], env=git_env(os.environ),
-                              capture_output=True, check=False)
+        done = subprocess.run(["git", "-C", former["repo"], "rev-parse", "--verify", "-q", ref],
+                              env=git_env(os.environ), capture_output=True, check=False)
         if not done.returncode:
             return
     say_error(f"pitboss: warning: {name}: its worktree, branch and rescue ref are gone; it begins at HEAD")
@@ -5157,7 +5245,8 @@ def check_free(path: str | None) -> None:
     gitdir = worktree_gitdir(path) if path else ""
     lock = read_text(os.path.join(gitdir, "locked")) if gitdir else ""
     if lock.startswith(LOCK_PREFIX):
-        raise Refused(f"the worktree {path} belongs to an actor that has not settled: {lock.removeprefix(LOCK_PREFIX)}",
+        raise Refused(f"the worktree {path} belongs to an actor that has not settled: "
+                      f"{lock.removeprefix(LOCK_PREFIX)}",
                       hint="wait for that run, or cancel it")
 
 
@@ -5188,7 +5277,7 @@ def cmd_cancel(options: Any) -> str:
 
 
 def run_state(run_dir: str) -> str:
-    """`running` (its lock is held), `complete` (summary there), `stale` (something began), `aborted` (nothing did)."""
+    """`running` (its lock is held), `complete` (summary there), `stale` (something began) or `aborted`."""
     if os.path.exists(os.path.join(run_dir, "summary.json")):
         return "complete"
     if is_locked(run_dir):
@@ -5252,7 +5341,7 @@ def cmd_status(options: Any) -> str:
 
 
 def rebuild_exports(run_dir: str) -> None:
-    """Write summary.jsonl, and summary.json of a finished run, anew from the journal.  Raises Refused for a held run."""
+    """Write summary.jsonl and, of a finished run, summary.json anew from the journal.  Raises Refused."""
     lock = take_lock(run_dir)
     try:
         os.umask(0o077)
@@ -5264,8 +5353,8 @@ def rebuild_exports(run_dir: str) -> None:
             for name in run.settled:
                 record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
                 records.append({**record, "final_message": get_blob(run_dir, record["final_message"])})
-            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta, run.finished_at), mask,
-                       durable=True)
+            write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta, run.finished_at),
+                       mask, durable=True)
     finally:
         os.close(lock)
 
@@ -5302,10 +5391,12 @@ def cmd_attach(options: Any) -> str:
     found = next((a for a in seen.actors if a["task_id"] == options.actor), None)
     if found is None:
         names = ", ".join(a["task_id"] for a in seen.actors)
-        raise NotFound(f"no actor {show_value(options.actor)} in this run; there are: {names}{did_you_mean(options.actor, names.split(', '))}")
+        raise NotFound(f"no actor {show_value(options.actor)} in this run; there are: "
+                       f"{names}{did_you_mean(options.actor, names.split(', '))}")
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
     log = os.path.join(run_dir, "tasks", options.actor, "stdout.log")
-    tail, colour, settled = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout), found["status"] is not None
+    tail, colour, settled = Tail(log, last_lines_at(log,
+                                                    options.lines)), want_colour(sys.stdout), found["status"] is not None
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             lines = tail.read(READ_AT_ONCE)
@@ -5379,18 +5470,24 @@ def cmd_demo(options: Any) -> str:
             raise PermissionError
     except OSError:
         runs_dir = os.path.join(loaded.base_dir, "runs")
-    say_error(f"Five scripted agents work in worktrees of {loaded.base_dir}/repo; one of them fails on purpose.\n")
+    say_error(f"Five scripted agents work in worktrees of {loaded.base_dir}/repo; one of them fails on "
+              f"purpose.\n")
     order = Order(loaded.data, loaded.manifest, path, "demo", loaded.base_dir, runs_dir, None)
     umask = os.umask(0o077)
     run_dir = create_run(order, os.environ, make_mask([os.environ]))
     deal_and_report(run_dir, umask, options)
     seen = look_at_run(run_dir)
-    run_id, extra = os.path.basename(run_dir), "" if runs_dir == runs_folder(os.environ) else f" --run-dir {runs_dir}"
-    print("\n".join(["", *render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width()), "",
-                     f"The manifest      {path}", f"The repository    {loaded.base_dir}/repo (git log --all --oneline shows the branches)",
+    run_id = os.path.basename(run_dir)
+    extra = "" if runs_dir == runs_folder(os.environ) else f" --run-dir {runs_dir}"
+    print("\n".join(["", *render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout),
+                                        terminal_width()), "",
+                     f"The manifest      {path}", f"The repository    {loaded.base_dir}/repo (git log --all "
+                                                  f"--oneline shows the branches)",
                      f"The run folder    {run_dir}", f"Its logs          {run_dir}/tasks/*/stdout.log",
-                     "Look closer       " + f"python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} status {run_id[:13]}{extra}",
-                     f"                  python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} attach {run_id[:13]} slow{extra}"]))
+                     "Look closer       " + f"python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} "
+                                            f"status {run_id[:13]}{extra}",
+                     f"                  python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} attach "
+                     f"{run_id[:13]} slow{extra}"]))
     went = {a["task_id"]: a["status"] for a in seen.actors}
     if went != DEMO_EXPECTED:
         say_error(f"pitboss: the demonstration should have ended with {DEMO_EXPECTED}")
@@ -5439,7 +5536,8 @@ def cmd_doctor(options: Any) -> str:
         marks = {True: ("ok", "green"), None: ("-", "dim"), False: ("!!", "red")}
         for f in findings:
             mark, colour = marks[f.ok]
-            print(f"{paint(pad_cells(mark, 2), colour, want_colour(sys.stdout))}  {pad_cells(f.what, 10)}  {f.found}"
+            print(f"{paint(pad_cells(mark, 2), colour, want_colour(sys.stdout))}  {pad_cells(f.what, 10)}  "
+                  f"{f.found}"
                   + (f"  -> {f.remedy}" if f.remedy else ""))
     return "ok" if all(f.ok is not False for f in findings) else "failed"
 
@@ -5463,7 +5561,8 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
         done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh"
                               else [path, "-c", "echo"], capture_output=True, text=True, check=False,
                               stdin=subprocess.DEVNULL)
-        yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at {path}".strip())
+        yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at "
+                                  f"{path}".strip())
     for row in AGENTS.values():
         if not row.program:
             yield Finding(row.name, True, f"built in; {row.limits}")
@@ -5547,11 +5646,14 @@ _QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress
 _VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
 
 COMMANDS = {c.name: c for c in (
-    Cli("validate", cmd_validate, "MANIFEST", (_MANIFEST, _JSON), "check a manifest without starting anything", "validate fix.toml"),
+    Cli("validate", cmd_validate, "MANIFEST", (_MANIFEST, _JSON),
+        "check a manifest without starting anything", "validate fix.toml"),
     Cli("dispatch", cmd_dispatch, "MANIFEST", (
         _MANIFEST, _RUNS_DIR, _QUIET, _VERBOSE,
-        (("--dry-run",), {"action": "store_true", "help": "show each agent's command, folder and branch; write nothing"}),
-        (("--background",), {"action": "store_true", "help": "check, start a dispatcher of its own, print its ids as JSON"})),
+        (("--dry-run",), {"action": "store_true", "help": "show each agent's command, folder and branch; "
+                                                          "write nothing"}),
+        (("--background",), {"action": "store_true", "help": "check, start a dispatcher of its own, print "
+                                                             "its ids as JSON"})),
         "deal a run; the last line is the run folder", "dispatch fix.toml"),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
@@ -5564,23 +5666,29 @@ COMMANDS = {c.name: c for c in (
         "stop every agent of a run and settle it", "cancel 0192f3 --reason 'wrong branch'"),
     Cli("status", cmd_status, "RUN", (
         _RUN, _JSON, _RUNS_DIR,
-        (("--rebuild",), {"action": "store_true", "help": "write summary.jsonl and summary.json anew from the journal first"})),
+        (("--rebuild",), {"action": "store_true", "help": "write summary.jsonl and summary.json anew from "
+                                                          "the journal first"})),
         "show how every actor of a run stands", "status 0192f3"),
     Cli("list", cmd_list, "", (
-        _JSON, _RUNS_DIR, (("--active",), {"action": "store_true", "help": "only runs that go on, or whose agents live"})),
+        _JSON, _RUNS_DIR, (("--active",), {"action": "store_true", "help": "only runs that go on, or whose "
+                                                                           "agents live"})),
         "show the runs, newest first", "list --active"),
     Cli("attach", cmd_attach, "RUN ACTOR", (
         _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of a task"}), _RUNS_DIR,
         (("--raw",), {"action": "store_true", "help": "the log as it is"}),
-        (("--lines",), {"type": int, "default": 20, "metavar": "N", "help": "begin with the last N lines (20)"})),
+        (("--lines",), {"type": int, "default": 20, "metavar": "N",
+                        "help": "begin with the last N lines (20)"})),
         "follow one actor's log until it settles", "attach 0192f3 hello"),
-    Cli("demo", cmd_demo, "", (_RUNS_DIR, _QUIET, _VERBOSE), "deal five scripted agents in a temporary repository", "demo"),
-    Cli("doctor", cmd_doctor, "", (_JSON, _RUNS_DIR), "say what this machine has and what that means", "doctor"),
+    Cli("demo", cmd_demo, "", (_RUNS_DIR, _QUIET, _VERBOSE), "deal five scripted agents in a temporary "
+                                                             "repository", "demo"),
+    Cli("doctor", cmd_doctor, "", (_JSON, _RUNS_DIR), "say what this machine has and what that means",
+        "doctor"),
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
     Cli("demo-agent", cmd_demo_agent, "", (
-        (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}), (("--resume",), {})), ""),
+        (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}),
+        (("--resume",), {})), ""),
 )}
 
 
@@ -5597,8 +5705,9 @@ def make_parser(prog: str, name: str) -> Any:
     if name:
         command = COMMANDS[name]
         example = f"Example: {prog} {command.example}\n\n" if command.example else ""
+        about = (command.run.__doc__ or command.help).splitlines()[0]
         parser = Parser(prog=f"{prog} {name}",
-                        description=f"{(command.run.__doc__ or command.help).splitlines()[0]}\n\n{example}".rstrip(),
+                        description=f"{about}\n\n{example}".rstrip(),
                         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
         for flags, settings in command.args:
             parser.add_argument(*flags, **settings)
@@ -5639,7 +5748,7 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
     return argv[0], options
 
 
-def main(argv: list[str] | None = None) -> int:  # long: the one place where every kind of error becomes text and a code
+def main(argv: list[str] | None = None) -> int:
     """Run one command line; return its exit code.  The only place where errors become text."""
     prog = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
     try:
@@ -5669,12 +5778,13 @@ def main(argv: list[str] | None = None) -> int:  # long: the one place where eve
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as e:  # boundary: a bug is reported in one line, with its traceback in a file
-        say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its traceback: {save_traceback()}")
+        say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its "
+                  f"traceback: {save_traceback()}")
     return EXIT_CODES[code][0]
 
 
 def leave_quietly(code: int) -> int:
-    """Flush what was printed; where nobody reads it, see that the interpreter does not complain at its end."""
+    """Flush what was printed; where nobody reads it, keep the interpreter from complaining at its end."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -5683,7 +5793,7 @@ def leave_quietly(code: int) -> int:
 
 
 def save_traceback() -> str:
-    """Write the present exception's traceback to a file; returns its path, or the traceback where there is no room."""
+    """Write the present exception's traceback to a file; returns its path, or without room the traceback."""
     import tempfile
     import traceback
 

@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import fake_api
-from tools import git, processes_with, read_events, read_records, wait_for
+from tools import Home, git, processes_with, read_events, read_records, wait_for
 
 CLAUDE = os.environ.get("PITBOSS_TEST_CLAUDE") or shutil.which("claude") or ""
 KEY = "sk-ant-api03-not-a-key-0123456789"
@@ -161,16 +162,22 @@ class Run:
         return processes_with(f"PITBOSS_RUN_ID={self.name}")
 
 
-@pytest.fixture
-def api(home):
-    server = fake_api.start(bodies=home.root / "bodies")
-    yield server
-    server.stop()
+@contextmanager
+def a_claude_home(root: Path):
+    """A home with its API; what it left alive is killed at the end."""
+    api = fake_api.start(bodies=root / "bodies")
+    home = Home(root)
+    try:
+        yield ClaudeHome(home, api)
+    finally:
+        api.stop()
+        home.end_everything()
 
 
 @pytest.fixture
-def claude(home, api):
-    return ClaudeHome(home, api)
+def claude(tmp_path):
+    with a_claude_home(tmp_path) as place:
+        yield place
 
 
 # ------------------------------------------------------------------ what tests ask again and again
@@ -229,12 +236,22 @@ def check_nothing_lives(run: Run, *pids: int) -> None:
     assert [pid for pid in pids if alive(pid)] == []
 
 
+def shim_pid(run: Run, task_id: str = "a") -> int:
+    """The shell that the agent runs under; it is what records the exit."""
+    return int((run.folder / "tasks" / task_id / "hand.1").read_text().split()[0])
+
+
+def claude_pid(run: Run) -> int:
+    """The process of claude itself."""
+    program = os.path.realpath(CLAUDE)
+    return next(pid for pid in run.processes() if os.path.realpath(f"/proc/{pid}/exe") == program)
+
+
 def kill_everything(process, run: Run, task_id: str = "a") -> None:
     """As a power cut: the dispatcher, then the shim (so that no exit is recorded), then what is left."""
     process.kill()
     process.wait()
-    shim = int((run.folder / "tasks" / task_id / "hand.1").read_text().split()[0])
-    for pid in [shim, *sorted(run.processes())]:
+    for pid in [shim_pid(run, task_id), *sorted(run.processes())]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -366,6 +383,12 @@ def test_the_turn_after_a_background_command_is_waited_for(claude):
     assert (Path(record["worktree_path"]) / "late.txt").read_text() == "made\n"
 
 
+@real
+def test_a_big_answer(claude):
+    run = claude.dispatch(claude.task("a", prompt(say("a big answer ", repeat=100_000))))
+    assert len(check_success(run)["final_message"]) == 1_300_000
+
+
 # ------------------------------------------------------------------ prompts and tools
 
 PROMPTS = {
@@ -379,13 +402,21 @@ PROMPTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def prompts_run(tmp_path_factory):
+    """(the home, its run) of one task for each prompt."""
+    with a_claude_home(tmp_path_factory.mktemp("prompts")) as home:
+        yield home, home.dispatch(*(home.task(case, prompt(say(f"{case} was read"), words=words))
+                                    for case, words in PROMPTS.items()))
+
+
 @real
 @pytest.mark.parametrize("case", PROMPTS)
-def test_a_prompt_reaches_the_model_as_it_is(claude, case):
-    words = PROMPTS[case]
-    run = claude.dispatch(claude.task("a", prompt(say("the model spoke"), words=words)))
-    assert check_success(run)["final_message"] == "the model spoke"
-    assert words.strip() in said_by_user(claude.bodies()[0])
+def test_a_prompt_reaches_the_model_as_it_is(prompts_run, case):
+    home, run = prompts_run
+    record = check_success(run, case)
+    assert record["final_message"] == f"{case} was read"
+    assert PROMPTS[case].strip() in said_by_user(home.bodies(record["claude_session_id"])[0])
 
 
 @real
@@ -475,6 +506,41 @@ def test_memory_of_every_folder_down_to_the_tasks_own(claude):
     assert [text.count(word) for word in ("ROOTWORD", "SUBWORD", "DEEPWORD")] == [1, 1, 1]
 
 
+SERVER = '''
+import json, sys, time
+time.sleep(3)       # longer than claude waits of its own accord
+TOOL = {"name": "echo", "description": "says it again",
+        "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}}}
+for line in sys.stdin:
+    call = json.loads(line)
+    asked = call.get("params") or {}
+    if call["method"] == "initialize":
+        result = {"protocolVersion": asked["protocolVersion"], "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "side", "version": "1"}}
+    elif call["method"] == "tools/list":
+        result = {"tools": [TOOL]}
+    elif call["method"] == "tools/call":
+        result = {"content": [{"type": "text", "text": "again " + asked["arguments"]["text"]}]}
+    if "id" in call:
+        print(json.dumps({"jsonrpc": "2.0", "id": call["id"], "result": result}), flush=True)
+'''
+
+
+@real
+def test_a_server_of_the_manifest(claude):
+    """Its tools are offered from the first request on, however slowly it starts, beside the task's own."""
+    program = claude.home.root / "server.py"
+    program.write_text(SERVER)
+    echo = {"tool": "mcp__side__echo", "input": {"text": "hello"}}
+    text = manifest(claude.task("a", prompt(echo, say("${1}")), tools=["Read"]))
+    text += section("[[mcp_server]]", {"id": "side", "command": sys.executable, "args": [str(program)]})
+    claude.home.pitboss("dispatch", claude.home.manifest(text), timeout=LONG_S, check=0)
+    run = claude.newest()
+    assert check_success(run)["final_message"] == "again hello"
+    assert offered(claude.bodies()[0]) == {"Read", "mcp__side__echo"}
+    check_nothing_lives(run)
+
+
 # ------------------------------------------------------------------ failures of the API
 
 @real
@@ -485,13 +551,13 @@ def test_a_limit_that_passes_is_no_failure(claude):
     assert [event["attempt"] for event in run.log() if event.get("subtype") == "api_retry"] == [1, 2]
 
 
+FEW_RETRIES = {"CLAUDE_CODE_MAX_RETRIES": "1"}
 TOO_LONG = "prompt is too long: 250000 tokens > 200000 maximum"
 FAILURES = {
     "unauthorized": ([{"error": 401}], {}, "auth_failure"),
     "forbidden": ([{"error": 403}], {}, "auth_failure"),
     "no_credit": ([{"error": 400, "message": "Your credit balance is too low to access the Anthropic API."}],
                   {}, "auth_failure"),
-    "limit": ([{"error": 429}], {}, "rate_limit"),
     "overloaded": ([{"error": 529}], {}, "network_error"),
     "server": ([{"error": 500}], {}, "network_error"),
     "invalid": ([{"error": 400, "message": "messages.0: something is wrong"}], {}, "invalid_argument"),
@@ -502,24 +568,43 @@ FAILURES = {
 }
 
 
+@pytest.fixture(scope="module")
+def failures_run(tmp_path_factory):
+    """One run of a task for each failure."""
+    with a_claude_home(tmp_path_factory.mktemp("failures")) as home:
+        tasks = []
+        for case, (steps, env, _) in FAILURES.items():
+            first = [bash("echo before")] if steps else []
+            tasks.append(home.task(case, prompt(*first, *steps, say("never")), env={**FEW_RETRIES, **env}))
+        yield home.dispatch(*tasks, check=1)
+
+
 @real
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_says_what_it_was(claude, case):
+def test_a_failure_says_what_it_was(failures_run, case):
     """The work before it was paid for, and is in the record."""
-    steps, env, kind = FAILURES[case]
-    first = [bash("echo before")] if steps else []
-    run = claude.dispatch(claude.task("a", prompt(*first, *steps, say("never")),
-                                    env={"CLAUDE_CODE_MAX_RETRIES": "1", **env}), check=1)
-    record, last = run.record(), run.results()[-1]
+    steps, _, kind = FAILURES[case]
+    check_failure(failures_run, kind, bool(steps), case)
+
+
+@real
+def test_a_limit_that_stays(claude):
+    run = claude.dispatch(claude.task("a", prompt(bash("echo before"), {"error": 429}, say("never")),
+                                      env=FEW_RETRIES), check=1)
+    check_failure(run, "rate_limit", paid=True)
+    assert (run.summary()["tasks_failed"], run.summary()["was_interrupted"]) == (1, False)
+    check_nothing_lives(run)
+
+
+def check_failure(run: Run, kind: str, paid: bool, task_id: str = "a") -> None:
+    record, last = run.record(task_id), run.results(task_id)[-1]
     assert (record["status"], record["exit_code"]) == ("Failed", 1), record
     assert record["failure_reason"]["kind"] == kind, record["failure_reason"]
-    assert record["failure_reason"]["message"]
+    assert record["failure_reason"]["message"] == last["result"]
     assert record["token_usage"] == model_tokens(last)
     assert record["cost_usd"] == pytest.approx(last["total_cost_usd"], abs=1e-9)
-    assert bool(record["cost_usd"]) == bool(steps)
+    assert bool(record["cost_usd"]) is paid
     assert record["claude_session_id"] == last["session_id"]
-    assert run.summary()["tasks_failed"] == 1
-    check_nothing_lives(run)
 
 
 # ------------------------------------------------------------------ stopping
@@ -571,6 +656,58 @@ def test_a_stop_while_the_model_is_thinking(claude):
     claude.home.pitboss("cancel", run.name, timeout=60, check=0)
     assert process.wait(30) == 1
     assert run.record()["status"] == "Cancelled"
+    check_nothing_lives(run)
+
+
+@real
+def test_the_dispatcher_is_interrupted_twice(claude):
+    process, run = claude.start(claude.task("a", hang(claude)))
+    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: run.count("drained"), 30, "the drain")
+    assert run.processes(), "draining lets it go on"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert run.record()["status"] == "Cancelled"
+    check_nothing_lives(run, *sleepers(claude))
+
+
+@real
+def test_cancel_after_the_dispatcher_died(claude):
+    process, run = claude.start(claude.task("a", hang(claude)))
+    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    process.kill()
+    process.wait()
+    claude.home.pitboss("cancel", run.name, timeout=60, check=0)
+    assert run.record()["status"] == "Cancelled"
+    check_nothing_lives(run, *sleepers(claude))
+
+
+@real
+def test_claude_is_killed_by_somebody_else(claude):
+    """That is a failure which names the signal; what it left behind is ended."""
+    process, run = claude.start(claude.task("a", hang(claude)))
+    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    os.kill(claude_pid(run), signal.SIGKILL)
+    assert process.wait(30) == 1
+    record = run.record()
+    assert (record["status"], record["exit_code"]) == ("Failed", None)
+    assert "SIGKILL" in record["failure_reason"]["message"]
+    assert record["token_usage"]["input"] > 0
+    check_nothing_lives(run, *sleepers(claude))
+
+
+@real
+def test_the_shim_is_killed_by_somebody_else(claude):
+    """The agent goes on, and its last result decides."""
+    process, run = claude.start(claude.task("a", gated(claude)))
+    wait_for((claude.home.root / "begun").exists, LONG_S, "the command")
+    os.kill(shim_pid(run), signal.SIGKILL)
+    (claude.home.root / "gate").touch()
+    assert process.wait(60) == 0
+    record = run.record()
+    assert (record["status"], record["final_message"]) == ("Success", "finished")
+    assert run.hands() == 1
     check_nothing_lives(run)
 
 
@@ -637,7 +774,7 @@ def test_both_killed_in_the_middle_of_a_command(claude):
     assert (record["status"], record["final_message"]) == ("Success", "finished")
     assert record["claude_session_id"] == session == last["session_id"]
     assert run.hands() == 2
-    first, second = claude.bodies(session)
+    first, second, *_ = claude.bodies(session)
     assert "continue" in said_by_user(second) and len(second["messages"]) > len(first["messages"])
     assert record["cost_usd"] >= last["total_cost_usd"] > 0
     assert record["token_usage"]["input"] >= model_tokens(last)["input"]

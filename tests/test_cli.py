@@ -25,7 +25,8 @@ RECORD_KEYS = {
     "task_id", "status", "exit_code", "started_at", "ended_at", "duration_ms", "worktree_path", "branch",
     "log_path", "token_usage", "claude_session_id", "final_message", "final_message_preview",
     "parent_task_id", "role", "agent", "model", "cost_usd", "pause_count", "reprompt_count",
-    "approvals_requested", "approvals_approved", "approvals_rejected", "failure_reason", "rescue_ref", "hands"}
+    "approvals_requested", "approvals_approved", "approvals_rejected", "failure_reason", "rescue_ref", "hands",
+    "worktree_kept"}
 SUMMARY_KEYS = {
     "run_id", "manifest_path", "manifest_name", "pitboss_version", "claude_version", "started_at", "ended_at",
     "total_duration_ms", "tasks_total", "tasks_failed", "was_interrupted", "total_cost_usd",
@@ -344,7 +345,7 @@ def test_records_and_summaries_have_exactly_the_promised_keys(finished):
 def test_the_summary_adds_up(finished):
     run = finished.run_dir()
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["run_id"], summary["manifest_name"]) == (run.name, "m")
+    assert (summary["run_id"], summary["manifest_name"]) == (run.name, "table")
     assert (summary["tasks_total"], summary["tasks_failed"], summary["tasks_not_started"]) == (2, 1, 0)
     assert summary["was_interrupted"] is False and summary["manifest_path"] == str(finished.root / "m.toml")
     assert summary["total_cost_usd"] == pytest.approx(sum(task["cost_usd"] or 0 for task in summary["tasks"]))

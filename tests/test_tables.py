@@ -6,6 +6,7 @@ tree, so that a verb, kind, status or exit code that no table knows is found bef
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import re
@@ -17,13 +18,13 @@ import pytest
 
 import pitboss
 from test_shape import FUNCTIONS, PITBOSS, Program
-from tools import ISOLATED
 
 PROGRAM = Program(PITBOSS.read_text(encoding="utf-8"))
 SPEC_STATUSES = {"Success", "Failed", "TimedOut", "Cancelled", "SpawnFailed", "ApprovalRejected", "ApprovalTimedOut"}
 SPEC_FAILURE_KINDS = {"rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument", "unknown"}
 
 
+@functools.cache
 def functions() -> dict[str, ast.AST]:
     """Every function and method by its name; nested ones belong to the one around them."""
     found = {}
@@ -465,7 +466,3 @@ def test_the_map_says_where_to_add_to_tables_that_exist():
     tables = set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", told)) - {"FIELDS"}
     assert tables and [t for t in tables if not hasattr(pitboss, t)] == []
 
-
-def test_the_tables_are_the_same_for_the_program_that_runs():
-    """The module that these tests import is the file that the other tests start."""
-    assert pitboss.__file__ == str(PITBOSS) and isinstance(ISOLATED, list)
