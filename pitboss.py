@@ -299,19 +299,34 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class Mask(NamedTuple):
-    """What must never be shown: one pattern for plain text, one for text inside JSON."""
+    """What must never be shown."""
 
-    plain: re.Pattern
-    inside_json: re.Pattern
-    hints: tuple               # one of them is in every text that a pattern matches: most texts need no more
+    pattern: re.Pattern
+    # one of them is in every text that the pattern matches: most texts need no more
+    hints: tuple
 
     def text(self, text: str) -> str:
         """`text` with every secret replaced."""
-        return self.plain.sub("***", text) if any(h in text for h in self.hints) else text
+        return self.pattern.sub("***", text) if any(h in text for h in self.hints) else text
 
-    def json(self, text: str) -> str:
-        """A JSON document with every secret in its strings replaced; it stays JSON."""
-        return self.inside_json.sub("***", text) if any(h in text for h in self.hints) else text
+    def value(self, value: Any, free: bool = False) -> Any:
+        """A JSON value with every secret in its free texts replaced.
+
+        Kinds, ids, paths, branches and sessions are what a run works with: they stay as they are.
+        """
+        if isinstance(value, str):
+            return self.text(value) if free else value
+        if isinstance(value, dict):
+            return {k: self.value(v, k in FREE_TEXTS) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.value(v, free) for v in value]
+        return value
+
+
+# Keys whose values are words of agents, operators and manifests, wherever they stand in a JSON value.
+FREE_TEXTS = frozenset(("final", "final_message", "final_message_preview", "head", "message", "reason",
+                        "prompt", "prompt_preview", "leftovers", "kept", "worktree_kept", "restore",
+                        "stop_reason", "args", "why", "words"))
 
 
 # Shapes of well known keys: Anthropic and OpenAI, GitHub, GitLab, Slack, AWS, Google, JSON web tokens.
@@ -339,10 +354,8 @@ def make_mask(environments: Iterable[Mapping[str, str]], names: Iterable[str] = 
               any(fnmatch.fnmatchcase(k, g) or fnmatch.fnmatchcase(k.upper(), g) for g in globs)}
     longest_first = sorted(values, key=len, reverse=True)
     shapes = [shape for _, shape in _TOKEN_SHAPES]
-    escaped = [json.dumps(v)[1:-1] for v in longest_first]
-    hints = dict.fromkeys([h for starts, _ in _TOKEN_SHAPES for h in starts] + longest_first + escaped)
-    return Mask(re.compile("|".join([re.escape(v) for v in longest_first] + shapes)),
-                re.compile("|".join([re.escape(v) for v in escaped] + shapes)), tuple(hints))
+    hints = dict.fromkeys([h for starts, _ in _TOKEN_SHAPES for h in starts] + longest_first)
+    return Mask(re.compile("|".join([re.escape(v) for v in longest_first] + shapes)), tuple(hints))
 
 
 NO_SECRETS = make_mask(())
@@ -703,8 +716,8 @@ def find_line(where: tuple, lines: Mapping[tuple, int]) -> int | None:
 
 _KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 _HEADER = re.compile(r"""^\s*(\[\[?)\s*((?:[A-Za-z0-9_.\s-]|"[^"]*"|'[^']*')+?)\s*\]\]?\s*(?:#.*)?$""")
-_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)"""
-                  r"""\s*=\s*(.*)$""")
+_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+                  r"""(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=\s*(.*)$""")
 
 
 def locate_keys(text: str) -> dict[tuple, int]:
@@ -757,7 +770,7 @@ def wrong_branch(name: str) -> str:
     if not name or name == "HEAD":
         return "a branch name as `git check-ref-format --branch` allows it"
     if found:
-        return f"a branch name without {json.dumps(found[0])} there, as `git check-ref-format --branch` allows it"
+        return f"a branch name without {json.dumps(found[0])}, as `git check-ref-format --branch` allows it"
     return ""
 
 
@@ -1091,29 +1104,54 @@ class Talk:
 
 def fold_claude(talk: Talk, line: bytes) -> None:
     """One line of `claude -p --output-format stream-json --verbose` (measured with 2.1.197)."""
-    head = line[:64]
-    if b'"assistant"' in head:
-        _fold_message(talk, json.loads(line))
-    elif b'"result"' in head:
-        _fold_result(talk, json.loads(line))
-    elif b'"system"' in head:
-        _fold_system(talk, json.loads(line))
-    elif b'"rate_limit_event"' in head:
-        info = json.loads(line).get("rate_limit_info") or {}
-        if isinstance(info.get("resetsAt"), (int, float)):
-            talk.resets_at = float(info["resetsAt"])
-    elif b'"user"' in head and b'"isReplay":true' in line[-400:]:
-        event = json.loads(line)
-        talk.began = True
-        talk.echoed.add(str(event.get("uuid", "")))
+    known = _EVENT_TYPE.match(line)
+    kind = known[1] if known else b""
+    if kind == b"user" and not _REPLAY.search(line[-400:]) or not line.startswith(b"{"):
+        return                     # a tool's result: most of a log's bytes
+    handler = _CLAUDE_EVENTS.get(kind if known else str(json.loads(line).get("type")).encode())
+    if handler:
+        handler(talk, json.loads(line))
+
+
+# claude prints the type first, without a space; a program that speaks like claude may not
+_EVENT_TYPE = re.compile(rb'\{\s*"type"\s*:\s*"(\w+)"')
+_REPLAY = re.compile(rb'"isReplay"\s*:\s*true')
+MAX_COUNT = 1 << 53        # of anything that a program says of itself
+
+
+def read_count(value: Any) -> int:
+    """A count of tokens; what cannot be one is 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT else 0
+
+
+def read_number(value: Any) -> float | None:
+    """A number of dollars or seconds; None for what cannot be one."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT:
+        return float(value)
+    return None
+
+
+def read_word(value: Any) -> str:
+    """A short text; empty for what is none."""
+    return value if isinstance(value, str) and len(value) <= 200 else ""
+
+
+def _fold_limit(talk: Talk, event: dict) -> None:
+    resets_at = read_number((event.get("rate_limit_info") or {}).get("resetsAt"))
+    talk.resets_at = resets_at if resets_at is not None else talk.resets_at
+
+
+def _fold_echo(talk: Talk, event: dict) -> None:
+    if event.get("isReplay") is True:
+        talk.began = talk.open = True
+        talk.echoed.add(read_word(event.get("uuid")))
 
 
 def _fold_message(talk: Talk, event: dict) -> None:
     """One API message comes as several events of one id, each with the usage of its start."""
     message = event["message"]
     talk.began = talk.open = True
-    if event.get("session_id"):
-        talk.session_id = event["session_id"]
+    talk.session_id = read_word(event.get("session_id")) or talk.session_id
     if message.get("model") == "<synthetic>":
         talk.error = str(event.get("error") or "")
         return
@@ -1135,7 +1173,7 @@ def _fold_message(talk: Talk, event: dict) -> None:
         oldest = next(k for k in talk.running if k)
         talk.running[""] = talk.running.pop("", Usage()).plus(talk.running.pop(oldest))
     talk.running[key] = Usage(
-        int(usage.get("input_tokens") or 0), before.output + -(-said // CHARS_PER_TOKEN),
+        read_count(usage.get("input_tokens")), before.output + -(-said // CHARS_PER_TOKEN),
         int(usage.get("cache_read_input_tokens") or 0), int(usage.get("cache_creation_input_tokens") or 0))
 
 
@@ -1143,10 +1181,9 @@ def _fold_result(talk: Talk, event: dict) -> None:
     """Cost and modelUsage are cumulative in one process, sub-agents included; `usage` is not."""
     talk.results += 1
     talk.open = False
+    talk.session_id = read_word(event.get("session_id")) or talk.session_id
     talk.result = {k: event.get(k) for k in ("subtype", "is_error", "api_error_status", "result",
                                              "terminal_reason", "errors")}
-    if event.get("session_id"):
-        talk.session_id = event["session_id"]
     if not event.get("is_error"):
         talk.error = ""
     models = event.get("modelUsage") or {}
@@ -1157,9 +1194,8 @@ def _fold_result(talk: Talk, event: dict) -> None:
                                                          int(m.get("cacheCreationInputTokens") or 0))
                                                    for m in models.values()))
         talk.running.clear()
-    cost = event.get("total_cost_usd")
-    if isinstance(cost, (int, float)) and not isinstance(cost, bool) and math.isfinite(cost) and cost >= 0:
-        talk.known_usd = float(cost)
+    cost = read_number(event.get("total_cost_usd"))
+    talk.known_usd = talk.known_usd if cost is None else cost
     if isinstance(event.get("result"), str) and event["result"].strip():
         talk.words = event["result"]
 
@@ -1168,7 +1204,7 @@ def _fold_system(talk: Talk, event: dict) -> None:
     kind = event.get("subtype")
     if kind == "init":
         talk.seen = talk.open = True
-        talk.session_id = event.get("session_id") or talk.session_id
+        talk.session_id = read_word(event.get("session_id")) or talk.session_id
     elif kind == "api_retry":
         talk.retries += 1
         talk.words = f"retry {event.get('attempt')}/{event.get('max_retries')}: {event.get('error')}"
@@ -1179,6 +1215,16 @@ def _fold_system(talk: Talk, event: dict) -> None:
     elif kind == "task_updated" and (event.get("patch") or {}).get("status") not in ("pending", "running",
                                                                                      None):
         talk.tasks.discard(str(event.get("task_id")))
+
+
+_CLAUDE_EVENTS = {
+    # type of an event: what it changes
+    b"assistant": _fold_message,
+    b"result": _fold_result,
+    b"system": _fold_system,
+    b"user": _fold_echo,
+    b"rate_limit_event": _fold_limit,
+}
 
 
 def fold_text(talk: Talk, line: bytes) -> None:
@@ -1212,7 +1258,7 @@ def fold_line(talk: Talk, line: bytes, form: str) -> None:
     """Fold one line of a log into `talk`; one that cannot be read is counted and skipped."""
     try:
         FORMATS[form].fold(talk, line)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         talk.skipped += 1
 
 
@@ -1402,8 +1448,9 @@ def fold(events: Iterable[dict]) -> RunState:
 
 def owe(run: RunState, verb: str, actor: str = "", **facts: Any) -> None:
     """Note that something must happen."""
+    if (verb, actor) not in run.owed:
+        run.fresh.append((verb, actor))
     run.owed[verb, actor] = facts
-    run.fresh.append((verb, actor))
 
 
 def change(run: RunState, actor: str, **facts: Any) -> Actor:
@@ -1819,7 +1866,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 def write_json(path: str, value: Any, mask: Mask, durable: bool = False) -> None:
     """Write a JSON document for people and programs."""
-    write_file(path, mask.json(render_json(value)).encode(), durable)
+    write_file(path, render_json(mask.value(value)).encode(), durable)
 
 
 def render_json(value: dict) -> str:
@@ -1866,6 +1913,11 @@ def get_blob(run_dir: str, value: Any) -> Any:
         return value.get("head", "")
 
 
+def is_long(value: Any) -> bool:
+    """Whether a fact of an event lies in a blob."""
+    return isinstance(value, str) and len(value) > BLOB_FROM
+
+
 class Journal:
     """The open journal of a run, held by the one process that has the run's lock."""
 
@@ -1889,22 +1941,18 @@ class Journal:
         Where there is no room the reserve is given up for it once; after that, and for any
         other error, EnvironmentFault is raised and the journal is as it was.
         """
+        facts = self.mask.value(facts)
         try:
-            facts = {k: put_blob(self.run_dir, self.mask.text(v)) if isinstance(v, str) and len(v) > BLOB_FROM
-                     else v for k, v in facts.items()}
+            facts = {k: put_blob(self.run_dir, v) if is_long(v) else v for k, v in facts.items()}
         except OSError as e:
             if not has_no_room(e):
                 raise fault_of(e, "writing a blob") from None
-            self.give_up_reserve()
-            facts = {k: {"blob": "0" * 64, "head": self.mask.text(v)[:2000]} if isinstance(v, str)
-                     and len(v) > BLOB_FROM else v for k, v in facts.items()}
+            self.give_up_reserve()       # its beginning is kept; the whole of it is in the agent's log
+            facts = {k: {"blob": "0" * 64, "head": v[:2000]} if is_long(v) else v for k, v in facts.items()}
         event = {"seq": self.seq + 1, "at": round(self.now(), 6), "kind": kind, **facts}
         line = json.dumps(event, separators=(",", ":"), allow_nan=False)
-        masked = self.mask.json(line)
-        if masked is not line and masked != line:
-            event = json.loads(masked)
         try:
-            self.write_line(masked.encode("ascii") + b"\n")
+            self.write_line(line.encode("ascii") + b"\n")
         except OSError as e:
             raise fault_of(e, f"writing the journal {self.path}") from None
         self.seq += 1
@@ -2192,6 +2240,7 @@ GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR",
                  "GIT_CONFIG_COUNT", "GIT_IMPLICIT_WORK_TREE", "GIT_GRAFT_FILE", "GIT_NO_REPLACE_OBJECTS",
                  "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_NAMESPACE")
 LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with when it is ours
+GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 _CONTENTION = re.compile(r"File exists|could not lock config file|Another git process"
                          r"|failed to read \S*commondir")
@@ -2302,6 +2351,16 @@ class Git:
     async def run(self, folder: str, *args: str, pass_fds: tuple = (), input: bytes | None = None,
                   **env: str) -> tuple[int, bytes, str]:
         """(exit status, standard output, standard error) of one git command in `folder`."""
+        for _ in range(GIT_AGAIN):
+            code, out, err = await self.run_once(folder, *args, pass_fds=pass_fds, input=input, **env)
+            if not (code and "commondir" in err):      # another git is half way through making a worktree
+                break
+            await asyncio.sleep(0.05)
+        return code, out, err
+
+    async def run_once(self, folder: str, *args: str, pass_fds: tuple, input: bytes | None,
+                       **env: str) -> tuple[int, bytes, str]:
+        """One try of `run`."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec("git", *GIT_ALWAYS, "-C", folder, *args,
                                                        env=git_env(self.env, **env), umask=self.umask,
@@ -2422,8 +2481,9 @@ class Git:
         deadline, pause, flag, force = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b", []
         while True:
             start = [path, branch] if exists else ["--no-track", flag, branch, path, base]
-            code, _, err = await self.run(repo.top, "worktree", "add", "--lock", "--reason", reason, *force,
-                                          *start, pass_fds=(fd,))
+            # a reflog for HEAD, whatever the user's setting: it tells of commits that no branch holds
+            code, _, err = await self.run(repo.top, "-c", "core.logAllRefUpdates=always", "worktree", "add",
+                                          "--lock", "--reason", reason, *force, *start, pass_fds=(fd,))
             if not code:
                 return
             if exists and not force and "missing but" in err:
@@ -2461,6 +2521,8 @@ class Git:
                 told["restore"] = render_argv(["git", "-C", place.directory, "worktree", "add", place.path,
                                                told["rescue_ref"]])
             await self.remove_worktree(place, force=bool(tree.unsaved))
+            if os.path.lexists(place.path):
+                raise GitError("it could not be removed whole")
             told["path"] = None
         except (GitError, OSError, UnicodeError) as e:
             kept = clean_text(str(e)) or type(e).__name__
@@ -2509,7 +2571,7 @@ class Git:
         if code or flags.result()[0]:
             raise GitError(err or flags.result()[2])
         unsaved, doubt = read_status(out)
-        if any(entry[:1].islower() or entry[:1] == b"S" for entry in flags.result()[1].split(b"\0") if entry):
+        if any(is_marked(place.path, entry) for entry in flags.result()[1].split(b"\0") if entry):
             doubt = doubt or "files in it are marked assume-unchanged or skip-worktree"
         commits = [] if doubt else await self.find_unheld(place, gitdir, out)
         return Tree(doubt, unsaved + ([f"{len(commits)} commits that no branch holds"] if commits else []),
@@ -2538,7 +2600,8 @@ class Git:
         gitdir = worktree_gitdir(place.path)
         index = os.path.join(scratch, "rescue.index")
         if os.path.exists(os.path.join(gitdir, "index")):
-            shutil.copyfile(os.path.join(gitdir, "index"), index)
+            # with its time: git takes a file that is younger than the index for one that may have changed
+            shutil.copy2(os.path.join(gitdir, "index"), index)
         env = {"GIT_INDEX_FILE": index, "GIT_AUTHOR_NAME": "pitboss", "GIT_AUTHOR_EMAIL": "pitboss@localhost",
                "GIT_COMMITTER_NAME": "pitboss", "GIT_COMMITTER_EMAIL": "pitboss@localhost"}
         ask = functools.partial(self.ask, place.path, "-c", "core.fsync=objects,reference", **env)
@@ -2569,7 +2632,7 @@ class Git:
         return name
 
     async def remove_worktree(self, place: Place, force: bool) -> None:
-        """`git worktree remove`; without `force` git looks once more for unsaved content.  Raises GitError."""
+        """`git worktree remove`; without `force` git looks again for unsaved content.  Raises GitError."""
         import shutil
 
         gitdir = worktree_gitdir(place.path)
@@ -2617,6 +2680,12 @@ def find_nested(path: str) -> str:
         if ".git" in names:
             names.remove(".git")
     return ""
+
+
+def is_marked(top: str, entry: bytes) -> bool:
+    """Whether git was told not to look at a file that is there (a line of `git ls-files -v`)."""
+    skipped = entry[:1] == b"S" and os.path.lexists(os.path.join(os.fsencode(top), entry[2:]))
+    return skipped or entry[:1].islower()
 
 
 def read_status(out: bytes) -> tuple[list[str], str]:
@@ -2896,7 +2965,7 @@ def pid_namespace() -> str:
 
 
 def age_of(handle: dict) -> float | None:
-    """Seconds since a living hand's start by the kernel's clock, which nobody sets; None: it does not tell."""
+    """Seconds since a living hand's start by the kernel's clock, which nobody sets; None: unknown."""
     if sys.platform != "linux" or not handle["start"] or handle["boot"] != boot_id():
         return None
     try:
@@ -2979,6 +3048,11 @@ class Executor(NamedTuple):
 EXECUTORS = {
     "local": Executor(start_local, is_alive_local, wait_local, interrupt_local),
 }
+
+
+def is_hand_alive(handle: dict) -> bool:
+    """Whether the process of a hand lives."""
+    return EXECUTORS[handle["executor"]].is_alive(handle)
 
 
 def collect_child(pid: int) -> int | None:
@@ -3258,9 +3332,9 @@ def first_message(deal: Deal) -> str:
     return "\n" + text if text.startswith("/") else text
 
 
-def render_message(text: str, uuid: str) -> str:
+def render_message(text: str, message_id: str) -> str:
     """A message as a line of claude's `--input-format stream-json`; its echo carries the uuid."""
-    return json.dumps({"type": "user", "message": {"role": "user", "content": text}, "uuid": uuid},
+    return json.dumps({"type": "user", "message": {"role": "user", "content": text}, "uuid": message_id},
                       separators=(",", ":")) + "\n"
 
 
@@ -3744,9 +3818,17 @@ class Dispatcher:
         self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal,
                     usage=list(usage), cost_usd=live.talk.cost_usd() if tells else None,
                     session_id=live.talk.session_id, final=final if isinstance(final, str)
-                    else live.talk.last_text() or None, log_at=live.tail.at, lived_s=0.0 if end.vanished
-                    and not live.child else round(max(0.0, time.monotonic() - live.began), 3),
+                    else live.talk.last_text() or None, log_at=live.tail.at, lived_s=self.lived(live, end),
                     skipped=live.talk.skipped, **facts)
+
+    def lived(self, live: LiveHand, end: Ending) -> float:
+        """Seconds that a dead hand lived; of one that vanished while nobody watched, until its last word."""
+        age = max(0.0, time.monotonic() - live.began)
+        if end.vanished and not live.child:
+            with contextlib.suppress(OSError):
+                age = min(age,
+                          max(0.0, os.stat(live.tail.path).st_mtime - self.run.actors[live.actor].hand_at))
+        return round(age, 3)
 
     def adopt(self, name: str) -> LiveHand:
         """A hand that an earlier dispatcher started: its log is read again from its start."""
@@ -3883,7 +3965,7 @@ class Dispatcher:
 
     def export_record(self, name: str) -> None:
         """Append a settled actor's record to summary.jsonl."""
-        line = self.mask.json(json.dumps(self.record_line(name), allow_nan=False)) + "\n"
+        line = json.dumps(self.mask.value(self.record_line(name)), allow_nan=False) + "\n"
         if self.summary is None:
             path = os.path.join(self.run_dir, "summary.jsonl")
             self.summary = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -4015,7 +4097,7 @@ def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | Non
         done = subprocess.run([*program, *row.version], env=dict(env), stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, errors="replace", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
-        said = clean_text(str(e))
+        said = clean_text(e.strerror or "") if isinstance(e, OSError) else "no answer in 60 s"
         raise InvalidInput(f"agent {row.name}: {program[0]} {' '.join(row.version)}: {said}") from None
     if done.returncode:
         said = last_lines(done.stderr or done.stdout, 1)
@@ -4081,12 +4163,16 @@ def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -
 def render_resolved(order: Order, run_id: str) -> dict:
     """`resolved.json`: the manifest with nothing left to defaults."""
     former = order.former or {}
-    tasks = [{**{("timeout_secs" if k == "timeout_s" else k): v for k,
-                 v in t._asdict().items() if k != "index"},
-              "resume_session_id": (former.get(t.id) or {}).get("session_id")} for t in order.manifest.tasks
-             if order.only is None or t.id in order.only]
+    tasks = []
+    for task in order.manifest.tasks:
+        if order.only is None or task.id in order.only:
+            shown = {("timeout_secs" if k == "timeout_s" else k): v for k, v in task._asdict().items()
+                     if k != "index"}
+            tasks.append({**shown, "env": [*task.env],
+                          "resume_session_id": (former.get(task.id) or {}).get("session_id")})
     return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(),
-            "tasks": tasks, "lead": None, "mcp_servers": [s._asdict() for s in order.manifest.servers]}
+            "tasks": tasks, "lead": None, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
+                                                          for s in order.manifest.servers]}
 
 
 class Taken(NamedTuple):
@@ -4183,7 +4269,7 @@ def export_records(run_dir: str, run: RunState, mask: Mask) -> None:
     for name in run.settled:
         record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
         record["final_message"] = get_blob(run_dir, record["final_message"])
-        lines.append(mask.json(json.dumps(record, allow_nan=False)) + "\n")
+        lines.append(json.dumps(mask.value(record), allow_nan=False) + "\n")
     path = os.path.join(run_dir, "summary.jsonl")
     if lines or os.path.exists(path):
         write_file(path, "".join(lines).encode(), durable=True)
@@ -4455,6 +4541,7 @@ class DemoAgent:
         self.began = time.monotonic()
         self.last = "done"
         self.lingers = self.deaf = False
+        self.echo: dict | None = None
         self.inbox: list[dict | None] = []
         self.news = threading.Condition()
         self.interrupted = False
@@ -4494,8 +4581,15 @@ class DemoAgent:
         """Print one event of this session."""
         self.say_raw({"type": kind, **fields, "session_id": self.session_id, "uuid": mint_uuid()})
 
+    def say_echo(self) -> None:
+        """Print the echo of the message that is being answered, once; claude does so with its first answer."""
+        if self.echo:
+            self.say_raw(self.echo)
+            self.echo = None
+
     def message(self, block: dict) -> None:
         """Print one message of the assistant, with made-up usage."""
+        self.say_echo()
         self.number += 1
         self.turns += 1
         output = max(1, len(json.dumps(block)) // CHARS_PER_TOKEN)
@@ -4548,6 +4642,8 @@ class DemoAgent:
 
     def api_error(self, status: int, code: str, text: str) -> None:
         """Print what claude prints when a provider says no, and exit as it does."""
+        self.step_retry("1", status, code)
+        self.say_echo()
         self.event("assistant", message={"id": mint_uuid(), "model": "<synthetic>", "role": "assistant",
                                          "stop_reason": "stop_sequence", "stop_sequence": "",
                                          "type": "message", "usage": {"input_tokens": 0, "output_tokens": 0,
@@ -4606,9 +4702,9 @@ class DemoAgent:
                    mcp_servers=[], model=self.model, permissionMode="bypassPermissions", slash_commands=[],
                    apiKeySource="none", claude_code_version=VERSION, output_style="default", agents=[],
                    skills=[], plugins=[])
-        self.say_raw({"type": "user", "message": {"role": "user", "content": text},
-                      "session_id": self.session_id, "parent_tool_use_id": None, "uuid": message.get("uuid")
-                      or mint_uuid(), "timestamp": render_time(time.time()), "isReplay": True})
+        self.echo = {"type": "user", "message": {"role": "user", "content": text},
+                     "session_id": self.session_id, "parent_tool_use_id": None, "uuid": message.get("uuid")
+                     or mint_uuid(), "timestamp": render_time(time.time()), "isReplay": True}
         script = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
         if script or not self.session["script"]:
             self.session.update(script=script, done=0)
@@ -4720,11 +4816,11 @@ class DemoAgent:
                       "uuid": mint_uuid(), "session_id": self.session_id})
         self.api_error(429, "rate_limit", "API Error: Request rejected (429) · a limit of the script")
 
-    def step_retry(self, rest: str) -> None:
+    def step_retry(self, rest: str, status: int = 529, code: str = "overloaded") -> None:
         """Repeat a request, as claude does when a provider is busy."""
         for attempt in range(1, int(rest or 1) + 1):
             self.event("system", subtype="api_retry", attempt=attempt, max_retries=10, retry_delay_ms=1.0,
-                       error_status=529, error="overloaded")
+                       error_status=status, error=code)
 
     def step_auth(self, rest: str) -> None:
         """Fail to log in."""
@@ -4780,36 +4876,37 @@ class Step(NamedTuple):
     meaning: str
 
 
-STEPS = {
-    "say":    Step(DemoAgent.step_say,    "say TEXT",            "one message"),
-    "write":  Step(DemoAgent.step_write,  "write PATH TEXT",     "write a line (`\\n` for more) to a file "
-                                                                 "in its folder"),
-    "append": Step(DemoAgent.step_append, "append PATH TEXT",    "the same at the end of the file"),
-    "commit": Step(DemoAgent.step_commit, "commit [MESSAGE]",    "commit everything in the folder"),
-    "run":    Step(DemoAgent.step_run,    "run COMMAND",         "a shell command; its output is a tool "
-                                                                 "result; a failure does not end the script"),
-    "sleep":  Step(DemoAgent.step_sleep,  "sleep SECONDS",       "let time pass"),
-    "print":  Step(DemoAgent.step_print,  "print BYTES [LINE]",
-                   "messages of LINE bytes (1000), BYTES in all"),
-    "raw":    Step(DemoAgent.step_raw,    "raw TEXT",            "a line that is no event; `\\n` and "
-                                                                 "`\\xNN` are escapes"),
-    "stderr": Step(DemoAgent.step_stderr, "stderr TEXT",         "a line on the standard error output"),
-    "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]", "meet a usage limit (429) that resets in "
-                                                                 "SECONDS (60); with N only the first N times"),
-    "retry":  Step(DemoAgent.step_retry,  "retry [N]",           "say N times that a request is repeated"),
-    "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
-    "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",         "end with a result that is an error, exit "
-                                                                 "status 1"),
-    "exit":   Step(DemoAgent.step_exit,   "exit CODE",           "exit at once, without a result"),
-    "hang":   Step(DemoAgent.step_hang,   "hang",                "sleep for ever"),
-    "linger": Step(DemoAgent.step_linger, "linger",              "stay after the result, whatever the input "
-                                                                 "says"),
-    "ignore": Step(DemoAgent.step_ignore, "ignore",              "ignore INT, TERM and HUP from here on"),
-    "daemon": Step(DemoAgent.step_daemon, "daemon SECONDS",      "leave a process behind, in a session of "
-                                                                 "its own, that ignores TERM"),
-    "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",         "send itself a signal: `kill KILL`, `kill "
-                                                                 "STOP`"),
-}
+STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one message"),
+         "write":  Step(DemoAgent.step_write,  "write PATH TEXT",
+                        "write a line (`\\n` for more) to a file " "in its folder"),
+         "append": Step(DemoAgent.step_append, "append PATH TEXT",    "the same at the end of the file"),
+         "commit": Step(DemoAgent.step_commit, "commit [MESSAGE]",    "commit everything in the folder"),
+         "run":    Step(DemoAgent.step_run,    "run COMMAND",         "a shell command; its output is a tool "
+                        "result; a failure does not end the script"),
+         "sleep":  Step(DemoAgent.step_sleep,  "sleep SECONDS",       "let time pass"),
+         "print":  Step(DemoAgent.step_print,  "print BYTES [LINE]",
+                        "messages of LINE bytes (1000), BYTES in all"),
+         "raw":    Step(DemoAgent.step_raw,    "raw TEXT",            "a line that is no event; `\\n` and "
+                        "`\\xNN` are escapes"), "stderr": Step(DemoAgent.step_stderr, "stderr TEXT",
+                                                               "a line on the standard error output"),
+         "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]",
+                        "meet a usage limit (429) that resets in SECONDS"
+                        " (60); with N only the first N times"),
+         "retry":  Step(DemoAgent.step_retry,  "retry [N]",
+                        "say N times that a request is repeated"),
+         "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
+         "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",
+                        "end with a result that is an error, exit " "status 1"),
+         "exit":   Step(DemoAgent.step_exit,   "exit CODE",           "exit at once, without a result"),
+         "hang":   Step(DemoAgent.step_hang,   "hang",                "sleep for ever"),
+         "linger": Step(DemoAgent.step_linger, "linger",
+                        "stay after the result, whatever the input " "says"),
+         "ignore": Step(DemoAgent.step_ignore, "ignore",
+                        "ignore INT, TERM and HUP from here on"),
+         "daemon": Step(DemoAgent.step_daemon, "daemon SECONDS",
+                        "leave a process behind, in a session of " "its own, that ignores TERM"),
+         "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",
+                        "send itself a signal: `kill KILL`, `kill " "STOP`"),}
 
 
 def walk_script(lines: list[str]) -> Iterator[str]:
@@ -5167,7 +5264,7 @@ def cmd_resume(options: Any) -> str:
     meta = read_json(os.path.join(run_dir, "meta.json"))
     if meta is None:
         raise Refused(f"{run_dir} has no meta.json that can be read: it is not a whole run folder")
-    if os.path.exists(os.path.join(run_dir, "summary.json")) and not is_locked(run_dir):
+    if is_finished(run_dir):
         return resume_as_new(run_dir, meta, options)
     if options.failed:
         raise Refused("--failed is for finished runs; this one is continued as it is",
@@ -5215,10 +5312,9 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
             check_free(former[name].get("path"))
             warn_of_loss(name, former[name])
     label = meta.get("manifest_path") or "stdin"
-    order = Order(data,
-                  loaded.manifest._replace(rules=loaded.manifest.rules._replace(max_parallel=old.facts["max_parallel"])), label,
-                  meta.get("manifest_name") or "", meta.get("base_dir") or "/", os.path.dirname(run_dir),
-                  version, tuple(wanted), former,
+    rules = loaded.manifest.rules._replace(max_parallel=old.facts["max_parallel"])
+    order = Order(data, loaded.manifest._replace(rules=rules), label, meta.get("manifest_name") or "",
+                  meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
                   os.path.basename(run_dir))
     umask = os.umask(0o077)
     return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
@@ -5257,7 +5353,7 @@ def cmd_cancel(options: Any) -> str:
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     run_id = os.path.basename(run_dir)
     if not is_locked(run_dir):
-        if os.path.exists(os.path.join(run_dir, "summary.json")):
+        if is_finished(run_dir):
             raise Refused(f"the run {run_id} has settled already", hint=f"pitboss status {run_id}")
         umask = os.umask(0o077)
         deal_and_report(run_dir, umask, options, cancel=options.reason or "")
@@ -5274,6 +5370,13 @@ def cmd_cancel(options: Any) -> str:
     say_error(f"pitboss: run {run_id} is cancelled" if not options.no_wait
               else f"pitboss: run {run_id} is being cancelled")
     return "ok"
+
+
+def is_finished(run_dir: str) -> bool:
+    """Whether a run has come to its end: its journal says so, or it has a summary and no journal."""
+    journal = os.path.join(run_dir, "journal.jsonl")
+    summary = os.path.exists(os.path.join(run_dir, "summary.json"))
+    return summary and (not os.path.exists(journal) or fold_run(run_dir).finished_at is not None)
 
 
 def run_state(run_dir: str) -> str:
@@ -5395,8 +5498,8 @@ def cmd_attach(options: Any) -> str:
                        f"{names}{did_you_mean(options.actor, names.split(', '))}")
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
     log = os.path.join(run_dir, "tasks", options.actor, "stdout.log")
-    tail, colour, settled = Tail(log, last_lines_at(log,
-                                                    options.lines)), want_colour(sys.stdout), found["status"] is not None
+    tail, colour = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout)
+    settled = found["status"] is not None
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             lines = tail.read(READ_AT_ONCE)
@@ -5422,7 +5525,7 @@ def is_settled(run_dir: str, actor: str) -> bool:
     """Whether an actor has ended, or nobody is there to say so."""
     run = fold_run(run_dir)
     return run.actors[actor].state in ("closing", "settled") or not is_locked(run_dir) and not (
-        run.actors[actor].handle and is_alive_local(run.actors[actor].handle))
+        run.actors[actor].handle and is_hand_alive(run.actors[actor].handle))
 
 
 def last_lines_at(path: str, count: int) -> int:
@@ -5611,8 +5714,7 @@ def render_reference() -> str:
         parts += [f"#### `{heads[name]}`: {what.replace('`[agent.NAME]`: ', '')}", "",
                   reference_of(tuple(shown)), ""]
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
-    parts += [f"| `{c.name} {c.usage}`".replace(" `", "`") + f" | {c.help} |" for c in COMMANDS.values()
-              if c.help]
+    parts += [f"| `{f'{c.name} {c.usage}'.strip()}` | {c.help} |" for c in COMMANDS.values() if c.help]
     parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
               *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
     parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|",

@@ -384,9 +384,15 @@ def test_the_turn_after_a_background_command_is_waited_for(claude):
 
 
 @real
-def test_a_big_answer(claude):
-    run = claude.dispatch(claude.task("a", prompt(say("a big answer ", repeat=100_000))))
-    assert len(check_success(run)["final_message"]) == 1_300_000
+def test_big_answers(claude):
+    """One is in the record as it is; of one beyond all measure the ends are, and its cost is right all the same."""
+    run = claude.dispatch(claude.task("big", prompt(say("a big answer ", repeat=40_000))),
+                          claude.task("huge", prompt(say("a huge answer ", repeat=200_000))))
+    assert len(check_success(run, "big")["final_message"]) == 520_000
+    huge, last = run.record("huge"), run.results("huge")[-1]
+    assert huge["status"] == "Success" and huge["token_usage"] == model_tokens(last)
+    assert huge["final_message"].startswith("a huge answer a huge answer")
+    assert huge["final_message"].endswith("a huge answer a huge answer ")
 
 
 # ------------------------------------------------------------------ prompts and tools
@@ -744,6 +750,25 @@ def test_a_killed_dispatcher_and_a_living_agent(claude):
     assert check_success(run)["final_message"] == "finished"
     assert run.hands() == 1
     assert len(claude.bodies()) == 2
+    check_nothing_lives(run)
+
+
+@real
+def test_dispatchers_come_and_go(claude):
+    """Whoever deals, and whenever it dies: each step of each agent happens once."""
+    root, names = claude.home.root, ["t1", "t2", "t3"]
+    steps = {name: [bash(f"sleep 0.7; echo {n} >>{root}/{name}") for n in range(4)] for name in names}
+    process, run = claude.start(*(claude.task(name, prompt(*steps[name], say("finished"))) for name in names))
+    for lines in (1, 2, 3):
+        wait_for(lambda: sum(len(path.read_text().split()) for path in root.glob("t?")) >= 3 * lines, LONG_S)
+        process.kill()
+        process.wait()
+        process = claude.home.start("resume", run.name)
+    assert process.wait(60) == 0
+    for name in names:
+        assert check_success(run, name)["final_message"] == "finished"
+        assert (root / name).read_text().split() == ["0", "1", "2", "3"]
+        assert run.hands(name) == 1
     check_nothing_lives(run)
 
 

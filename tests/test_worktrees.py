@@ -74,6 +74,13 @@ def trees_of(repo: Path) -> list[str]:
     return [line.removeprefix("worktree ") for line in lines if line.startswith("worktree ")][1:]
 
 
+def locked_trees(repo: Path) -> list[str]:
+    """Folders of the linked worktrees that somebody locked."""
+    entries = [entry.splitlines() for entry in git(repo, "worktree", "list", "--porcelain").split("\n\n")]
+    return [lines[0].removeprefix("worktree ") for lines in entries
+            if any(line.startswith("locked") for line in lines)]
+
+
 def commit_on(repo: Path, branch: str, name: str) -> str:
     """Make `branch` at HEAD with one more commit; the checkout stays where it was."""
     before = git(repo, "rev-parse", "--abbrev-ref", "HEAD").strip()
@@ -120,6 +127,8 @@ def judge(home: Home, cases: list[Case], policy: str, repo: Path, records: dict,
         note = json.loads(path.read_text())
         problems += problems_of(case, note, records[case.id], found)
         kept += [note["top"]] if os.path.isdir(note["top"]) else []
+    problems += [f"[{policy}] {path} is left locked" for path in locked_trees(repo)
+                 if "locked" not in next(case for case in cases if path.endswith(case.id)).features]
     known = {path for path in trees_of(repo) if not path.endswith("/inner")}
     if known != set(kept):
         gone, unknown = known - set(kept), set(kept) - known
@@ -265,6 +274,7 @@ def test_an_agent_that_removes_its_own_tree_does_no_harm(home):
     records = deal(home, tasks, worktree_cleanup="always")
     assert {record["status"] for record in records.values()} == {"Success"}
     assert records["gone"]["worktree_path"] is None
+    assert locked_trees(repo) == []
 
 
 def test_a_folder_of_the_users_in_the_place_of_the_tree_is_not_removed(home):
@@ -277,6 +287,7 @@ def test_a_folder_of_the_users_in_the_place_of_the_tree_is_not_removed(home):
     assert (Path(done["worktree_path"]) / "mine.txt").read_text() == "mine\n"
     [away] = (home.root / "trees").glob("**/*.away")
     assert (away / "file0.txt").exists()
+    assert locked_trees(repo) == []
 
 
 BREAKS = {
@@ -469,6 +480,40 @@ def test_an_existing_free_branch_is_used_and_stays(home):
     assert {record["status"] for record in records.values()} == {"Success"}
     assert branches(repo) == {"main", "topic", "empty"}
     assert git(repo, "rev-parse", "topic").strip() == commit
+
+
+def test_a_tag_of_the_same_name_does_not_take_the_branchs_place(home):
+    repo = home.repo()
+    commit = commit_on(repo, "topic", "topic.txt")
+    git(repo, "tag", "topic", "main")
+    seen = home.root / "seen"
+    deal(home, [task(repo, f"{{ git rev-parse HEAD; git symbolic-ref HEAD; }} >'{seen}'", branch="topic")])
+    assert seen.read_text().split() == [commit, "refs/heads/topic"]
+
+
+def test_a_branch_that_the_user_makes_meanwhile_is_not_reset(home):
+    """The lock that pitboss waits for is the user's own `git branch topic COMMIT`, which then succeeds."""
+    repo = home.repo()
+    commit = commit_on(repo, "users", "users.txt")
+    heads = repo / ".git" / "refs" / "heads"
+    (heads / "topic.lock").write_text(commit + "\n")
+    timer = threading.Timer(1, (heads / "topic.lock").rename, [heads / "topic"])
+    timer.start()
+    try:
+        done = deal(home, [task(repo, branch="topic")], check=None)["a"]
+    finally:
+        timer.join()
+    assert git(repo, "rev-parse", "-q", "--verify", "refs/heads/topic", check=False).strip() == commit
+    assert done["status"] == "Success" or "topic" in reason(done)
+
+
+def test_an_empty_branch_that_is_checked_out_elsewhere_stays(home):
+    """Deleting it would leave that other worktree on a branch that does not exist."""
+    repo = home.repo()
+    script = "b=$(git branch --show-current); git checkout -q --detach; git worktree add -q '{}' \"$b\""
+    deal(home, [task(repo, script.format(home.root / "users"))], worktree_cleanup="always")
+    assert git(home.root / "users", "rev-parse", "HEAD") == git(repo, "rev-parse", "main")
+    assert git(home.root / "users", "status", "--short") == ""
 
 
 def test_a_branch_that_is_checked_out_elsewhere_is_a_spawn_failure(home):
@@ -887,6 +932,18 @@ def test_resume_where_the_user_removed_the_kept_folder_uses_the_branch(home):
     assert trial.resume()["status"] == "Success"
     _, _, branch, head = trial.place()
     assert (branch, head) == (own, git(trial.repo, "rev-parse", own).strip())
+
+
+def test_resume_does_not_check_a_branch_out_that_the_user_is_on(home):
+    """The kept folder is gone, and the user works on its branch now: a commit would move it under them."""
+    trial = Again(home, f"{committing('one.txt')}; echo loose >loose.txt", committing("two.txt"))
+    subprocess.run(["rm", "-rf", trial.first["worktree_path"]], check=True)
+    own, repo = trial.first["branch"], trial.repo
+    git(repo, "checkout", "-q", "--ignore-other-worktrees", own)
+    before = note_of(str(repo))
+    home.pitboss("resume", trial.run.name)
+    assert note_of(str(repo)) == before
+    assert git(repo, "status", "--short") == ""
 
 
 def test_resume_of_a_resume_goes_on_in_the_same_tree_until_it_may_go(home):

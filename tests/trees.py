@@ -44,6 +44,9 @@ FEATURES = [Feature(*row) for row in (
     ("commits", "commit", "commits", "w c1.txt one; save c1.txt; w c2.txt two; save c2.txt"),
     ("dropped_commit", "commit", "unsaved",
      "w dropped.txt one; save dropped.txt; noted HEAD; git reset -q --hard HEAD~1"),
+    ("dropped_with_odd_message", "commit", "unsaved",     # a reflog line ends at a line feed and nowhere else
+     "w odd.txt one; git add odd.txt; message=$(printf 'a\\342\\200\\250b --not c d\\014e f --all g');"
+     ' git commit -q -m "$message"; noted HEAD; git reset -q --hard HEAD~1'),
     ("amended", "commit", "either",
      "w am.txt one; save am.txt; w am.txt two; git commit -qa --amend -m again"),
     ("tagged_commit", "commit", "either",
@@ -132,6 +135,8 @@ FEATURES = [Feature(*row) for row in (
     ("nested_unborn", "files", "stays", "git init -q unborn; w unborn/file.txt new"),
     ("nested_gitfile", "files", "stays",
      'git init -q --separate-git-dir "$NOTES/$ID.sep" apart; w apart/file.txt new'),
+    ("nested_bare", "files", "stays",
+     "mkdir -p ignored; nest bare; git clone -q --bare bare ignored/bare.git; rm -rf bare"),
     ("nested_worktree", "files", "stays",
      "again git worktree add -q --force --detach inner main; w inner/x.txt new"),
     ("submodule", "files", "stays",
