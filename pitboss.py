@@ -220,7 +220,7 @@ def render_time(at: float | None) -> str | None:
     """Unix seconds as RFC 3339 in UTC with milliseconds; None stays None."""
     if at is None:
         return None
-    millis = int(round(at * 1000))
+    millis = int(round(min(max(at, 0.0), 253_402_300_799.0) * 1000))
     days, rest = divmod(millis, 86_400_000)
     year, month, day = civil_date(days)
     hours, minutes, seconds = rest // 3_600_000, rest // 60_000 % 60, rest // 1000 % 60
@@ -326,20 +326,21 @@ class Mask(NamedTuple):
 # Keys whose values are words of agents, operators and manifests, wherever they stand in a JSON value.
 FREE_TEXTS = frozenset(("final", "final_message", "final_message_preview", "head", "message", "reason",
                         "prompt", "prompt_preview", "leftovers", "kept", "worktree_kept", "restore",
-                        "stop_reason", "args", "why", "words"))
+                        "stop_reason", "args", "words"))
 
 
 # Shapes of well known keys: Anthropic and OpenAI, GitHub, GitLab, Slack, AWS, Google, JSON web tokens.
 _TOKEN_SHAPES = (
     # what each begins with    its shape
-    (("sk-",),                 r"\bsk-[A-Za-z0-9_-]{16,}"),
-    (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{20,}"),
-    (("github_pat_",),         r"\bgithub_pat_[A-Za-z0-9_]{20,}"),
-    (("glpat-",),              r"\bglpat-[A-Za-z0-9_-]{16,}"),
-    (("xox",),                 r"\bxox[abprs]-[A-Za-z0-9-]{10,}"),
-    (("AKIA",),                r"\bAKIA[A-Z0-9]{16}\b"),
-    (("AIza",),                r"\bAIza[A-Za-z0-9_-]{30,}"),
-    (("eyJ",),                 r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+"),
+    (("sk-",),
+     r"sk-(?:ant|proj|or|svcacct)-[A-Za-z0-9_-]{16,}|(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}"),
+    (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"gh[pousr]_[A-Za-z0-9]{20,}"),
+    (("github_pat_",),         r"github_pat_[A-Za-z0-9_]{20,}"),
+    (("glpat-",),              r"glpat-[A-Za-z0-9_-]{16,}"),
+    (("xox",),                 r"xox[abprs]-[A-Za-z0-9-]{10,}"),
+    (("AKIA",),                r"AKIA[A-Z0-9]{16}(?![A-Za-z0-9])"),
+    (("AIza",),                r"AIza[A-Za-z0-9_-]{30,}"),
+    (("eyJ",),                 r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+"),
 )
 SECRET_NAMES = ("*KEY*", "*TOKEN*", "*SECRET*", "*PASSWORD*", "*PASSWD*", "*CREDENTIAL*")
 MIN_SECRET = 6            # characters; a shorter value would mask half of every text
@@ -1117,6 +1118,7 @@ def fold_claude(talk: Talk, line: bytes) -> None:
 _EVENT_TYPE = re.compile(rb'\{\s*"type"\s*:\s*"(\w+)"')
 _REPLAY = re.compile(rb'"isReplay"\s*:\s*true')
 MAX_COUNT = 1 << 53        # of anything that a program says of itself
+MAX_MOMENT = 253_402_300_799.0       # the last second of the year 9999
 
 
 def read_count(value: Any) -> int:
@@ -1138,7 +1140,8 @@ def read_word(value: Any) -> str:
 
 def _fold_limit(talk: Talk, event: dict) -> None:
     resets_at = read_number((event.get("rate_limit_info") or {}).get("resetsAt"))
-    talk.resets_at = resets_at if resets_at is not None else talk.resets_at
+    if resets_at is not None and resets_at <= MAX_MOMENT:
+        talk.resets_at = resets_at
 
 
 def _fold_echo(talk: Talk, event: dict) -> None:
@@ -1172,9 +1175,10 @@ def _fold_message(talk: Talk, event: dict) -> None:
     if len(talk.running) >= KEPT_MESSAGES:    # fold the oldest into one entry: its id will not come again
         oldest = next(k for k in talk.running if k)
         talk.running[""] = talk.running.pop("", Usage()).plus(talk.running.pop(oldest))
-    talk.running[key] = Usage(
-        read_count(usage.get("input_tokens")), before.output + -(-said // CHARS_PER_TOKEN),
-        int(usage.get("cache_read_input_tokens") or 0), int(usage.get("cache_creation_input_tokens") or 0))
+    talk.running[key] = Usage(read_count(usage.get("input_tokens")),
+                              before.output + -(-said // CHARS_PER_TOKEN),
+                              read_count(usage.get("cache_read_input_tokens")),
+                              read_count(usage.get("cache_creation_input_tokens")))
 
 
 def _fold_result(talk: Talk, event: dict) -> None:
@@ -1182,16 +1186,18 @@ def _fold_result(talk: Talk, event: dict) -> None:
     talk.results += 1
     talk.open = False
     talk.session_id = read_word(event.get("session_id")) or talk.session_id
+    errors = event.get("errors") if isinstance(event.get("errors"), list) else []
+    event = {**event, "errors": [e for e in errors if isinstance(e, str)]}
     talk.result = {k: event.get(k) for k in ("subtype", "is_error", "api_error_status", "result",
                                              "terminal_reason", "errors")}
     if not event.get("is_error"):
         talk.error = ""
     models = event.get("modelUsage") or {}
     if models:
-        talk.known = functools.reduce(Usage.plus, (Usage(int(m.get("inputTokens") or 0),
-                                                         int(m.get("outputTokens") or 0),
-                                                         int(m.get("cacheReadInputTokens") or 0),
-                                                         int(m.get("cacheCreationInputTokens") or 0))
+        talk.known = functools.reduce(Usage.plus, (Usage(read_count(m.get("inputTokens")),
+                                                         read_count(m.get("outputTokens")),
+                                                         read_count(m.get("cacheReadInputTokens")),
+                                                         read_count(m.get("cacheCreationInputTokens")))
                                                    for m in models.values()))
         talk.running.clear()
     cost = read_number(event.get("total_cost_usd"))
@@ -1258,7 +1264,7 @@ def fold_line(talk: Talk, line: bytes, form: str) -> None:
     """Fold one line of a log into `talk`; one that cannot be read is counted and skipped."""
     try:
         FORMATS[form].fold(talk, line)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError):
         talk.skipped += 1
 
 
@@ -1304,8 +1310,7 @@ def find_reason(talk: Talk, end: Ending) -> dict:
     """`{kind, message}` of a hand that did not succeed, and `resets_at` (unix seconds) where it is known."""
     result = talk.result or {}
     said = result.get("result") if result.get("is_error") and isinstance(result.get("result"), str) else ""
-    errors = [e for e in result.get("errors") or [] if isinstance(e, str)]
-    message = said or "; ".join(errors) or last_lines(end.stderr) or how_ended(end)
+    message = said or "; ".join(result.get("errors") or ()) or last_lines(end.stderr) or how_ended(end)
     kind = ERROR_KINDS.get(talk.error, "unknown")
     if talk.result is None and not talk.error and not end.log_cut:
         message = how_ended(end) + " without a result" + (f": {last_lines(end.stderr)}" if end.stderr.strip()
@@ -1377,7 +1382,7 @@ class Actor(NamedTuple):
     how: str = "prompt"
     #                                session, with `continue`), again (the session, with the whole prompt)
     hand: int = 0                  # number of the last one dealt
-    message: str = ""              # uuid of its first message
+    message_id: str = ""           # uuid of its first message
     hands: int = 0                 # how many were started
     lost: int = 0                  # hands that vanished and were dealt again
     afresh: bool = False           # a hand that never began was dealt again once
@@ -1505,7 +1510,7 @@ def on_hand_dealt(run: RunState, event: dict) -> None:
     """A hand has its number and session; it may start from now on."""
     run.owed.pop(("deal", event["actor"]), None)
     change(run, event["actor"], hand=event["hand"], session_id=event["session_id"], how=event["how"],
-           log_at=event["log_at"], message=event["message"])
+           log_at=event["log_at"], message_id=event["message_id"])
     owe(run, "spawn", event["actor"])
 
 
@@ -1654,6 +1659,7 @@ def fill_slots(run: RunState) -> None:
         run.live += 1
         verb = "place" if actor.use_worktree and actor.place is None else "deal"
         change(run, actor.id, state="placing" if verb == "place" else "dealing")
+        run.owed.pop(("finish", ""), None)
         owe(run, verb, actor.id)
 
 
@@ -1707,20 +1713,22 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
                                                     "message": f"its folder is gone: {actor.directory}"}}
     if succeeded(talk, end, form):
         return {"status": "Success", "reason": None}
-    errors = " ".join(str(e) for e in (talk.result or {}).get("errors") or ()) + end.stderr
+    if actor.stop and actor.stop != "linger":       # no other hand for an actor that was stopped
+        return {"status": "Failed", "reason": find_reason(talk, end)}
+    errors = " ".join((talk.result or {}).get("errors") or ()) + end.stderr
     unknown_session = "No conversation found" in errors or "is already in use" in errors
     silent = not talk.began and talk.result is None
     unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0
                                                                                or end.signal is not None)
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
-    if end.vanished and silent and not actor.afresh:
-        # a session that was announced may be kept with its prompt in it; one that was not is not there
-        again = actor.how if actor.how in ("resume",
-                                           "again") else "resume" if talk.seen and actor.resumes else "afresh"
-        return {"again": again, "cause": "lost" if again == "resume" else "unbegun"}
+    if end.vanished and silent and not actor.afresh and actor.how not in ("resume",
+                                                                          "again") and not talk.seen:
+        return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and actor.lost < MAX_LOST_HANDS:
-        return {"again": "resume" if actor.resumes else "prompt", "cause": "lost"}
+        # a session that was announced may be kept, with its prompt in it; `again` has not told its prompt yet
+        again = "again" if silent and actor.how == "again" else "resume"
+        return {"again": again if actor.resumes else "prompt", "cause": "lost"}
     return {"status": "Failed", "reason": find_reason(talk, end)}
 
 
@@ -2242,6 +2250,7 @@ GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR",
 LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with when it is ours
 GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
+MISSING_ENTRY = "missing but"      # git's words for a worktree that it knows and that is not there
 _CONTENTION = re.compile(r"File exists|could not lock config file|Another git process"
                          r"|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
@@ -2271,6 +2280,7 @@ class Place(NamedTuple):
     made: bool                 # whether this run made the branch
     repo: str                  # git common dir
     directory: str             # the actor's directory in the original work tree
+    gitdir: str = ""           # what git knows of the worktree: stays when the folder goes
 
 
 def git_env(env: Mapping[str, str], **more: str) -> dict[str, str]:
@@ -2421,29 +2431,42 @@ class Git:
         that was begun for the same `reason` and never handed out is made again.  Raises GitError.
         """
         repo = await self.look(directory)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         async with self.repository_lock(repo.common) as fd:
             found = await self.find_begun(repo, path, reason, own)
             if found:
                 return self.place_of(repo, directory, path, found, own)
-            exists, wanted, number = await self.has_branch(repo, branch), branch, 1
-            while exists and own:
-                number += 1
-                branch = f"{wanted}-{number}"
-                exists = await self.has_branch(repo, branch)
             base = repo.head
-            if start and not exists:
+            if start:
                 code, out, _ = await self.run(repo.top, "rev-parse", "--verify", "-q", f"{start}^{{commit}}")
                 base = out.decode().strip() if not code else base
-            await self.try_worktree(repo, path, branch, exists, reason, base, fd)
-            if exists:
-                base = await self.ask(path, "rev-parse", "HEAD")
-            return self.place_of(repo, directory, path, (branch, base), not exists)
+            deadline, pause = time.monotonic() + GIT_PATIENCE_S, 0.05
+            while True:
+                name, exists = await self.choose_branch(repo, branch, own)
+                err = await self.try_worktree(repo, path, name, exists, reason, base, fd)
+                if not err:
+                    base = await self.ask(path, "rev-parse", "HEAD") if exists else base
+                    return self.place_of(repo, directory, path, (name, base), not exists)
+                if not _CONTENTION.search(err):
+                    raise GitError(err)
+                if time.monotonic() > deadline:
+                    raise GitError(f"{err} (waited {GIT_PATIENCE_S:g} s)")
+                await asyncio.sleep(pause)
+                pause = min(1.0, pause * 2)
+
+    async def choose_branch(self, repo: Repo, branch: str, own: bool) -> tuple[str, bool]:
+        """(the branch to use, whether it exists); a taken name of the run's own gets a number."""
+        name, number = branch, 1
+        while (exists := await self.has_branch(repo, name)) and own:
+            number += 1
+            name = f"{branch}-{number}"
+        return name, exists
 
     def place_of(self, repo: Repo, directory: str, path: str, head: tuple[str, str], made: bool) -> Place:
         """The Place of a worktree whose HEAD is `head` (branch, commit)."""
         cwd = os.path.join(path, repo.prefix) if repo.prefix else path
         os.makedirs(cwd, mode=0o777 & ~self.umask, exist_ok=True)     # a folder that HEAD does not have
-        return Place(path, cwd, head[0], head[1], made, repo.common, directory)
+        return Place(path, cwd, head[0], head[1], made, repo.common, directory, worktree_gitdir(path))
 
     async def has_branch(self, repo: Repo, branch: str) -> bool:
         """Whether the repository has that branch."""
@@ -2475,30 +2498,30 @@ class Git:
         return None
 
     async def try_worktree(self, repo: Repo, path: str, branch: str, exists: bool, reason: str, base: str,
-                           fd: int) -> None:
-        """`git worktree add`, again and again while another process holds a lock of git's own."""
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        deadline, pause, flag, force = time.monotonic() + GIT_PATIENCE_S, 0.05, "-b", []
-        while True:
-            start = [path, branch] if exists else ["--no-track", flag, branch, path, base]
-            # a reflog for HEAD, whatever the user's setting: it tells of commits that no branch holds
-            code, _, err = await self.run(repo.top, "-c", "core.logAllRefUpdates=always", "worktree", "add",
-                                          "--lock", "--reason", reason, *force, *start, pass_fds=(fd,))
-            if not code:
-                return
-            if exists and not force and "missing but" in err:
-                # its folder is gone, and its branch holds what it had committed
-                force = ["--force", "--force"]
-                continue
-            contended = _CONTENTION.search(err) and "a branch named" not in err
-            if not contended or time.monotonic() > deadline:
-                # git may leave the new branch behind; delete it only where it is as it was made
-                if not exists:
-                    await self.run(repo.top, "update-ref", "-d", f"refs/heads/{branch}", base)
-                raise GitError(err + (f" (waited {GIT_PATIENCE_S:g} s)" if contended else ""))
-            flag = "-B"
-            await asyncio.sleep(pause)
-            pause = min(1.0, pause * 2)
+                           fd: int) -> str:
+        """One `git worktree add`; returns git's words when it failed, and then nothing of it is left."""
+        start = [path, branch] if exists else ["--no-track", "-b", branch, path, base]
+        # a reflog for HEAD, whatever the user's setting: it tells of commits that no branch holds
+        code, _, err = await self.run(repo.top, "-c", "core.logAllRefUpdates=always", "worktree", "add",
+                                      "--lock", "--reason", reason, *start, pass_fds=(fd,))
+        if not code:
+            return ""
+        ref = f"refs/heads/{branch}"
+        if not exists and ref not in err and "a branch named" not in err:
+            await self.run(repo.top, "update-ref", "-d", ref, base)     # git leaves a new branch behind
+        if MISSING_ENTRY in err and not os.path.lexists(path) and await self.forget_missing(repo, path):
+            return await self.try_worktree(repo, path, branch, exists, reason, base, fd)
+        return err or f"git worktree add ended with status {code}"
+
+    async def forget_missing(self, repo: Repo, path: str) -> bool:
+        """Clear git's entry of a worktree whose folder was removed, where a branch holds what it was on."""
+        entries = os.path.join(repo.common, "worktrees")
+        for name in os.listdir(entries):
+            entry = os.path.join(entries, name)
+            if (read_text(os.path.join(entry, "gitdir")) == os.path.join(path, ".git")
+                    and read_text(os.path.join(entry, "HEAD")).startswith("ref: ")):
+                return not (await self.run(repo.top, "worktree", "remove", "--force", "--force", path))[0]
+        return False
 
     async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str,
                              scratch: str) -> dict:
@@ -2528,24 +2551,22 @@ class Git:
             kept = clean_text(str(e)) or type(e).__name__
             return {**told, "path": place.path if os.path.isdir(place.path) else None, "kept": kept}
         finally:
-            gitdir = worktree_gitdir(place.path)
-            if gitdir and read_text(os.path.join(gitdir, "locked")).startswith(LOCK_PREFIX):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(gitdir, "locked"))
+            unlock_worktree(place)
         if place.made and place.branch and place.base:
             await self.delete_empty_branch(place)
         return told
 
     async def delete_empty_branch(self, place: Place) -> None:
-        """Delete a branch of this run's own that holds nothing beyond its base."""
+        """Delete a branch of this run's own that holds nothing beyond its base, unless it is checked out."""
         ref = f"refs/heads/{place.branch}"
-        code, _, _ = await self.run(place.repo, "update-ref", "-d", ref, place.base)
-        if code:
-            gone, tip, _ = await self.run(place.repo, "rev-parse", "--verify", "-q", ref)
-            commit = tip.decode().strip()
-            if not gone and not (await self.run(place.repo, "merge-base", "--is-ancestor", commit,
-                                                place.base))[0]:
-                await self.run(place.repo, "update-ref", "-d", ref, commit)
+        code, out, _ = await self.run(place.repo, "for-each-ref", "--format=%(objectname) %(worktreepath)",
+                                      ref)
+        tip, _, used_at = out.decode("utf-8", "surrogateescape").strip("\n").partition(" ")
+        if code or not tip or used_at:
+            return
+        if tip == place.base or not (await self.run(place.repo, "merge-base", "--is-ancestor", tip,
+                                                    place.base))[0]:
+            await self.run(place.repo, "update-ref", "-d", ref, tip)
 
     async def inspect(self, place: Place) -> Tree:
         """What a worktree holds that is nowhere else, and why it had better stay.  Raises GitError."""
@@ -2672,10 +2693,23 @@ def worktree_gitdir(path: str) -> str:
     return gitdir if gitdir and os.path.isfile(os.path.join(gitdir, "commondir")) else ""
 
 
+def unlock_worktree(place: Place) -> None:
+    """Take pitboss's own lock off a worktree that it is done with.
+
+    Of one whose folder is gone while no branch holds what it was on, the lock keeps git from forgetting that.
+    """
+    head, locked = (os.path.join(place.gitdir, name) for name in ("HEAD", "locked"))
+    held = os.path.isdir(place.path) or read_text(head).startswith("ref: ")
+    if place.gitdir and held and read_text(locked).startswith(LOCK_PREFIX):
+        with contextlib.suppress(OSError):
+            os.unlink(locked)
+
+
 def find_nested(path: str) -> str:
     """A folder below `path` that is a repository or a worktree itself; empty when none is."""
     for folder, names, files in os.walk(path):
-        if folder != path and (".git" in names or ".git" in files):
+        bare = "HEAD" in files and "objects" in names and "refs" in names
+        if folder != path and (bare or ".git" in names or ".git" in files):
             return os.path.relpath(folder, path)
         if ".git" in names:
             names.remove(".git")
@@ -2709,11 +2743,14 @@ def read_status(out: bytes) -> tuple[list[str], str]:
 
 def reflog_commits(text: str) -> set[str]:
     """The commits in a reflog, less those that were only replaced by an amend or a rebase."""
-    entries = [(line.split(" ", 2)[1], line.partition("\t")[2]) for line in text.splitlines()
-               if line.count(" ") > 2]
+    entries = [found.groups() for line in text.split("\n") if (found := _REFLOG.match(line))]
     left_by = [message for _, message in entries[1:]] + [""]
     return {commit for (commit, _), message in zip(entries, left_by)
             if not message.startswith(("commit (amend)", "rebase")) and commit.strip("0")}
+
+
+# old commit, new commit, who and when, a tab, what was done; a subject may hold anything but a newline
+_REFLOG = re.compile(r"[0-9a-f]{40,64} ([0-9a-f]{40,64}) [^\t]*\t?(.*)")
 
 
 def render_argv(argv: Iterable[str]) -> str:
@@ -3187,7 +3224,9 @@ def join_ends(head: bytes, tail: bytes) -> bytes:
     """The two ends of a JSON line too long to keep: still JSON when both lie in one string."""
     head = re.sub(rb"\\[^\\]{0,12}\Z", b"", head[:-8] if len(head) > 8 else head).rstrip(b"\\")
     start = re.search(rb"(?<![\\u0-9a-fA-F])[A-Za-z ]", tail[1:])
-    return head.decode("utf-8", "ignore").encode() + b" ... " + (tail[1 + start.start():] if start else b"")
+    return head.decode("utf-8",
+                       "ignore").encode() + " \\n…\\n ".encode() + (tail[1 + start.start():] if start
+                                                                    else b"")
 
 
 def open_input(data: bytes) -> tuple[int, int, bytes]:
@@ -3697,7 +3736,7 @@ class Dispatcher:
         log = os.path.join(self.make_task_dir(name), "stdout.log")
         fresh = actor.how == "afresh" or not actor.session_id
         self.dealt.add((name, actor.hand + 1))
-        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message=mint_uuid(),
+        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id=mint_uuid(),
                     log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh
                     else actor.session_id)
 
@@ -3784,7 +3823,7 @@ class Dispatcher:
                                    or "/") or tuple(self_argv(self.run_dir))
             self.programs[actor.agent] = program
         place = actor.place or {}
-        return Deal(task, program, actor.how, actor.session_id, actor.message,
+        return Deal(task, program, actor.how, actor.session_id, actor.message_id,
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
                     config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
 
@@ -3871,6 +3910,8 @@ class Dispatcher:
         if written is not None and written.isdigit():
             status = int(written)
         cut = written is None and os.path.exists(os.path.join(folder, f"exit.{live.hand}"))
+        if written is None and not cut and status is not None and status > 128:
+            status = None              # that is how the shim ended; of the agent nobody knows
         cut = cut or self.journal.full or no_room_left(folder)
         code, number = split_status(status) if status is not None else (None, None)
         stderr = read_end(os.path.join(folder, "stderr.log"), 4096) if status or status is None else ""
@@ -3979,6 +4020,8 @@ class Dispatcher:
     async def effect_finish(self) -> None:
         """Write the summary; the run is at its end."""
         await self.end_strangers()
+        if ("finish", "") not in self.run.owed:
+            return                         # a lifted drain: it goes on
         records = [self.record_line(name) for name in self.run.settled]
         ended_at = round(self.journal.now(), 6)
         write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
@@ -4582,7 +4625,7 @@ class DemoAgent:
         self.say_raw({"type": kind, **fields, "session_id": self.session_id, "uuid": mint_uuid()})
 
     def say_echo(self) -> None:
-        """Print the echo of the message that is being answered, once; claude does so with its first answer."""
+        """Print the echo of the message that is answered, once; claude does so with its first answer."""
         if self.echo:
             self.say_raw(self.echo)
             self.echo = None
@@ -5412,7 +5455,7 @@ def look_at_run(run_dir: str) -> Overview:
     if state == "stale" and not any(a.hand or a.place for a in run.actors.values()):
         state = "aborted"
     alive = sum(1 for a in run.actors.values() if ("watch", a.id) in run.owed
-                and EXECUTORS[a.handle["executor"]].is_alive(a.handle))
+                and is_hand_alive(a.handle))
     actors = []
     for actor in run.actors.values():
         record = live_record(run, actor, os.path.join(run_dir, "tasks", actor.id, "stdout.log"))

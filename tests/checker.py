@@ -35,8 +35,12 @@ def trail_end(trail: Path, task: str) -> str:
     return f"echo end >>{notes}; rmdir {lock}"
 
 
-def check_run(run_dir: Path, repo: Path, promises: list[Promise], trail: Path | None = None) -> list[str]:
-    """Everything that must hold of a finished run whose tasks all succeeded."""
+def check_run(run_dir: Path, repo: Path, promises: list[Promise], trail: Path | None = None,
+              once: bool = True) -> list[str]:
+    """Everything that must hold of a finished run whose tasks all succeeded.
+
+    `once` is for agents that nobody killed: none of their steps was done again.
+    """
     ids = [p.task for p in promises]
     records = {r["task_id"]: r for r in _lines(run_dir / "summary.jsonl")}
     return [
@@ -45,7 +49,8 @@ def check_run(run_dir: Path, repo: Path, promises: list[Promise], trail: Path | 
           if r["status"] != "Success"),
         *check_journal(run_dir),
         *check_trees(run_dir, repo),
-        *(fault for p in promises if p.task in records for fault in check_work(records[p.task], repo, p)),
+        *(fault for p in promises if p.task in records
+          for fault in check_work(records[p.task], repo, p, once)),
         *(fault for i in ids if trail for fault in check_trail(trail, i)),
         *check_processes(run_dir.name),
     ]
@@ -107,8 +112,8 @@ def check_trees(run_dir: Path, repo: Path) -> list[str]:
     return faults
 
 
-def check_work(record: dict, repo: Path, promise: Promise) -> list[str]:
-    """Every line that the task wrote is there, and once: nothing was lost and nothing was done again."""
+def check_work(record: dict, repo: Path, promise: Promise, once: bool = True) -> list[str]:
+    """Every line that the task wrote is there, and `once`: nothing was lost and nothing was done again."""
     branch = _branch_of(record, repo)
     committed = git(repo, "show", f"{branch}:{COMMITTED}", check=False).splitlines() if branch else []
     loose = git(repo, "show", f"{branch}:{LOOSE}", check=False).splitlines() if branch else []
@@ -118,7 +123,8 @@ def check_work(record: dict, repo: Path, promise: Promise) -> list[str]:
     faults = []
     for kind, want, have in (("committed", promise.committed, committed), ("loose", promise.loose, loose)):
         faults += [f"{promise.task}: {kind} line {line!r}: {have.count(line)} times on {branch} or in "
-                   f"{record['worktree_path']}" for line in want if have.count(line) != 1]
+                   f"{record['worktree_path']}" for line in want
+                   if line not in have or (once and have.count(line) > 1)]
     return faults
 
 

@@ -236,6 +236,10 @@ def check_nothing_lives(run: Run, *pids: int) -> None:
     assert [pid for pid in pids if alive(pid)] == []
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def shim_pid(run: Run, task_id: str = "a") -> int:
     """The shell that the agent runs under; it is what records the exit."""
     return int((run.folder / "tasks" / task_id / "hand.1").read_text().split()[0])
@@ -243,8 +247,8 @@ def shim_pid(run: Run, task_id: str = "a") -> int:
 
 def claude_pid(run: Run) -> int:
     """The process of claude itself."""
-    program = os.path.realpath(CLAUDE)
-    return next(pid for pid in run.processes() if os.path.realpath(f"/proc/{pid}/exe") == program)
+    shim = shim_pid(run)
+    return next(pid for pid in run.processes() if parent_of(pid) == shim)
 
 
 def kill_everything(process, run: Run, task_id: str = "a") -> None:

@@ -122,7 +122,7 @@ def judge(home: Home, cases: list[Case], policy: str, repo: Path, records: dict,
     for case in cases:
         path = home.root / "notes" / f"{case.id}.json"
         if not path.exists():
-            problems.append(f"[{policy}] {case}: its script failed: {records[case.id]}")
+            problems.append(f"[{policy}] {case}: its script failed: {reason(records[case.id])}")
             continue
         note = json.loads(path.read_text())
         problems += problems_of(case, note, records[case.id], found)

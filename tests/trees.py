@@ -100,7 +100,7 @@ FEATURES = [Feature(*row) for row in (
     ("untracked", "files", "unsaved", "w untracked.txt new"),
     ("untracked_folders", "files", "unsaved", "mkdir -p new/er/est; w new/one.txt a; w new/er/est/two.txt b"),
     ("deleted", "files", "unsaved", "rm deleted.txt"),
-    ("deleted_staged", "files", "unsaved", "git rm -q deleted_staged.txt"),
+    ("deleted_staged", "files", "unsaved", "git rm -q -f deleted_staged.txt"),
     ("uncached", "files", "unsaved", "git rm -q --cached uncached.txt; w uncached.txt changed"),
     ("renamed", "files", "unsaved", "git mv renamed.txt renamed_to.txt"),
     ("moved", "files", "unsaved", "mv moved.txt moved_to.txt"),

@@ -1,0 +1,144 @@
+"""Record the journals in tests/data/journals: `python tests/record_journals.py` deals real runs and keeps what they wrote.
+
+What names this machine or its folders is replaced, so that a recording shows nothing of where it was made.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tools import PYTHON, Home, git, processes_with, read_events, wait_for  # noqa: E402
+
+JOURNALS = Path(__file__).resolve().parent / "data" / "journals"
+FAULTS = Path(__file__).resolve().parent / "faults.py"
+
+
+def task(ident: str, script: str, **more) -> str:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {"id": ident, "directory": "repo", "prompt": script, **more}.items()]
+    return "[[task]]\n" + "\n".join(lines) + "\n"
+
+
+def state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def deal_until(home: Home, manifest: Path, point: str, number: int) -> None:
+    """Dispatch, and SIGKILL the dispatcher at the `number`-th call of a kind (see faults.py)."""
+    argv = [PYTHON, str(FAULTS), point, str(number), "--", "dispatch", str(manifest)]
+    process = subprocess.Popen(argv, env=home.env, cwd=home.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: state_of(process.pid) in ("T", "Z", ""), 60)
+    process.kill()
+    process.wait()
+
+
+def has_event(home: Home, kind: str, actor: str) -> bool:
+    if not home.runs.is_dir() or not any(home.runs.glob("0*/journal.jsonl")):
+        return False
+    return any(e["kind"] == kind and e.get("actor") == actor for e in read_events(home.run_dir()))
+
+
+def plain(home: Home) -> None:
+    """Every way in which a run that nobody disturbs can go."""
+    home.repo("repo")
+    git(home.root / "repo", "branch", "taken")
+    git(home.root / "repo", "worktree", "add", "-q", str(home.root / "elsewhere"), "taken")
+    (home.root / "prog").write_text("#!/bin/sh\necho done\n")
+    (home.root / "prog").chmod(0o755)
+    manifest = home.manifest(
+        '[run]\nmax_parallel = 2\n[defaults]\nagent = "demo"\n[agent.own]\ncommand = ["./prog"]\n'
+        + task("good", "$ write a.txt x\n$ commit\n$ say done")
+        + task("long", "$ print 30000\n$ sleep 6\n$ print 5000")
+        + task("bad", "$ fail it did not work")
+        + task("taken", "$ say x", branch="taken")
+        + task("late", "$ hang", timeout_secs=1)
+        + task("breaks", "$ run rm ../prog", use_worktree=False)
+        + task("gone", "x", agent="own", use_worktree=False)
+        + task("draft", "$ write draft.txt x"))
+    home.pitboss("dispatch", manifest, check=1)
+
+
+def crashed(home: Home) -> None:
+    """The dispatcher dies twice: first a hand was dealt and not started, then one died with it and one goes on."""
+    home.repo("repo")
+    manifest = home.manifest('[run]\nmax_parallel = 3\n[defaults]\nagent = "demo"\nuse_worktree = false\n'
+                             + task("dead", "$ say a\n$ run test -e seen || { touch seen; sleep 60; }\n$ say b") + task("alive", "$ say a\n$ sleep 4")
+                             + task("dealt", "$ say x") + task("waits", "$ say x"))
+    deal_until(home, manifest, "spawn.before", 3)
+    resumed = home.start("resume", home.run_dir().name)
+    wait_for(lambda: has_event(home, "hand_started", "dealt"))
+    resumed.kill()
+    resumed.wait()
+    for pid in processes_with("PITBOSS_TASK_ID=dead"):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not processes_with("PITBOSS_TASK_ID=dead"))
+    home.pitboss("resume", home.run_dir().name, check=0)
+
+
+def stopped(home: Home) -> None:
+    """One signal drains, another cancels; two actors never start."""
+    home.repo("repo")
+    manifest = home.manifest('[run]\nmax_parallel = 2\n[defaults]\nagent = "demo"\n' + task("one", "$ say a\n$ hang")
+                             + task("two", "$ ignore\n$ hang") + task("three", "$ say x") + task("four", "$ say x"))
+    dispatch = home.start("dispatch", manifest)
+    wait_for(lambda: has_event(home, "hand_started", "two"))
+    dispatch.send_signal(signal.SIGINT)
+    wait_for(lambda: any(e["kind"] == "drained" for e in read_events(home.run_dir())))
+    dispatch.send_signal(signal.SIGINT)
+    assert dispatch.wait(60) == 130
+
+
+def cancelled(home: Home) -> None:
+    """A dead run is cancelled: a hand that was dealt is fenced off and skipped."""
+    home.repo("repo")
+    manifest = home.manifest('[run]\nmax_parallel = 1\n[defaults]\nagent = "demo"\n' + task("one", "$ say a") + task("two", "$ say b"))
+    deal_until(home, manifest, "spawn.before", 1)
+    home.pitboss("cancel", home.run_dir().name, "--reason", "not needed", check=0)
+
+
+def halted(home: Home) -> None:
+    """The first failure ends it; then what failed is dealt again as a new run, whose journal is kept."""
+    home.repo("repo")
+    manifest = home.manifest('[run]\nmax_parallel = 1\nhalt_on_failure = true\n[defaults]\nagent = "demo"\n'
+                             + task("one", "$ say a\n$ fail no") + task("two", "$ say x"))
+    home.pitboss("dispatch", manifest, check=1)
+    home.pitboss("resume", home.run_dir().name, "--failed", check=1)
+
+
+RUNS = (plain, crashed, stopped, cancelled, halted)
+
+
+def scrub(text: str, root: Path) -> str:
+    """The journal without the folders, the host and the boot of the machine that it was recorded on."""
+    text = text.replace(str(root), "/home/me").replace(str(Path(__file__).resolve().parent.parent), "/opt/pitboss")
+    text = text.replace(json.dumps(os.uname().nodename), '"host"').replace(PYTHON, "/usr/bin/python3")
+    text = re.sub(r'"boot":"[^"]*"', '"boot":"00000000-0000-4000-8000-000000000000"', text)
+    return re.sub(r"pid:\[\d+\]", "pid:[4026531836]", text)
+
+
+def main() -> int:
+    JOURNALS.mkdir(parents=True, exist_ok=True)
+    for record in RUNS:
+        with tempfile.TemporaryDirectory(prefix="record-") as folder:
+            home = Home(Path(folder).resolve())
+            try:
+                record(home)
+                text = scrub((home.run_dir() / "journal.jsonl").read_text(encoding="ascii"), home.root)
+            finally:
+                home.end_everything()
+            (JOURNALS / f"{record.__name__}.jsonl").write_text(text, encoding="ascii")
+            print(f"{record.__name__}: {len(text.splitlines())} events")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
