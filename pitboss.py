@@ -84,7 +84,7 @@ EXIT_CODES = {
     "missing": (3, "the run or actor that was named does not exist"),
     "refused": (4, "somebody else holds the run, or a rule forbids it"),
     "environment": (5, "the environment is at fault (no space, no permission); the run can be resumed"),
-    "bug": (70, "pitboss itself broke; the traceback is in the run folder"),
+    "bug": (70, "pitboss itself broke; the message says where the traceback is"),
     "interrupted": (130, "a signal came before the last actor settled"),
     "terminated": (143, "the same, and the first signal was TERM"),
 }
@@ -126,6 +126,12 @@ class EnvironmentFault(PitbossError):
     """The machine cannot do it now: no space, no permission.  The run can be resumed."""
 
     code = "environment"
+
+
+class Bug(PitbossError):
+    """pitboss itself broke; the message says where its traceback is."""
+
+    code = "bug"
 
 
 class Status(NamedTuple):
@@ -400,6 +406,7 @@ class Kind(NamedTuple):
 KINDS = {
     #  kind         Python types          words                     JSON schema
     "text":    Kind((str,),               "a text",                 {"type": "string"}),
+    "word":    Kind((str,),               "a text, not empty",      {"type": "string", "minLength": 1}),
     "path":    Kind((str,),               "a path",                 {"type": "string", "minLength": 1}),
     "count":   Kind((int,),               "an integer",             {"type": "integer"}),
     "number":  Kind((int, float),         "a number",               {"type": "number"}),
@@ -461,7 +468,7 @@ def wrong_value(f: Field, value: Any) -> str:
         ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
     if ok and isinstance(value, str):
         ok = (not f.choices or value in f.choices) and (not f.pattern or bool(re.fullmatch(f.pattern, value)))
-        ok = ok and "\0" not in value and not (f.kind == "path" and not value)
+        ok = ok and "\0" not in value and (value or f.kind == "text")
     if ok:
         return ""
     near = did_you_mean(value, f.choices) if f.choices and isinstance(value, str) else ""
@@ -478,7 +485,8 @@ def allowed_words(f: Field) -> str:
     if f.low is not None or f.above is not None:
         return f"{words} >= {f.low:g}" if f.low is not None else f"{words} > {f.above:g}"
     return words + (f" matching {f.pattern}" if f.pattern else "") + (" without NUL"
-                                                                      if f.kind in ("text", "path") else "")
+                                                                      if KINDS[f.kind].types == (str,)
+                                                                      else "")
 
 
 def show_value(value: Any) -> str:
@@ -535,9 +543,8 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 CLEANUPS = ("always", "on_success", "never")
 
 RUN_FIELDS = (
-    Field("name", "text", None, "label that groups runs", shown="the manifest's file name without "
-                                                                "extension, `stdin` for `-`",
-          pattern=r"(?s).+"),
+    Field("name", "word", None, "label that groups runs", shown="the manifest's file name without "
+                                                                "extension, `stdin` for `-`"),
     Field("max_parallel", "count", None, "hands at once; it beats the environment",
           also=("max_parallel_tasks",), low=1,
           shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`"),
@@ -569,9 +576,8 @@ HOUSE_FIELDS = (           # for runs with a lead; beside [[task]] they get a wa
 )
 
 ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
-    Field("agent", "text", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`",
-          pattern=r"(?s).+"),
-    Field("model", "text", "claude-sonnet-4-6", "the model, as the agent names it", pattern=r"(?s).+"),
+    Field("agent", "word", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`"),
+    Field("model", "word", "claude-sonnet-4-6", "the model, as the agent names it"),
     Field("effort", "text", "high", "reasoning effort, where the agent knows such a thing", choices=EFFORTS),
     Field("tools", "texts", ("Read", "Write", "Edit", "Bash", "Glob", "Grep"), "built-in tools that the "
                                                                                "agent may use",
@@ -599,8 +605,7 @@ TEMPLATE_FIELDS = (
 SERVER_FIELDS = (
     Field("id", "text", REQUIRED, "name of the server, as in `mcp__ID__tool`",
           pattern=r"[A-Za-z0-9_-]{1,64}"),
-    Field("command", "text", REQUIRED, "the program that speaks MCP on its standard streams",
-          pattern=r"(?s).+"),
+    Field("command", "word", REQUIRED, "the program that speaks MCP on its standard streams"),
     Field("args", "texts", (), "its arguments", shown="none"),
     Field("env", "env", {}, "environment variables of the server", shown="–"),
 )
@@ -4519,7 +4524,7 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
 
 def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int,
                        height: int) -> list[str]:
-    """The live progress of `dispatch`: a line for the run, then one for each actor that has begun."""
+    """The live progress of `dispatch`: a line for the run, then one for each actor that is at work."""
     settled, cost = len(run.settled), sum(a.cost_usd or 0
                                           for a in run.actors.values()) + sum(t.cost_usd()
                                                                               for t in talks.values())
@@ -4528,7 +4533,7 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
              f"{render_usd(cost)}, {render_duration(now - run.opened_at)}")
     rows = []
     for actor in run.actors.values():
-        if actor.started_at is None and actor.state in ("waiting", "placing", "dealing"):
+        if actor.state in ("waiting", "placing", "settled") or actor.started_at is None:
             continue
         talk = talks.get(actor.id)
         usage = actor.usage.plus(talk.usage()) if talk else actor.usage
@@ -4539,7 +4544,7 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
         rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
                      render_duration((actor.ended_at or now) - (actor.started_at or now)),
                      render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
-    order = sorted(rows, key=lambda r: r[0] != "▸")[:max(1, height - 2)]
+    order = rows[:max(1, height - 2)]
     hidden = len(rows) - len(order)
     lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
     return lines + ([f"… and {hidden} more"] if hidden else [])
@@ -5140,7 +5145,7 @@ class Progress:
         """An event happened."""
         self.base = (event["at"], time.monotonic())
         line = "" if self.quiet else render_change(run, event, self.verbose)
-        if line and not (self.live and event["kind"] == "hand_started"):
+        if line and not (self.live and event["kind"] == "hand_started" and not self.verbose):
             self.show([self.mask.text(line)], keep=True)
 
     def draw(self, run: RunState, talks: Mapping[str, Talk]) -> None:
@@ -5281,21 +5286,29 @@ def cmd_deal(options: Any) -> str:
     return deal_and_report(options.run_dir_path, int(options.umask, 8), options)
 
 
-def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None = None) -> str:
-    """Deal a run to its end, then say what was kept, and last where the run is."""
+def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None = None,
+                    report: bool = True) -> str:
+    """Deal a run to its end, then say what was kept, and last where the run is (or with `report` false nothing)."""
     progress = Progress(options)
     progress.mask = make_mask([os.environ])
     env = dict(os.environ)
     try:
         run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, cancel)
+    except PitbossError:
+        raise
+    except Exception as e:  # boundary: agents live on and the run can be resumed, so that must be said
+        raise Bug(f"this is a bug in pitboss: {type(e).__name__}: {e}; its traceback: "
+                  f"{save_traceback(run_dir)}",
+                  hint=f"agents go on; pitboss resume {os.path.basename(run_dir)}") from None
     finally:
         progress.close()
-    if not options.quiet:
+    if not options.quiet and report:
         records = [record_of(run, run.actors[name], "") for name in run.settled]
         restores = {name: (run.actors[name].closed or {}).get("restore") for name in run.settled}
         for line in kept_lines([{**r, "restore": restores[r["task_id"]]} for r in records]):
             print(progress.mask.text(line))
-    print(run_dir, flush=True)
+    if report:
+        print(run_dir, flush=True)
     if fault:
         raise fault
     return exit_code_of(run)
@@ -5621,7 +5634,7 @@ def cmd_demo(options: Any) -> str:
     order = Order(loaded.data, loaded.manifest, path, "demo", loaded.base_dir, runs_dir, None)
     umask = os.umask(0o077)
     run_dir = create_run(order, os.environ, make_mask([os.environ]))
-    deal_and_report(run_dir, umask, options)
+    deal_and_report(run_dir, umask, options, report=False)
     seen = look_at_run(run_dir)
     run_id = os.path.basename(run_dir)
     extra = "" if runs_dir == runs_folder(os.environ) else f" --run-dir {runs_dir}"
@@ -5937,14 +5950,14 @@ def leave_quietly(code: int) -> int:
     return code
 
 
-def save_traceback() -> str:
+def save_traceback(folder: str | None = None) -> str:
     """Write the present exception's traceback to a file; returns its path, or without room the traceback."""
     import tempfile
     import traceback
 
     text = make_mask([os.environ]).text(traceback.format_exc())
     try:
-        fd, path = tempfile.mkstemp(prefix="pitboss-bug-", suffix=".txt")
+        fd, path = tempfile.mkstemp(prefix="pitboss-bug-", suffix=".txt", dir=folder)
         write_all(fd, text.encode("utf-8", "replace"))
         os.close(fd)
         return path

@@ -633,24 +633,24 @@ def test_a_stopped_dispatcher_makes_no_false_timeout(tmp_path):
 
 def test_an_agent_that_finished_in_time_without_a_dispatcher_is_no_timeout(tmp_path):
     home = Home(tmp_path)
-    dispatcher = home.start("dispatch", timed_manifest(home, f"touch {tmp_path}/ready; sleep 0.5", 1))
+    dispatcher = home.start("dispatch", timed_manifest(home, f"touch {tmp_path}/ready; sleep 0.7", 2))
     wait_for((tmp_path / "ready").exists, 30)
     run_dir = home.run_dir()
     wait_for(lambda: stages(run_dir)["one"] == "running", 30)
     kill(dispatcher)
-    time_passes(1.2)
+    time_passes(2.2)
     home.pitboss("resume", run_dir.name, check=0)
     assert [r["status"] for r in read_records(run_dir)] == ["Success"]
 
 
 def test_an_adopted_agent_past_its_deadline_times_out(tmp_path):
     home = Home(tmp_path)
-    dispatcher = home.start("dispatch", timed_manifest(home, f"touch {tmp_path}/ready; exec sleep 1000", 1))
+    dispatcher = home.start("dispatch", timed_manifest(home, f"touch {tmp_path}/ready; exec sleep 1000", 2))
     wait_for((tmp_path / "ready").exists, 30)
     run_dir = home.run_dir()
     wait_for(lambda: stages(run_dir)["one"] == "running", 30)
     kill(dispatcher)
-    time_passes(1.2)
+    time_passes(2.2)
     home.pitboss("resume", run_dir.name, check=1)
     assert [r["status"] for r in read_records(run_dir)] == ["TimedOut"]
     assert checker.check_processes(run_dir.name) == []

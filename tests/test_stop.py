@@ -2,7 +2,7 @@
 
 Agents that ignore signals, that stop themselves, that fork and that leave daemons in sessions of their own
 run side by side, several of each kind in one run; the processes are counted in /proc by their mark.
-`PITBOSS_TEST_ROUNDS` sets how many of all kinds together there are in the slow tests.
+`PITBOSS_TEST_ROUNDS` sets how many of each kind there are in the slow tests: a fiftieth of it.
 """
 from __future__ import annotations
 
@@ -99,11 +99,6 @@ def start_all(home: Home, scripts: dict, copies: int = 1, more: str = "", run: s
 
 def hands(folder: Path, kind: str) -> int:
     return sum(event["kind"] == kind for event in read_events(folder))
-
-
-def time_passes(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    wait_for(lambda: time.monotonic() >= end, seconds + 5)
 
 
 def all_are(run: Run, status: str) -> bool:
@@ -277,7 +272,7 @@ def test_a_third_signal_kills_at_once(home):
     at = time.monotonic()
     run.signal(signal.SIGINT)
     assert run.end() == 130
-    assert time.monotonic() - at < 2, "the ladder was walked to its end"
+    assert time.monotonic() - at < 4, "the ladder was walked to its end"
     assert all_are(run, "Cancelled")
 
 
@@ -314,12 +309,12 @@ def time_out(home: Home, scripts: dict, copies: int, seconds: int) -> None:
 
 
 def test_a_timed_out_agent_leaves_nothing(home):
-    time_out(home, {"forks": MEEK["forks"], "shell": MEEK["shell"]}, 1, 1)
+    time_out(home, {"shell": MEEK["shell"]}, 2, 2)
 
 
 @pytest.mark.slow
 def test_timed_out_nasty_agents_leave_nothing(home):
-    time_out(home, NASTY, COPIES, 10)
+    time_out(home, NASTY, COPIES, 20)
 
 
 # ---- what a successful agent leaves running ----
