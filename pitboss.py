@@ -5288,7 +5288,7 @@ def cmd_deal(options: Any) -> str:
 
 def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None = None,
                     report: bool = True) -> str:
-    """Deal a run to its end, then say what was kept, and last where the run is (or with `report` false nothing)."""
+    """Deal a run to its end; with `report` say what was kept, and last where the run is."""
     progress = Progress(options)
     progress.mask = make_mask([os.environ])
     env = dict(os.environ)

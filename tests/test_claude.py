@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,100 +301,130 @@ def test_five_tasks_work_at_the_same_time_in_their_worktrees(claude):
     check_nothing_lives(run)
 
 
+# Most claims need no run of their own: their tasks are dealt together, in one crowd, four at a time.
+CROWD: dict[str, dict] = {}
+
+
+def crowd_task(task_id: str, text: str, **more) -> str:
+    CROWD[task_id] = {"text": text, **more}
+    return task_id
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """(the home, the run of all tasks in CROWD)."""
+    with a_claude_home(tmp_path_factory.mktemp("crowd")) as home:
+        home.home.env["GIT_DIR"] = str(home.home.root / "elsewhere")
+        tasks = [home.task(task_id, **keys) for task_id, keys in CROWD.items()]
+        yield home, home.dispatch(*tasks, check=1, defaults={"env": {"MINE": "farther"}})
+
+
 @real
-def test_the_key_is_nowhere_in_the_run_folder(claude):
-    look = bash('test -n "$ANTHROPIC_API_KEY" && echo has it')
-    run = claude.dispatch(claude.task("a", prompt(look, say("ok"))))
-    check_success(run)
-    assert "has it" in run.tool_results()
+def test_the_key_is_nowhere_in_the_run_folder(crowd):
+    run = crowd[1]
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 @real
-def test_environment_of_the_agent(claude):
-    """Root's gate, the run's names and the manifest's `env` are there; git's variables are not."""
-    names = ("IS_SANDBOX", "PITBOSS_RUN_ID", "PITBOSS_TASK_ID", "PITBOSS_RUN_DIR", "PITBOSS_WORKTREE",
-             "CLAUDE_CODE_ENTRYPOINT", "MINE", "GIT_DIR")
-    command = "; ".join(f"echo {name}=${name}." for name in names)
-    task = claude.task("a", prompt(bash(command), say("${1}")), env={"MINE": "nearer"})
-    claude.home.env["GIT_DIR"] = str(claude.home.root / "elsewhere")
-    run = claude.dispatch(task, defaults={"env": {"MINE": "farther"}})
-    seen = dict(line.rstrip(".").split("=", 1) for line in check_success(run)["final_message"].splitlines())
-    assert seen["IS_SANDBOX"] == ("1" if os.geteuid() == 0 else "")
-    assert (seen["PITBOSS_RUN_ID"], seen["PITBOSS_TASK_ID"]) == (run.name, "a")
-    assert seen["PITBOSS_RUN_DIR"] == str(run.folder)
-    assert seen["PITBOSS_WORKTREE"] == str(run.folder / "worktrees" / "a")
-    assert seen["CLAUDE_CODE_ENTRYPOINT"] == "sdk-ts"
-    assert (seen["MINE"], seen["GIT_DIR"]) == ("nearer", "")
+def test_nothing_of_the_crowd_is_left(crowd):
+    run = crowd[1]
+    assert set(run.records()) == set(CROWD) and run.summary()["tasks_failed"] == len(FAILURES)
+    check_nothing_lives(run)
+
+
+ASKED = ("IS_SANDBOX", "PITBOSS_RUN_ID", "PITBOSS_TASK_ID", "PITBOSS_RUN_DIR", "PITBOSS_WORKTREE",
+         "CLAUDE_CODE_ENTRYPOINT", "MINE", "GIT_DIR", "ANTHROPIC_BASE_URL")
+crowd_task("asks_env", prompt(bash("; ".join(f"echo {name}=${name}." for name in ASKED)), say("${1}")),
+           env={"MINE": "nearer"})
+crowd_task("has_env", prompt(bash("echo $CLAUDE_CODE_ENTRYPOINT"), say("${1}")),
+           env={"CLAUDE_CODE_ENTRYPOINT": "mine"})
 
 
 @real
-def test_the_command_line_tells_nobody_anything(claude):
+def test_environment_of_the_agent(crowd):
+    """Root's gate, the run's names and the manifest's `env` are there; git's variables are not."""
+    home, run = crowd
+    lines = check_success(run, "asks_env")["final_message"].splitlines()
+    seen = dict(line.rstrip(".").split("=", 1) for line in lines)
+    assert seen["IS_SANDBOX"] == ("1" if os.geteuid() == 0 else "")
+    assert (seen["PITBOSS_RUN_ID"], seen["PITBOSS_TASK_ID"]) == (run.name, "asks_env")
+    assert seen["PITBOSS_RUN_DIR"] == str(run.folder)
+    assert seen["PITBOSS_WORKTREE"] == str(run.folder / "worktrees" / "asks_env")
+    assert (seen["MINE"], seen["GIT_DIR"], seen["ANTHROPIC_BASE_URL"]) == ("nearer", "", home.api.url)
+    assert seen["CLAUDE_CODE_ENTRYPOINT"] == "sdk-ts"
+    assert check_success(run, "has_env")["final_message"] == "mine", "the operator's own value wins"
+
+
+crowd_task("shows_argv", prompt(bash("tr '\\0' '\\n' </proc/$PPID/cmdline"), say("${1}"), words="PRIVATE WORDS"))
+
+
+@real
+def test_the_command_line_tells_nobody_anything(crowd):
     """Every user of a machine can read it: no prompt, no key."""
-    run = claude.dispatch(claude.task("a", prompt(
-        bash("tr '\\0' '\\n' </proc/$PPID/cmdline"), say("${1}"), words="PRIVATE WORDS")))
-    argv = check_success(run)["final_message"].splitlines()
-    assert run.record()["claude_session_id"] in argv
+    record = check_success(crowd[1], "shows_argv")
+    argv = record["final_message"].splitlines()
+    assert record["claude_session_id"] in argv
     assert "PRIVATE WORDS" not in "".join(argv) and KEY not in "".join(argv)
 
 
-@real
-def test_the_operators_env_wins(claude):
-    run = claude.dispatch(claude.task("a", prompt(bash("echo $CLAUDE_CODE_ENTRYPOINT"), say("${1}")),
-                                    env={"CLAUDE_CODE_ENTRYPOINT": "mine"}))
-    assert check_success(run)["final_message"] == "mine"
+INNER = prompt(bash("echo in-sub"), say("sub says ${1}"), words="Look.")
+HELPER = {"description": "d", "subagent_type": "general-purpose", "prompt": INNER}
+crowd_task("has_helper", prompt({"tool": "Agent", "input": HELPER}, say("the task is done")),
+           tools=["Agent", "Bash"])
 
 
 @real
-def test_costs_and_tokens_of_helpers_of_the_agent_count(claude):
+def test_costs_and_tokens_of_helpers_of_the_agent_count(crowd):
     """A sub-agent's tokens stand in modelUsage alone, and its words are not the task's last words."""
-    inner = prompt(bash("echo in-sub"), say("sub says ${1}"), words="Look.")
-    run = claude.dispatch(claude.task("a", prompt(
-        {"tool": "Agent", "input": {"description": "d", "subagent_type": "general-purpose", "prompt": inner}},
-        say("lead is done")), tools=["Agent", "Bash"]))
-    record = check_success(run)
-    assert record["final_message"] == "lead is done"
-    last = run.results()[-1]
+    record, last = check_success(crowd[1], "has_helper"), crowd[1].results("has_helper")[-1]
+    assert record["final_message"] == "the task is done"
     assert record["token_usage"]["input"] > last["usage"]["input_tokens"]
 
 
+crowd_task("is_cut", prompt(say("half of it ", repeat=20, cut=True)))
+
+
 @real
-def test_a_cut_stream_is_counted(claude):
+def test_a_cut_stream_is_counted(crowd):
     """claude asks again without streaming then, and its result's own usage says nothing."""
-    run = claude.dispatch(claude.task("a", prompt(say("half of it ", repeat=20, cut=True))))
-    assert check_success(run)["token_usage"]["output"] > 1
+    assert check_success(crowd[1], "is_cut")["token_usage"]["output"] > 1
+
+
+crowd_task("background", prompt(bash("sleep 2; echo made > late.txt", run_in_background=True),
+                                say("ending"), say("after it")))
 
 
 @real
-def test_a_background_command_is_waited_for(claude):
+def test_a_background_command_is_waited_for(crowd):
     """The turn's result comes at once; the command that it left in the background still ends."""
-    run = claude.dispatch(claude.task("a", prompt(
-        bash("sleep 2; echo made > late.txt", run_in_background=True), say("ending"), say("after it"))))
-    record = check_success(run)
+    record = check_success(crowd[1], "background")
     assert record["worktree_path"], "the folder holds a file that is saved nowhere: it stays"
     assert (Path(record["worktree_path"]) / "late.txt").read_text() == "made\n"
-    assert run.hands() == 1
+    assert crowd[1].hands("background") == 1
+
+
+crowd_task("long_after", prompt(bash("sleep 1", run_in_background=True), say("ending"),
+                                bash("sleep 13; echo made > late.txt"), say("after it")))
 
 
 @real
-def test_the_turn_after_a_background_command_is_waited_for(claude):
+def test_the_turn_after_a_background_command_is_waited_for(crowd):
     """claude goes on by itself when the command has ended, for as long as it takes."""
-    run = claude.dispatch(claude.task("a", prompt(
-        bash("sleep 1", run_in_background=True), say("ending"),
-        bash("sleep 13; echo made > late.txt"), say("after it"))))
-    record = check_success(run)
+    record = check_success(crowd[1], "long_after")
     assert record["final_message"] == "after it"
     assert (Path(record["worktree_path"]) / "late.txt").read_text() == "made\n"
 
 
+crowd_task("big_answer", prompt(say("a big answer ", repeat=40_000)))
+crowd_task("huge_answer", prompt(say("a huge answer ", repeat=200_000)))
+
+
 @real
-def test_big_answers(claude):
-    """One is in the record as it is; of one beyond all measure the ends are, and its cost is right all the same."""
-    run = claude.dispatch(claude.task("big", prompt(say("a big answer ", repeat=40_000))),
-                          claude.task("huge", prompt(say("a huge answer ", repeat=200_000))))
-    assert len(check_success(run, "big")["final_message"]) == 520_000
-    huge, last = run.record("huge"), run.results("huge")[-1]
+def test_big_answers(crowd):
+    """One is in the record as it is; of one beyond all measure the ends are, and its cost is right."""
+    assert len(check_success(crowd[1], "big_answer")["final_message"]) == 520_000
+    huge, last = crowd[1].record("huge_answer"), crowd[1].results("huge_answer")[-1]
     assert huge["status"] == "Success" and huge["token_usage"] == model_tokens(last)
     assert huge["final_message"].startswith("a huge answer a huge answer")
     assert huge["final_message"].endswith("a huge answer a huge answer ")
@@ -410,41 +441,36 @@ PROMPTS = {
     "big": "x" * 99 + "\n" + "line of a big prompt\n" * 10_000,
     "huge": "line of a huge prompt\n" * 100_000,            # more than a pipe holds
 }
-
-
-@pytest.fixture(scope="module")
-def prompts_run(tmp_path_factory):
-    """(the home, its run) of one task for each prompt."""
-    with a_claude_home(tmp_path_factory.mktemp("prompts")) as home:
-        yield home, home.dispatch(*(home.task(case, prompt(say(f"{case} was read"), words=words))
-                                    for case, words in PROMPTS.items()))
+for name, text in PROMPTS.items():
+    crowd_task(f"prompt_{name}", prompt(say(f"{name} was read"), words=text))
 
 
 @real
 @pytest.mark.parametrize("case", PROMPTS)
-def test_a_prompt_reaches_the_model_as_it_is(prompts_run, case):
-    home, run = prompts_run
-    record = check_success(run, case)
+def test_a_prompt_reaches_the_model_as_it_is(crowd, case):
+    home, run = crowd
+    record = check_success(run, f"prompt_{case}")
     assert record["final_message"] == f"{case} was read"
     assert PROMPTS[case].strip() in said_by_user(home.bodies(record["claude_session_id"])[0])
 
 
+crowd_task("two_tools", prompt(bash("echo still runs"), say("${1}")), tools=["Read", "Bash(git log *)"])
+crowd_task("no_tools", prompt(say("no hands")), tools=[])
+crowd_task("usual_tools", prompt(say("all")))
+
+
 @real
-def test_only_the_tools_of_the_task_are_offered(claude):
-    rule = ["Read", "Bash(git log *)"]
-    tasks = [claude.task("two", prompt(bash("echo still runs"), say("${1}")), tools=rule),
-             claude.task("none", prompt(say("no hands")), tools=[]),
-             claude.task("usual", prompt(say("all")))]
-    checked = claude.home.pitboss("validate", claude.write(*tasks), check=0)
-    assert "Bash(git log *)" in checked.stdout + checked.stderr, "a rule that limits nothing is a warning"
-    run = claude.dispatch(*tasks)
-    seen = {name: offered(claude.bodies(check_success(run, name)["claude_session_id"])[0])
-            for name in ("two", "none", "usual")}
-    assert seen["two"] == {"Read", "Bash"}
-    assert seen["none"] == set()
+def test_only_the_tools_of_the_task_are_offered(crowd):
+    home, run = crowd
+    seen = {name: offered(home.bodies(check_success(run, name)["claude_session_id"])[0])
+            for name in ("two_tools", "no_tools", "usual_tools")}
+    assert seen["two_tools"] == {"Read", "Bash"}
+    assert seen["no_tools"] == set()
     usual = {"Read", "Write", "Edit", "Bash", "Glob", "Grep"}
-    assert {"Read", "Write", "Edit", "Bash"} <= seen["usual"] <= usual
-    assert run.record("two")["final_message"] == "still runs"
+    assert {"Read", "Write", "Edit", "Bash"} <= seen["usual_tools"] <= usual
+    assert run.record("two_tools")["final_message"] == "still runs"
+    checked = home.home.pitboss("validate", home.home.root / "m.toml", check=0)
+    assert "Bash(git log *)" in checked.stdout + checked.stderr, "a rule that limits nothing is a warning"
 
 
 # ------------------------------------------------------------------ whose word counts
@@ -501,6 +527,23 @@ def test_memory_is_read_and_nothing_planted_takes_effect(claude, use_worktree):
 
 
 @real
+def test_the_planted_repository_is_an_attack_on_claude_by_itself(claude, tmp_path):
+    """Without this the test above would prove nothing."""
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    elsewhere = fake_api.start()
+    try:
+        repo = claude.home.repo()
+        plant(repo, trace, elsewhere.url)
+        subprocess.run([CLAUDE, "-p", "--model", MODEL], cwd=repo, env={**claude.home.env, "IS_SANDBOX": "1"},
+                       input="hello", text=True, capture_output=True, timeout=60, check=True)
+        assert elsewhere.requests
+    finally:
+        elsewhere.stop()
+    assert {"hook-SessionStart", "hook-Stop", "server"} <= {path.name for path in trace.iterdir()}
+
+
+@real
 def test_memory_of_every_folder_down_to_the_tasks_own(claude):
     """A task in a folder below the root of the repository is told what an ordinary session there is told."""
     repo = claude.home.repo()
@@ -553,12 +596,17 @@ def test_a_server_of_the_manifest(claude):
 
 # ------------------------------------------------------------------ failures of the API
 
+crowd_task("limit_passes", prompt({"error": 429, "times": 2}, say("recovered")))
+
+
 @real
-def test_a_limit_that_passes_is_no_failure(claude):
-    run = claude.dispatch(claude.task("a", prompt({"error": 429, "times": 2}, say("recovered"))))
-    assert check_success(run)["final_message"] == "recovered"
-    assert [note["status"] for note in claude.api.requests if note["method"] == "POST"] == [429, 429, 200]
-    assert [event["attempt"] for event in run.log() if event.get("subtype") == "api_retry"] == [1, 2]
+def test_a_limit_that_passes_is_no_failure(crowd):
+    home, run = crowd
+    record = check_success(run, "limit_passes")
+    assert record["final_message"] == "recovered" and run.hands("limit_passes") == 1
+    assert len(home.bodies(record["claude_session_id"])) == 3
+    log = run.log("limit_passes")
+    assert [event["attempt"] for event in log if event.get("subtype") == "api_retry"] == [1, 2]
 
 
 FEW_RETRIES = {"CLAUDE_CODE_MAX_RETRIES": "1"}
@@ -576,25 +624,17 @@ FAILURES = {
     "refused_connection": ([], {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, "network_error"),
     "no_key": ([], {"ANTHROPIC_API_KEY": ""}, "auth_failure"),
 }
-
-
-@pytest.fixture(scope="module")
-def failures_run(tmp_path_factory):
-    """One run of a task for each failure."""
-    with a_claude_home(tmp_path_factory.mktemp("failures")) as home:
-        tasks = []
-        for case, (steps, env, _) in FAILURES.items():
-            first = [bash("echo before")] if steps else []
-            tasks.append(home.task(case, prompt(*first, *steps, say("never")), env={**FEW_RETRIES, **env}))
-        yield home.dispatch(*tasks, check=1)
+for name, (steps, env, _) in FAILURES.items():
+    before = [bash("echo before")] if steps else []
+    crowd_task(f"fails_{name}", prompt(*before, *steps, say("never")), env={**FEW_RETRIES, **env})
 
 
 @real
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_says_what_it_was(failures_run, case):
+def test_a_failure_says_what_it_was(crowd, case):
     """The work before it was paid for, and is in the record."""
     steps, _, kind = FAILURES[case]
-    check_failure(failures_run, kind, bool(steps), case)
+    check_failure(crowd[1], kind, bool(steps), f"fails_{case}")
 
 
 @real

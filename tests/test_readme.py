@@ -23,7 +23,7 @@ def test_every_test_file_that_is_named_exists():
 
 
 def test_every_command_that_is_shown_exists():
-    shown = set(re.findall(r"pitboss\.py ([a-z-]+)", README))
+    shown = set(re.findall(r"python3 pitboss\.py ([a-z-]+)", README))
     assert shown >= {"demo", "validate", "dispatch", "resume"} and shown <= set(pitboss.COMMANDS)
 
 
