@@ -3545,13 +3545,13 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """INT and TERM drain, then cancel, then kill; USR1 cancels; a lost terminal changes nothing."""
+        """INT and TERM drain, then cancel, then kill; USR1: there are wishes; HUP changes nothing."""
         import signal
 
         loop = asyncio.get_running_loop()
-        wanted = {signal.SIGINT: lambda: self.on_signal("INT"),
-                  signal.SIGTERM: lambda: self.on_signal("TERM"), signal.SIGUSR1: self.on_cancel,
-                  signal.SIGHUP: lambda: None}
+        wanted = {signal.SIGINT: lambda: self.guard(self.on_signal, "INT"),
+                  signal.SIGTERM: lambda: self.guard(self.on_signal, "TERM"),
+                  signal.SIGUSR1: lambda: self.guard(self.take_wishes), signal.SIGHUP: lambda: None}
         for number, handler in wanted.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -3559,6 +3559,13 @@ class Dispatcher:
         finally:
             for number in wanted:
                 loop.remove_signal_handler(number)
+
+    def guard(self, handler: Callable, *args: Any) -> None:
+        """Call a signal's handler; a journal that cannot be written is the end of this process."""
+        try:
+            handler(*args)
+        except EnvironmentFault as e:
+            self.give_up(e)
 
     def on_signal(self, name: str) -> None:
         """The first signal drains, the second cancels, the third kills.
@@ -3573,12 +3580,29 @@ class Dispatcher:
         else:
             self.kill_everything()
 
-    def on_cancel(self) -> None:
-        """An operator cancels the run; why stands in RUN/cancel.json."""
-        if not self.run.cancelled:
-            wish = read_json(os.path.join(self.run_dir, "cancel.json")) or {}
-            self.record("cancelled", why="operator", reason=str(wish.get("reason") or ""),
-                        done=self.done_hands())
+    def take_wishes(self) -> None:
+        """Do what operators asked for: each wish is a file in RUN/wishes, and gone when it was taken up."""
+        folder = os.path.join(self.run_dir, "wishes")
+        try:
+            names = sorted(n for n in os.listdir(folder) if n.endswith(".json"))
+        except OSError:
+            return
+        for name in names:
+            wish = read_json(os.path.join(folder, name))
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, name))
+            if isinstance(wish, dict):
+                self.cancel(wish.get("actor"), str(wish.get("reason") or ""))
+
+    def cancel(self, actor: str | None, reason: str) -> None:
+        """An operator cancels one actor, or with None the run; what has ended already stays as it is."""
+        if actor is None and not self.run.cancelled:
+            self.record("cancelled", why="operator", reason=reason, done=self.done_hands())
+        elif actor in self.run.actors:
+            known = self.run.actors[actor]
+            if (known.state == "waiting" or STATES[known.state].live) and not known.stop:
+                self.record("stop_decided", actor=actor, why="cancel", reason=reason,
+                            done=actor in self.done_hands())
 
     def done_hands(self) -> list[str]:
         """Actors whose hand has done its work and only has to leave."""
@@ -3616,6 +3640,7 @@ class Dispatcher:
                         self.look_at(live, now, late)
                 if os.fstat(self.journal.fd).st_nlink == 0:
                     return await self.abandon()
+                self.take_wishes()
             except EnvironmentFault as e:
                 return self.give_up(e)
             self.reap_orphans()
@@ -4334,6 +4359,9 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
+    import signal
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)      # until the loop listens; wishes are looked for anyway
     taken = take_over(run_dir, env)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw)
@@ -5403,14 +5431,19 @@ def check_free(path: str | None) -> None:
 
 
 def cmd_cancel(options: Any) -> str:
-    """Stop every agent of a run and settle it; a run whose dispatcher died is taken over for that."""
+    """Stop one actor, or every agent of a run; a run whose dispatcher died is taken over for that."""
     import signal
 
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     run_id = os.path.basename(run_dir)
     if not is_locked(run_dir):
+        if options.actor:
+            find_actor(run_dir, options.actor)
         if is_finished(run_dir):
             raise Refused(f"the run {run_id} has settled already", hint=f"pitboss status {run_id}")
+        if options.actor:
+            raise Refused(f"the dispatcher of run {run_id} died",
+                          hint=f"pitboss resume {run_id}, or cancel the whole run")
         umask = os.umask(0o077)
         deal_and_report(run_dir, umask, options, cancel=options.reason or "")
         return "ok"
@@ -5418,14 +5451,33 @@ def cmd_cancel(options: Any) -> str:
     if not is_living_holder(holder):
         raise Refused(f"the run {run_id} is held on {holder.get('host', 'another machine')}",
                       hint="cancel it there")
-    mask = make_mask([os.environ])
-    write_json(os.path.join(run_dir, "cancel.json"), {"reason": options.reason}, mask)
+    if options.actor:
+        find_actor(run_dir, options.actor)
+    folder = os.path.join(run_dir, "wishes")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    os.umask(0o077)
+    write_json(os.path.join(folder, f"{time.time_ns()}.json"), {"actor": options.actor,
+                                                                "reason": options.reason},
+               make_mask([os.environ]))
     send_signal(holder["pid"], holder["start"], signal.SIGUSR1)
+    what = options.actor or f"run {run_id}"
     while not options.no_wait and is_locked(run_dir) and is_living_holder(holder):
-        time.sleep(0.05)
-    say_error(f"pitboss: run {run_id} is cancelled" if not options.no_wait
-              else f"pitboss: run {run_id} is being cancelled")
+        if options.actor and fold_run(run_dir).actors[options.actor].state == "settled":
+            break
+        time.sleep(0.1)
+    say_error(f"pitboss: {what} is {'being ' if options.no_wait else ''}cancelled")
     return "ok"
+
+
+def find_actor(run_dir: str, name: str) -> Actor:
+    """An actor that can still be acted on.  Raises NotFound with those there are, Refused for a settled one."""
+    actors = fold_run(run_dir).actors
+    if name not in actors:
+        raise NotFound(f"no actor {show_value(name)} in this run{did_you_mean(name, actors)}; there are: "
+                       f"{', '.join(actors)}")
+    if actors[name].state in ("closing", "settled"):
+        raise Refused(f"{name} has settled already: {actors[name].status}")
+    return actors[name]
 
 
 def is_finished(run_dir: str) -> bool:
@@ -5817,11 +5869,12 @@ COMMANDS = {c.name: c for c in (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
         (("--failed",), {"action": "store_true", "help": "of a finished run, only what did not succeed"})),
         "go on with a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
-    Cli("cancel", cmd_cancel, "RUN", (
-        _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
+    Cli("cancel", cmd_cancel, "RUN [ACTOR]", (
+        _RUN, (("actor",), {"metavar": "ACTOR", "nargs": "?", "help": "only this one"}), _RUNS_DIR, _QUIET,
+        _VERBOSE,
         (("--reason",), {"metavar": "TEXT", "help": "why; it goes into the records"}),
         (("--no-wait",), {"action": "store_true", "help": "do not wait until every agent is gone"})),
-        "stop every agent of a run and settle it", "cancel 0192f3 --reason 'wrong branch'"),
+        "stop one actor, or every agent of a run and settle it", "cancel 0192f3 --reason 'wrong branch'"),
     Cli("status", cmd_status, "RUN", (
         _RUN, _JSON, _RUNS_DIR,
         (("--rebuild",), {"action": "store_true", "help": "write summary.jsonl and summary.json anew from "

@@ -49,6 +49,7 @@ def check_run(run_dir: Path, repo: Path, promises: list[Promise], trail: Path | 
           if r["status"] != "Success"),
         *check_journal(run_dir),
         *check_trees(run_dir, repo),
+        *check_branches(run_dir, repo),
         *(fault for p in promises if p.task in records
           for fault in check_work(records[p.task], repo, p, once)),
         *(fault for i in ids if trail for fault in check_trail(trail, i)),
@@ -112,6 +113,12 @@ def check_trees(run_dir: Path, repo: Path) -> list[str]:
     return faults
 
 
+def check_branches(run_dir: Path, repo: Path) -> list[str]:
+    """Beside main there are only branches that a record names: nothing half made was forgotten."""
+    named = {r["branch"] for r in _lines(run_dir / "summary.jsonl")} | {"main"}
+    return [f"no record names the branch {name}" for name in _branches(repo) if name not in named]
+
+
 def check_work(record: dict, repo: Path, promise: Promise, once: bool = True) -> list[str]:
     """Every line that the task wrote is there, and `once`: nothing was lost and nothing was done again."""
     branch = _branch_of(record, repo)
@@ -147,8 +154,7 @@ def check_processes(run_id: str, grace_s: float = 10) -> list[str]:
 
 def check_untouched(repo: Path) -> list[str]:
     """The repository is as `make_repo` made it: a run that never began left nothing in it."""
-    branches = git(repo, "branch", "--format=%(refname:short)").split()
-    faults = [f"a branch: {name}" for name in branches if name != "main"]
+    faults = [f"a branch: {name}" for name in _branches(repo) if name != "main"]
     trees = git(repo, "worktree", "list", "--porcelain").count("worktree ")
     return faults + ([] if trees == 1 else [f"{trees} worktrees"])
 
@@ -159,9 +165,12 @@ def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in raw.splitlines()]
 
 
+def _branches(repo: Path) -> list[str]:
+    return git(repo, "branch", "--format=%(refname:short)").split()
+
+
 def _branch_of(record: dict, repo: Path) -> str | None:
     """The record's branch, else the one whose last part is the task's id."""
     if record["branch"]:
         return record["branch"]
-    names = git(repo, "branch", "--format=%(refname:short)").split()
-    return next((name for name in names if name.endswith("/" + record["task_id"])), None)
+    return next((name for name in _branches(repo) if name.endswith("/" + record["task_id"])), None)

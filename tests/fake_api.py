@@ -441,7 +441,7 @@ class Server(ThreadingHTTPServer):
             with self.lock:
                 self.n_bodies += 1
                 name = f"{self.n_bodies:05d}.json"
-            part = self.bodies / f".{name}"
+            part = self.bodies / f"{name}.part"
             part.write_bytes(raw)
             os.replace(part, self.bodies / name)
 

@@ -1,4 +1,4 @@
-"""Record the journals in tests/data/journals: `python tests/record_journals.py` deals real runs and keeps what they wrote.
+"""Record the journals in tests/data/journals from real runs: `python tests/record_journals.py`.
 
 What names this machine or its folders is replaced, so that a recording shows nothing of where it was made.
 """
@@ -21,7 +21,8 @@ FAULTS = Path(__file__).resolve().parent / "faults.py"
 
 
 def task(ident: str, script: str, **more) -> str:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in {"id": ident, "directory": "repo", "prompt": script, **more}.items()]
+    lines = [f"{key} = {json.dumps(value)}" for key,
+             value in {"id": ident, "directory": "repo", "prompt": script, **more}.items()]
     return "[[task]]\n" + "\n".join(lines) + "\n"
 
 
@@ -35,7 +36,8 @@ def state_of(pid: int) -> str:
 def deal_until(home: Home, manifest: Path, point: str, number: int) -> None:
     """Dispatch, and SIGKILL the dispatcher at the `number`-th call of a kind (see faults.py)."""
     argv = [PYTHON, str(FAULTS), point, str(number), "--", "dispatch", str(manifest)]
-    process = subprocess.Popen(argv, env=home.env, cwd=home.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, env=home.env, cwd=home.root, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     wait_for(lambda: state_of(process.pid) in ("T", "Z", ""), 60)
     process.kill()
     process.wait()
@@ -68,10 +70,12 @@ def plain(home: Home) -> None:
 
 
 def crashed(home: Home) -> None:
-    """The dispatcher dies twice: first a hand was dealt and not started, then one died with it and one goes on."""
+    """The dispatcher dies twice: a hand was dealt and not started; then one died with it and one goes on."""
     home.repo("repo")
     manifest = home.manifest('[run]\nmax_parallel = 3\n[defaults]\nagent = "demo"\nuse_worktree = false\n'
-                             + task("dead", "$ say a\n$ run test -e seen || { touch seen; sleep 60; }\n$ say b") + task("alive", "$ say a\n$ sleep 4")
+                             + task("dead",
+                                    "$ say a\n$ run test -e seen || { touch seen; sleep 60; }\n$ say b")
+                                    + task("alive", "$ say a\n$ sleep 4")
                              + task("dealt", "$ say x") + task("waits", "$ say x"))
     deal_until(home, manifest, "spawn.before", 3)
     resumed = home.start("resume", home.run_dir().name)
@@ -87,8 +91,10 @@ def crashed(home: Home) -> None:
 def stopped(home: Home) -> None:
     """One signal drains, another cancels; two actors never start."""
     home.repo("repo")
-    manifest = home.manifest('[run]\nmax_parallel = 2\n[defaults]\nagent = "demo"\n' + task("one", "$ say a\n$ hang")
-                             + task("two", "$ ignore\n$ hang") + task("three", "$ say x") + task("four", "$ say x"))
+    manifest = home.manifest('[run]\nmax_parallel = 2\n[defaults]\nagent = "demo"\n'
+                             + task("one", "$ say a\n$ hang")
+                             + task("two", "$ ignore\n$ hang") + task("three", "$ say x")
+                             + task("four", "$ say x"))
     dispatch = home.start("dispatch", manifest)
     wait_for(lambda: has_event(home, "hand_started", "two"))
     dispatch.send_signal(signal.SIGINT)
@@ -100,7 +106,8 @@ def stopped(home: Home) -> None:
 def cancelled(home: Home) -> None:
     """A dead run is cancelled: a hand that was dealt is fenced off and skipped."""
     home.repo("repo")
-    manifest = home.manifest('[run]\nmax_parallel = 1\n[defaults]\nagent = "demo"\n' + task("one", "$ say a") + task("two", "$ say b"))
+    manifest = home.manifest('[run]\nmax_parallel = 1\n[defaults]\nagent = "demo"\n' + task("one", "$ say a")
+                             + task("two", "$ say b"))
     deal_until(home, manifest, "spawn.before", 1)
     home.pitboss("cancel", home.run_dir().name, "--reason", "not needed", check=0)
 
@@ -119,7 +126,8 @@ RUNS = (plain, crashed, stopped, cancelled, halted)
 
 def scrub(text: str, root: Path) -> str:
     """The journal without the folders, the host and the boot of the machine that it was recorded on."""
-    text = text.replace(str(root), "/home/me").replace(str(Path(__file__).resolve().parent.parent), "/opt/pitboss")
+    text = text.replace(str(root), "/home/me").replace(str(Path(__file__).resolve().parent.parent),
+                                                       "/opt/pitboss")
     text = text.replace(json.dumps(os.uname().nodename), '"host"').replace(PYTHON, "/usr/bin/python3")
     text = re.sub(r'"boot":"[^"]*"', '"boot":"00000000-0000-4000-8000-000000000000"', text)
     return re.sub(r"pid:\[\d+\]", "pid:[4026531836]", text)

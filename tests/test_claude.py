@@ -312,11 +312,11 @@ def crowd_task(task_id: str, text: str, **more) -> str:
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory):
-    """(the home, the run of all tasks in CROWD)."""
-    with a_claude_home(tmp_path_factory.mktemp("crowd")) as home:
-        home.home.env["GIT_DIR"] = str(home.home.root / "elsewhere")
-        tasks = [home.task(task_id, **keys) for task_id, keys in CROWD.items()]
-        yield home, home.dispatch(*tasks, check=1, defaults={"env": {"MINE": "farther"}})
+    """(the place, the run of all tasks in CROWD)."""
+    with a_claude_home(tmp_path_factory.mktemp("crowd")) as place:
+        place.home.env["GIT_DIR"] = str(place.home.root / "elsewhere")
+        tasks = [place.task(task_id, **keys) for task_id, keys in CROWD.items()]
+        yield place, place.dispatch(*tasks, check=1, defaults={"env": {"MINE": "farther"}})
 
 
 @real
@@ -344,19 +344,20 @@ crowd_task("has_env", prompt(bash("echo $CLAUDE_CODE_ENTRYPOINT"), say("${1}")),
 @real
 def test_environment_of_the_agent(crowd):
     """Root's gate, the run's names and the manifest's `env` are there; git's variables are not."""
-    home, run = crowd
+    place, run = crowd
     lines = check_success(run, "asks_env")["final_message"].splitlines()
     seen = dict(line.rstrip(".").split("=", 1) for line in lines)
     assert seen["IS_SANDBOX"] == ("1" if os.geteuid() == 0 else "")
     assert (seen["PITBOSS_RUN_ID"], seen["PITBOSS_TASK_ID"]) == (run.name, "asks_env")
     assert seen["PITBOSS_RUN_DIR"] == str(run.folder)
     assert seen["PITBOSS_WORKTREE"] == str(run.folder / "worktrees" / "asks_env")
-    assert (seen["MINE"], seen["GIT_DIR"], seen["ANTHROPIC_BASE_URL"]) == ("nearer", "", home.api.url)
+    assert (seen["MINE"], seen["GIT_DIR"], seen["ANTHROPIC_BASE_URL"]) == ("nearer", "", place.api.url)
     assert seen["CLAUDE_CODE_ENTRYPOINT"] == "sdk-ts"
     assert check_success(run, "has_env")["final_message"] == "mine", "the operator's own value wins"
 
 
-crowd_task("shows_argv", prompt(bash("tr '\\0' '\\n' </proc/$PPID/cmdline"), say("${1}"), words="PRIVATE WORDS"))
+crowd_task("shows_argv", prompt(
+    bash("tr '\\0' '\\n' </proc/$PPID/cmdline"), say("${1}"), words="PRIVATE WORDS"))
 
 
 @real
@@ -448,10 +449,10 @@ for name, text in PROMPTS.items():
 @real
 @pytest.mark.parametrize("case", PROMPTS)
 def test_a_prompt_reaches_the_model_as_it_is(crowd, case):
-    home, run = crowd
+    place, run = crowd
     record = check_success(run, f"prompt_{case}")
     assert record["final_message"] == f"{case} was read"
-    assert PROMPTS[case].strip() in said_by_user(home.bodies(record["claude_session_id"])[0])
+    assert PROMPTS[case].strip() in said_by_user(place.bodies(record["claude_session_id"])[0])
 
 
 crowd_task("two_tools", prompt(bash("echo still runs"), say("${1}")), tools=["Read", "Bash(git log *)"])
@@ -461,15 +462,15 @@ crowd_task("usual_tools", prompt(say("all")))
 
 @real
 def test_only_the_tools_of_the_task_are_offered(crowd):
-    home, run = crowd
-    seen = {name: offered(home.bodies(check_success(run, name)["claude_session_id"])[0])
+    place, run = crowd
+    seen = {name: offered(place.bodies(check_success(run, name)["claude_session_id"])[0])
             for name in ("two_tools", "no_tools", "usual_tools")}
     assert seen["two_tools"] == {"Read", "Bash"}
     assert seen["no_tools"] == set()
     usual = {"Read", "Write", "Edit", "Bash", "Glob", "Grep"}
     assert {"Read", "Write", "Edit", "Bash"} <= seen["usual_tools"] <= usual
     assert run.record("two_tools")["final_message"] == "still runs"
-    checked = home.home.pitboss("validate", home.home.root / "m.toml", check=0)
+    checked = place.home.pitboss("validate", place.home.root / "m.toml", check=0)
     assert "Bash(git log *)" in checked.stdout + checked.stderr, "a rule that limits nothing is a warning"
 
 
@@ -601,10 +602,10 @@ crowd_task("limit_passes", prompt({"error": 429, "times": 2}, say("recovered")))
 
 @real
 def test_a_limit_that_passes_is_no_failure(crowd):
-    home, run = crowd
+    place, run = crowd
     record = check_success(run, "limit_passes")
     assert record["final_message"] == "recovered" and run.hands("limit_passes") == 1
-    assert len(home.bodies(record["claude_session_id"])) == 3
+    assert len(place.bodies(record["claude_session_id"])) == 3
     log = run.log("limit_passes")
     assert [event["attempt"] for event in log if event.get("subtype") == "api_retry"] == [1, 2]
 
@@ -691,10 +692,10 @@ def test_cancel_in_the_middle_of_a_command(claude, whole_run):
 
 @real
 def test_a_timeout(claude):
-    run = claude.dispatch(claude.task("a", hang(claude), timeout_secs=8), check=1)
+    run = claude.dispatch(claude.task("a", hang(claude), timeout_secs=10), check=1)
     record = run.record()
     assert record["status"] == "TimedOut"
-    assert 8000 <= record["duration_ms"] < 30_000
+    assert 10_000 <= record["duration_ms"] < 30_000
     check_nothing_lives(run, *sleepers(claude))
 
 

@@ -26,7 +26,7 @@ import pytest
 
 import checker
 from checker import Promise, trail_begin, trail_end
-from tools import ISOLATED, PYTHON, Home, git, processes_with, read_events, read_records, wait_for
+from tools import ISOLATED, PYTHON, Home, processes_with, read_events, read_records, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the verdict reads /proc")
 
@@ -288,44 +288,53 @@ def test_killed_dispatchers_lose_nothing_and_do_nothing_twice(tmp_path, record_p
 
 # ---- the checker itself ----
 
-def drop_last_line(path: Path) -> None:
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+def without_last_line(data: bytes) -> bytes:
+    return b"".join(data.splitlines(keepends=True)[:-1])
 
 
-def repeat_last_line(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[-1])
+def with_last_line_twice(data: bytes) -> bytes:
+    return data + data.splitlines(keepends=True)[-1]
 
 
-SPOILS = {
-    "a record is missing": lambda crew, run: drop_last_line(run / "summary.jsonl"),
-    "a record is there twice": lambda crew, run: repeat_last_line(run / "summary.jsonl"),
-    "an event is there twice": lambda crew, run: repeat_last_line(run / "journal.jsonl"),
-    "the last event is missing": lambda crew, run: drop_last_line(run / "journal.jsonl"),
-    "a script ran twice": lambda crew, run: repeat_last_line(crew.trail / "t00"),
-    "a worktree is gone": lambda crew, run: shutil.rmtree(run / "worktrees"),
-    "a stray worktree": lambda crew, run: git(crew.repo, "worktree", "add", "-q", "--detach", f"{run}.stray"),
-    "a branch is gone": lambda crew, run: git(crew.repo, "update-ref", "-d", branch_of(run, "t00")),
-    "a loose line is gone": lambda crew, run: Path(tree_of(run, "t02"), checker.LOOSE).unlink(),
-    "a lock is left": lambda crew, run: (crew.repo / ".git/packed-refs.lock").touch(),
-}
+def spoils(crew: Crew, run_dir: Path) -> dict:
+    """Ways to spoil a good run: what is wrong then: (the file, its bytes to others; None is no file)."""
+    records, heads = {r["task_id"]: r for r in read_records(run_dir)}, crew.repo / ".git/refs/heads"
+    tree = Path(records["t02"]["worktree_path"])
+    return {
+        "a record is missing": (run_dir / "summary.jsonl", without_last_line),
+        "a record is there twice": (run_dir / "summary.jsonl", with_last_line_twice),
+        "the two summaries differ": (run_dir / "summary.json", lambda data: data.replace(b"demo", b"other")),
+        "an event is there twice": (run_dir / "journal.jsonl", with_last_line_twice),
+        "the last event is missing": (run_dir / "journal.jsonl", without_last_line),
+        "a script ran twice": (crew.trail / "t00", with_last_line_twice),
+        "a script did not end": (crew.trail / "t00", without_last_line),
+        "a branch is gone": (heads / records["t00"]["branch"], lambda data: None),
+        "a stray branch": (heads / "stray", lambda data: (heads / "main").read_bytes()),
+        "a loose line is gone": (tree / checker.LOOSE, without_last_line),
+        "a loose line is there twice": (tree / checker.LOOSE, with_last_line_twice),
+        "a worktree is no worktree": (tree / ".git", lambda data: None),
+        "a stray worktree": (run_dir / "worktrees/stray", lambda data: b""),
+        "a lock is left": (crew.repo / ".git/packed-refs.lock", lambda data: b""),
+    }
 
 
-def branch_of(run_dir: Path, task: str) -> str:
-    return "refs/heads/" + next(r["branch"] for r in read_records(run_dir) if r["task_id"] == task)
+def put(path: Path, data: bytes | None) -> None:
+    path.unlink() if data is None else path.write_bytes(data)
 
 
-def tree_of(run_dir: Path, task: str) -> str:
-    return next(r["worktree_path"] for r in read_records(run_dir) if r["task_id"] == task)
-
-
-@pytest.mark.parametrize("spoil", SPOILS)
-def test_the_checker_sees(tmp_path, spoil):
-    crew = make_crew(tmp_path, random.Random(1), 4, ("shell",), longest_s=0.05)
+def test_the_checker_sees_what_is_wrong(tmp_path):
+    crew = make_crew(tmp_path, random.Random(1), 4, ("demo",), longest_s=0.05)
     crew.home.pitboss("dispatch", crew.manifest, check=0)
-    run_dir = crew.run_dir()
+    run_dir, unseen = crew.run_dir(), []
     assert checker.check_run(run_dir, crew.repo, crew.promises, crew.trail) == []
-    SPOILS[spoil](crew, run_dir)
-    assert checker.check_run(run_dir, crew.repo, crew.promises, crew.trail) != []
+    for name, (path, change) in spoils(crew, run_dir).items():
+        before = path.read_bytes() if path.exists() else None
+        put(path, change(before))
+        if not checker.check_run(run_dir, crew.repo, crew.promises, crew.trail):
+            unseen.append(name)
+        put(path, before)
+    assert unseen == []
+    assert checker.check_run(run_dir, crew.repo, crew.promises, crew.trail) == []
 
 
 def test_the_checker_sees_a_living_process():

@@ -29,7 +29,8 @@ def actor_of(**facts) -> pitboss.Actor:
 
 INIT = {"type": "system", "subtype": "init", "session_id": "s"}
 ECHO = {"type": "user", "message": {"role": "user", "content": "x"}, "uuid": "u", "isReplay": True}
-SAID = {"type": "assistant", "message": {"id": "m1", "model": "m", "content": [{"type": "text", "text": "working"}]}}
+SAID = {"type": "assistant",
+        "message": {"id": "m1", "model": "m", "content": [{"type": "text", "text": "working"}]}}
 
 
 def synthetic(code: str) -> dict:
@@ -75,13 +76,15 @@ CASES = [
     # ---- a bad end
     Case("a result, and then exit 3", GOOD, Ending(3), "Failed", "unknown", "exit status 3"),
     Case("a result, and then a crash", GOOD, Ending(None, 11), "Failed", "unknown", "ended by SIGSEGV"),
-    Case("exit 0 without a result", [INIT, ECHO, SAID], Ending(0), "Failed", "unknown", "exit status 0 without a result"),
+    Case("exit 0 without a result", [INIT, ECHO, SAID], Ending(0), "Failed", "unknown",
+         "exit status 0 without a result"),
     Case("exit 1 and a word on stderr", [], Ending(1, stderr="a\nbad flag\n"), "Failed", "unknown",
          "exit status 1 without a result: a\nbad flag"),
-    Case("an error that says nothing", [INIT, ECHO, result(True, None)], Ending(1), "Failed", "unknown", "exit status 1"),
+    Case("an error that says nothing", [INIT, ECHO, result(True, None)], Ending(1), "Failed", "unknown",
+         "exit status 1"),
     Case("an error that exits 0", [INIT, ECHO, result(True, "no")], Ending(0), "Failed", "unknown", "no"),
-    Case("errors instead of a text", [INIT, ECHO, result(True, None, errors=["too many turns", "x"])], Ending(1),
-         "Failed", "unknown", "too many turns; x"),
+    Case("errors instead of a text", [INIT, ECHO, result(True, None, errors=["too many turns", "x"])],
+         Ending(1), "Failed", "unknown", "too many turns; x"),
     Case("killed from outside", [INIT, ECHO, SAID], Ending(None, 9), "Failed", "unknown", "ended by SIGKILL"),
     Case("an unknown signal", [INIT, ECHO, SAID], Ending(None, 40), "Failed", "unknown", "signal 40"),
     Case("its folder is gone", [], Ending(None, no_folder=True), "SpawnFailed", "unknown", "/gone"),
@@ -95,53 +98,61 @@ CASES = [
     Case("no such model", failed("model_not_found", 404), Ending(1), "Failed", "invalid_argument"),
     Case("another 400", failed("unknown", 400), Ending(1), "Failed", "invalid_argument"),
     Case("a code from a newer version", failed("lunch_break", 418), Ending(1), "Failed", "unknown"),
-    Case("too long a prompt", failed("invalid_request", 400, terminal_reason="prompt_too_long"), Ending(1), "Failed",
-         "context_exceeded"),
-    Case("a limit, and then it died", [INIT, ECHO, synthetic("rate_limit")], Ending(None, 9), "Failed", "rate_limit"),
-    Case("an old error is forgotten with a good result", [*failed("rate_limit", 429), SAID, result()], Ending(3), "Failed",
-         "unknown", "exit status 3"),
+    Case("too long a prompt", failed("invalid_request", 400, terminal_reason="prompt_too_long"), Ending(1),
+         "Failed", "context_exceeded"),
+    Case("a limit, and then it died", [INIT, ECHO, synthetic("rate_limit")], Ending(None, 9), "Failed",
+         "rate_limit"),
+    Case("an old error is forgotten with a good result", [*failed("rate_limit", 429), SAID, result()],
+         Ending(3), "Failed", "unknown", "exit status 3"),
     # ---- it never began
     Case("silent, exit 0", [INIT], Ending(0), "again: afresh (unbegun)"),
     Case("silent, killed", [], Ending(None, 15), "again: afresh (unbegun)"),
     Case("silent, but only once", [INIT], Ending(0), "Failed", "unknown", actor={"afresh": True}),
     Case("silent with a word on stderr", [], Ending(1, stderr="bad flag"), "Failed", "unknown", "bad flag"),
-    Case("its session is unknown", [result(True, None, errors=["No conversation found with session ID: s"])], Ending(1),
-         "again: afresh (unbegun)", actor={"how": "resume", "lost": 1}),
-    Case("its session is unknown, on stderr", [], Ending(1, stderr="No conversation found with session ID: s"),
-         "again: afresh (unbegun)", actor={"how": "again"}),
-    Case("its session is taken", [], Ending(1, stderr="Error: Session ID s is already in use."), "again: afresh (unbegun)"),
-    Case("unknown once more", [result(True, None, errors=["No conversation found"])], Ending(1), "Failed", "unknown",
-         "No conversation found", actor={"afresh": True}),
+    Case("its session is unknown", [result(True, None, errors=["No conversation found with session ID: s"])],
+         Ending(1), "again: afresh (unbegun)", actor={"how": "resume", "lost": 1}),
+    Case("its session is unknown, on stderr", [],
+         Ending(1, stderr="No conversation found with session ID: s"), "again: afresh (unbegun)",
+         actor={"how": "again"}),
+    Case("its session is taken", [], Ending(1, stderr="Error: Session ID s is already in use."),
+         "again: afresh (unbegun)"),
+    Case("unknown once more", [result(True, None, errors=["No conversation found"])], Ending(1), "Failed",
+         "unknown", "No conversation found", actor={"afresh": True}),
     # ---- it vanished
     Case("vanished at work", [INIT, ECHO, SAID], Ending(None, vanished=True), "again: resume (lost)"),
-    Case("vanished at work for the third time", [INIT, ECHO, SAID], Ending(None, vanished=True), "again: resume (lost)",
-         actor={"lost": 2}),
-    Case("vanished too often", [INIT, ECHO, SAID], Ending(None, vanished=True), "Failed", "unknown", "vanished",
-         actor={"lost": 3}),
-    Case("vanished, and its agent cannot resume", [INIT, ECHO, SAID], Ending(None, vanished=True), "again: prompt (lost)",
-         actor={"resumes": False}),
+    Case("vanished at work for the third time", [INIT, ECHO, SAID], Ending(None, vanished=True),
+         "again: resume (lost)", actor={"lost": 2}),
+    Case("vanished too often", [INIT, ECHO, SAID], Ending(None, vanished=True), "Failed", "unknown",
+         "vanished", actor={"lost": 3}),
+    Case("vanished, and its agent cannot resume", [INIT, ECHO, SAID], Ending(None, vanished=True),
+         "again: prompt (lost)", actor={"resumes": False}),
     Case("vanished before it was announced", [], Ending(None, vanished=True), "again: afresh (unbegun)"),
     Case("vanished after it was announced", [INIT], Ending(None, vanished=True), "again: resume (lost)"),
-    Case("vanished with an error as its result", [INIT, ECHO, result(True, "no")], Ending(None, vanished=True),
-         "again: resume (lost)"),
+    Case("vanished with an error as its result", [INIT, ECHO, result(True, "no")],
+         Ending(None, vanished=True), "again: resume (lost)"),
     # ---- it was stopped
-    Case("its time was up", [INIT, ECHO, SAID], Ending(None, 15), "TimedOut", "unknown", "60 s had passed; ended by SIGTERM",
+    Case("its time was up", [INIT, ECHO, SAID], Ending(None, 15), "TimedOut", "unknown",
+         "60 s had passed; ended by SIGTERM", {"stop": "timeout"}),
+    Case("its time was up, and it exits 0", [INIT, ECHO, SAID], Ending(0), "TimedOut", "unknown",
+         "60 s had passed", {"stop": "timeout"}),
+    Case("its time was up before a result", GOOD, Ending(0), "TimedOut", "unknown", "60 s",
          {"stop": "timeout"}),
-    Case("its time was up, and it exits 0", [INIT, ECHO, SAID], Ending(0), "TimedOut", "unknown", "60 s had passed",
-         {"stop": "timeout"}),
-    Case("its time was up before a result", GOOD, Ending(0), "TimedOut", "unknown", "60 s", {"stop": "timeout"}),
     Case("cancelled", [INIT, ECHO, SAID], Ending(0), "Cancelled", None, "", {"stop": "cancel"}),
-    Case("cancelled with words", [INIT], Ending(None, 2), "Cancelled", "unknown", "wrong branch; ended by SIGINT",
-         {"stop": "cancel", "stop_reason": "wrong branch"}),
-    Case("cancelled, and it vanished", [INIT], Ending(None, vanished=True), "Cancelled", None, "", {"stop": "cancel"}),
-    Case("done, and it would not go", GOOD, Ending(None, 9), "Success", None, "", {"stop": "linger", "stop_done": True}),
-    Case("done, and cancelled while it left", GOOD, Ending(None, 15), "Success", None, "", {"stop": "cancel", "stop_done": True}),
-    Case("done with an error, and it would not go", [INIT, ECHO, result(True, "no")], Ending(None, 9), "Failed", "unknown", "no",
+    Case("cancelled with words", [INIT], Ending(None, 2), "Cancelled", "unknown",
+         "wrong branch; ended by SIGINT", {"stop": "cancel", "stop_reason": "wrong branch"}),
+    Case("cancelled, and it vanished", [INIT], Ending(None, vanished=True), "Cancelled", None, "",
+         {"stop": "cancel"}),
+    Case("done, and it would not go", GOOD, Ending(None, 9), "Success", None, "",
          {"stop": "linger", "stop_done": True}),
+    Case("done, and cancelled while it left", GOOD, Ending(None, 15), "Success", None, "",
+         {"stop": "cancel", "stop_done": True}),
+    Case("done with an error, and it would not go", [INIT, ECHO, result(True, "no")], Ending(None, 9),
+         "Failed", "unknown", "no", {"stop": "linger", "stop_done": True}),
     # ---- no room
-    Case("a good end, but no room for its log", GOOD, Ending(0, log_cut=True), "Failed", "unknown", "no space was left"),
-    Case("done, and no room for its log", GOOD, Ending(None, 9, log_cut=True), "Failed", "unknown", "no space",
-         {"stop": "linger", "stop_done": True}),
+    Case("a good end, but no room for its log", GOOD, Ending(0, log_cut=True), "Failed", "unknown",
+         "no space was left"),
+    Case("done, and no room for its log", GOOD, Ending(None, 9, log_cut=True), "Failed", "unknown",
+         "no space", {"stop": "linger", "stop_done": True}),
 ]
 
 
@@ -173,7 +184,8 @@ def test_a_text_agent_succeeds_by_its_exit_status(code, status):
 
 
 def test_a_limit_tells_when_it_ends_and_nothing_else_does():
-    assert pitboss.find_reason(talk_of(LIMIT, *failed("rate_limit", 429)), Ending(1))["resets_at"] == 1795275595
+    assert pitboss.find_reason(talk_of(LIMIT, *failed("rate_limit", 429)),
+                               Ending(1))["resets_at"] == 1795275595
     assert "resets_at" not in pitboss.find_reason(talk_of(*failed("rate_limit", 429)), Ending(1))
     assert "resets_at" not in pitboss.find_reason(talk_of(LIMIT, *failed("server_error", 500)), Ending(1))
 
@@ -181,12 +193,14 @@ def test_a_limit_tells_when_it_ends_and_nothing_else_does():
 def test_the_reason_is_never_read_from_the_work():
     """An agent may well write about rate limits, logins and prompts that are too long."""
     words = "rate_limit 429 authentication_failed overloaded Prompt is too long, connection refused"
-    said = {"type": "assistant", "message": {"id": "m", "model": "m", "content": [{"type": "text", "text": words}]}}
+    said = {"type": "assistant",
+            "message": {"id": "m", "model": "m", "content": [{"type": "text", "text": words}]}}
     assert pitboss.find_reason(talk_of(INIT, ECHO, said, result(True, words)), Ending(1))["kind"] == "unknown"
 
 
 @pytest.mark.parametrize("status, ending", [
-    (0, (0, None)), (1, (1, None)), (125, (125, None)), (128, (128, None)), (130, (None, 2)), (137, (None, 9)),
+    (0, (0, None)), (1, (1, None)), (125, (125, None)), (128, (128, None)), (130, (None, 2)),
+    (137, (None, 9)),
     (143, (None, 15)), (144, (144, None)), (160, (160, None)), (255, (255, None))])
 def test_a_shells_status_is_a_code_or_a_signal(status, ending):
     assert pitboss.split_status(status) == ending
@@ -202,14 +216,18 @@ def test_the_last_lines_of_stderr_are_short_and_clean():
 # ------------------------------------------------------------------ every combination
 
 TALKS = {"nothing": [], "init": [INIT], "echo": [INIT, ECHO], "said": [INIT, ECHO, SAID], "good": GOOD,
-         "error": failed("rate_limit", 429), "unknown session": [result(True, None, errors=["No conversation found"])]}
+         "error": failed("rate_limit", 429),
+         "unknown session": [result(True, None, errors=["No conversation found"])]}
 ENDS = [Ending(code, number, vanished, folder, cut, stderr)
-        for (code, number, vanished, folder) in ((0, None, False, False), (1, None, False, False), (None, 9, False, False),
+        for (code, number, vanished, folder) in ((0, None, False, False), (1, None, False, False),
+                                                 (None, 9, False, False),
                                                  (None, None, True, False), (None, None, False, True))
         for cut in (False, True) for stderr in ("", "words", "No conversation found")]
-ACTORS = [actor_of(stop=stop, stop_done=done, stop_reason=words, how=how, lost=lost, afresh=afresh, format=form,
+ACTORS = [actor_of(stop=stop, stop_done=done, stop_reason=words, how=how, lost=lost, afresh=afresh,
+                   format=form,
                    resumes=form == "claude")
-          for (stop, done) in (("", False), ("timeout", False), ("cancel", False), ("cancel", True), ("linger", True))
+          for (stop, done) in (("", False), ("timeout", False), ("cancel", False), ("cancel", True),
+                               ("linger", True))
           for words in ("", "why") for how in ("prompt", "afresh", "resume", "again") for lost in (0, 2, 3)
           for afresh in (False, True) for form in ("claude", "text")]
 
@@ -256,6 +274,7 @@ def test_an_actor_whose_hands_always_vanish_is_given_up(events, how):
         decided = pitboss.decide_hand_end(actor, talk, Ending(None, vanished=True))
         if "status" in decided:
             break
-        pitboss.step(run, {"seq": hand, "at": 2.0, "kind": "hand_ended", "actor": "a", "hand": hand, "code": None,
+        pitboss.step(run,
+                     {"seq": hand, "at": 2.0, "kind": "hand_ended", "actor": "a", "hand": hand, "code": None,
                            "usage": [0, 0, 0, 0], "lived_s": 0.0, **decided})
     assert "status" in decided and hand <= 2 + pitboss.MAX_LOST_HANDS

@@ -1,4 +1,4 @@
-"""A wrong value is found where it stands, told in its author's words, and never stops the search for the next."""
+"""A wrong value is found where it stands, told in its author's words, and never stops the search for more."""
 from __future__ import annotations
 
 import json
@@ -91,7 +91,8 @@ def test_a_schema_says_what_the_check_enforces():
     schema = pitboss.schema_of(SAMPLE)
     assert schema["required"] == ["name"] and schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"name", "size", "extent", "price", "colour", "parts"}
-    assert schema["properties"]["size"] == {"type": "integer", "description": "how big it is", "minimum": 1, "maximum": 9}
+    assert schema["properties"]["size"] == {"type": "integer", "description": "how big it is", "minimum": 1,
+                                            "maximum": 9}
     assert json.loads(json.dumps(schema)) == schema
 
 
@@ -134,7 +135,8 @@ def test_every_key_is_found_on_its_line():
     found = pitboss.locate_keys(DOCUMENT)
     wanted = {
         ("run",): "[run]", ("run", "name"): "name =", ("task", 0): "[[task]]", ("task", 0, "id"): 'id = "a"',
-        ("task", 0, "prompt"): 'prompt = """', ("task", 0, "tools"): "tools", ("task", 0, "directory"): "directory",
+        ("task", 0, "prompt"): 'prompt = """', ("task", 0, "tools"): "tools",
+        ("task", 0, "directory"): "directory",
         ("task", 0, "env"): "[task.env]", ("task", 0, "env", "A"): "A =", ("task", 0, "env", "B C"): '"B C"',
         ("task", 1): "[[ task ]]", ("task", 1, "id"): '"id" = "b"', ("task", 1, "prompt"): "prompt = '''one",
         ("task", 1, "env", "X"): "env.X", ("task", 1, "vars"): "vars", ("task", 1, "branch"): "branch",
@@ -152,8 +154,10 @@ def test_a_key_that_is_missing_is_told_by_the_table_around_it():
 
 # ------------------------------------------------------------------ branches, templates
 
-BRANCHES = ("main", "a/b", "feature/x-1", "ümlaut", "a.b", "a@b", "x{y}", "HEAD", "", "-x", ".x", "a/.b", "a..b", "a b", "a~1",
-            "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a.lock", "a.lock/b", "a/", "/a", "a//b", "a.", "a@{b", "a\x7f", "a\tb", "x.lockd",
+BRANCHES = ("main", "a/b", "feature/x-1", "ümlaut", "a.b", "a@b", "x{y}", "HEAD", "", "-x", ".x", "a/.b",
+            "a..b", "a b", "a~1",
+            "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a.lock", "a.lock/b", "a/", "/a", "a//b", "a.", "a@{b",
+            "a\x7f", "a\tb", "x.lockd",
             "refs/heads/x", "@x", "a/-b")
 
 
@@ -228,9 +232,11 @@ def test_a_manifest_is_resolved_so_that_nothing_is_left_to_defaults():
     assert found.rules == pitboss.Rules("x", 3, False, None, None, False, (), "on_success", False)
     defaults = {f.name: f.default for f in pitboss.ACTOR_FIELDS}
     a, b = found.tasks
-    assert a == pitboss.Task("a", "<sub>", "Say hello.", None, "demo", defaults["model"], "high", defaults["tools"], 3600,
+    assert a == pitboss.Task("a", "<sub>", "Say hello.", None, "demo", defaults["model"], "high",
+                             defaults["tools"], 3600,
                              True, {"A": "1", "B": "3"}, 0)
-    assert (b.agent, b.timeout_s, b.use_worktree, b.tools, b.env) == ("own", 5, False, (), {"A": "1", "B": "2"})
+    assert (b.agent, b.timeout_s, b.use_worktree, b.tools, b.env) == ("own", 5, False, (),
+                                                                      {"A": "1", "B": "2"})
     assert found.servers == (pitboss.Server("s", "server", (), {}),)
     assert found.agents == {"own": pitboss.Command(("sh", "-c", "true"), "text")}
 
@@ -246,15 +252,17 @@ def test_the_environment_counts_only_where_the_manifest_is_silent():
         assert read(WHOLE, ANTHROPIC_MAX_CONCURRENT=senseless).problems == ()
 
 
-@pytest.mark.parametrize("text", [b"\xff", b"a = ", b"x" * 100, b"[" * 5000, b"a = " + b"[" * 100_000, b"\xef\xbb\xbf[[["],
-                         ids=range(6))
+@pytest.mark.parametrize("text", [b"\xff", b"a = ", b"x" * 100, b"[" * 5000, b"a = " + b"[" * 100_000,
+                                  b"\xef\xbb\xbf[[[", b"a = 1" + b"0" * 5000], ids=range(7))
 def test_what_is_no_toml_is_refused_in_words(text):
     with pytest.raises(pitboss.InvalidInput) as error:
         pitboss.read_manifest(text, "m.toml", stem="m", env={}, expand=str, agents=pitboss.AGENTS)
     assert str(error.value).startswith("m.toml: ")
 
 
-PIECES = ['""', '"\\u0000"', '"x"', "0", "-1", "1.5", "nan", "inf", "true", "[]", '["a"]', "[1]", "{}", '{ a = "b" }', "{ a = 1 }",
+PIECES = ['""', '"\\u0000"', '"x"', "0", "-1", "1" + "0" * 400, "1.5", "nan", "inf", "true", "[]", '["a"]',
+          "[1]", "{}",
+          '{ a = "b" }', "{ a = 1 }",
           "1979-05-27", "[[]]", '"a(b)"', '"{x}"', '"own"', '"t"']
 
 
@@ -264,13 +272,14 @@ def test_whatever_stands_where_is_told_and_never_breaks_the_check():
     lines = WHOLE.strip().splitlines()
     keys = [n for n, line in enumerate(lines) if " = " in line]
     told = 0
-    for _ in range(1500):
+    for _ in range(800):
         changed = list(lines)
         for n in chance.sample(keys, chance.randrange(1, 4)):
             changed[n] = f"{changed[n].split(' = ')[0]} = {chance.choice(PIECES)}"
         if chance.random() < 0.3:
             n = chance.choice(keys)
-            changed[n] = chance.choice(("nonsense", "prompt", "template", "id", "vars")) + f" = {chance.choice(PIECES)}"
+            changed[n] = chance.choice(("nonsense", "prompt", "template", "id",
+                                        "vars")) + f" = {chance.choice(PIECES)}"
         text = "\n".join(changed)
         try:
             found = read(text)
@@ -283,7 +292,7 @@ def test_whatever_stands_where_is_told_and_never_breaks_the_check():
             line = pitboss.render_problem(problem, where, {})
             assert problem.path and problem.message and "\n" not in line
             assert problem.path == "task" or "line " in line or problem.path.startswith("environment"), line
-    assert told > 1000
+    assert told > 500
 
 
 def test_tables_of_a_wrong_shape_are_told():

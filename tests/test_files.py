@@ -1,6 +1,6 @@
-"""What is written is whole or not there: journal, blobs, exports, lock; also when the disk is full or the line is torn.
+"""What is written is whole or not there, also when the disk is full, a line is torn, or two want one run.
 
-Faults come from the calls of the operating system, exchanged for one test: a write that is short or says ENOSPC.
+Faults come from calls of the operating system, exchanged for one test: a write that is short or says ENOSPC.
 """
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_a_run_is_found_by_the_beginning_of_its_id(tmp_path):
     with pytest.raises(pitboss.NotFound) as error:
         pitboss.find_run(str(tmp_path), "01")
     assert ids[0] in str(error.value) and ids[1] in str(error.value) and ids[2] not in str(error.value)
-    for prefix in ("03", "", ".", "..", "../x", "/", str(tmp_path / ids[0]), "01a1fec3-9ee4-7b50-855b-ae40a9d45f4d-copy"):
+    for prefix in ("03", "", ".", "..", "../x", "/", str(tmp_path / ids[0]),
+                   "01a1fec3-9ee4-7b50-855b-ae40a9d45f4d-copy"):
         with pytest.raises(pitboss.NotFound):
             pitboss.find_run(str(tmp_path), prefix)
     assert pitboss.list_runs(str(tmp_path / "nothing")) == []
@@ -114,7 +115,8 @@ def test_everything_is_private_under_the_loosest_umask(run_dir, journals):
     finally:
         os.umask(before)
     paths = sorted(run_dir.rglob("*"))
-    assert {p.name for p in paths} >= {"journal.jsonl", "journal.torn", "blobs", "a.json", "reserve", "lock", "hand.1"}
+    assert {p.name for p in paths} >= {"journal.jsonl", "journal.torn", "blobs", "a.json", "reserve", "lock",
+                                       "hand.1"}
     modes = {str(p.relative_to(run_dir)): p.stat().st_mode & 0o777 for p in paths}
     assert {n: oct(m) for n, m in modes.items() if m != (0o700 if (run_dir / n).is_dir() else 0o600)} == {}
 
@@ -124,7 +126,8 @@ def test_a_written_file_takes_the_place_of_the_old_one(tmp_path):
     path.write_bytes(b"old")
     kept = path.open("rb")
     pitboss.write_file(str(path), b"new" * 100_000)
-    assert path.read_bytes() == b"new" * 100_000 and kept.read() == b"old", "a reader of the old one is not disturbed"
+    assert path.read_bytes() == b"new" * 100_000
+    assert kept.read() == b"old", "a reader of the old one is not disturbed"
     kept.close()
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -154,7 +157,8 @@ def test_short_writes_go_on_where_they_stopped(tmp_path, monkeypatch):
 
 
 def test_json_documents_come_back_as_they_were(tmp_path):
-    value = {"a": 1, "rows": [{"x": [1, {"y": None}]}, {"z": "ä\ud800\n"}], "none": [], "list": [1, "b"], "d": {"e": {}}}
+    value = {"a": 1, "rows": [{"x": [1, {"y": None}]}, {"z": "ä\ud800\n"}], "none": [], "list": [1, "b"],
+             "d": {"e": {}}}
     pitboss.write_json(str(tmp_path / "f"), value, pitboss.NO_SECRETS)
     assert pitboss.read_json(str(tmp_path / "f")) == value
     assert len((tmp_path / "f").read_text().splitlines()) == 2 + 5 + 3, "one line a key, and one a row"
@@ -192,7 +196,8 @@ def test_time_never_goes_back(run_dir, journals, monkeypatch):
     moments = [journal.append("x", {})["at"] for _ in range(3)]
     monkeypatch.setattr(pitboss.time, "time", lambda: 1_000_000.0)        # somebody set the clock back
     moments += [journal.append("x", {})["at"] for _ in range(3)]
-    moments += [journals().append("x", {})["at"] for _ in range(3)]      # the next dispatcher goes on from there
+    moments += [journals().append("x", {})["at"]
+                for _ in range(3)]      # the next dispatcher goes on from there
     assert moments == sorted(moments) and moments[-1] - moments[0] < 60
     monkeypatch.setattr(pitboss.time, "time", lambda: 3e9)
     assert journals().append("x", {})["at"] >= 3e9, "after a restart the clock is believed when it is ahead"
@@ -206,7 +211,8 @@ def test_time_is_monotonic_time(journals, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["short", "nothing", "error"])
-def test_a_line_that_did_not_fit_is_taken_back_and_the_reserve_given_up_once(run_dir, journals, monkeypatch, how):
+def test_a_line_that_did_not_fit_is_taken_back_and_the_reserve_given_up_once(run_dir, journals, monkeypatch,
+                                                                             how):
     journal, real, refuse = journals(), os.write, [True]
     pitboss.keep_reserve(str(run_dir))
     assert (run_dir / "reserve").stat().st_size == pitboss.RESERVE
@@ -250,7 +256,8 @@ def test_what_says_that_there_is_no_room(name):
     assert pitboss.has_no_room(OSError(getattr(errno, name), "x"))
     assert "make room" in pitboss.fault_of(OSError(getattr(errno, name), "x", "/f"), "doing").hint
     assert not pitboss.has_no_room(OSError(errno.EIO, "x"))
-    assert str(pitboss.fault_of(OSError(errno.EACCES, "Permission denied", "/f"), "doing it")) == "doing it: Permission denied: /f"
+    assert str(pitboss.fault_of(OSError(errno.EACCES, "Permission denied", "/f"),
+                                "doing it")) == "doing it: Permission denied: /f"
 
 
 # ------------------------------------------------------------------ torn and broken
@@ -277,10 +284,12 @@ def test_a_tail_that_was_torn_anywhere_is_set_aside_and_the_count_goes_on(run_di
     path.write_bytes(raw[:-9])
     pitboss.mend_journal(str(path))
     journals().append("after", {})
-    assert [(e["seq"], e["kind"]) for e in read(run_dir)] == [(1, "event"), (2, "event"), (3, "event"), (4, "after")]
+    assert [(e["seq"], e["kind"]) for e in read(run_dir)] == [(1, "event"), (2, "event"), (3, "event"),
+                                                              (4, "after")]
 
 
-@pytest.mark.parametrize("tail", [b"{", b"\x00" * 4096, b"\xff\xfe\n", b"{}\n", b"[1]\n", b'{"seq":5}\n', b"null\n", b"[" * 50_000 + b"\n",
+@pytest.mark.parametrize("tail", [b"{", b"\x00" * 4096, b"\xff\xfe\n", b"{}\n", b"[1]\n", b'{"seq":5}\n',
+                                  b"null\n", b"[" * 50_000 + b"\n",
                                   b'{"seq":"5","at":1.0,"kind":"x"}\n', b'{"seq":5,"at":"x","kind":"x"}\n'],
                          ids=range(10))
 def test_a_last_line_that_is_no_event_is_torn(run_dir, journals, tail):
@@ -342,7 +351,8 @@ def test_what_is_no_blob_is_itself_and_a_lost_one_is_its_beginning(run_dir):
         assert pitboss.get_blob(str(run_dir), value) == value
     assert pitboss.get_blob(str(run_dir), {"blob": "0" * 64, "head": "begin"}) == "begin"
     (run_dir / "secret").write_text("no")
-    assert pitboss.get_blob(str(run_dir), {"blob": "../secret", "head": "begin"}) == "begin", "a name is never a path"
+    assert pitboss.get_blob(str(run_dir),
+                            {"blob": "../secret", "head": "begin"}) == "begin", "a name is never a path"
 
 
 def watch_calls(monkeypatch, run_dir: Path) -> list[str]:
@@ -352,9 +362,11 @@ def watch_calls(monkeypatch, run_dir: Path) -> list[str]:
     def name_of(fd: int) -> str:
         return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
     real = {name: getattr(os, name) for name in ("write", "fsync", "replace")}
-    monkeypatch.setattr(os, "write", lambda fd, data: (seen.append(f"write {name_of(fd)}"), real["write"](fd, data))[1])
+    monkeypatch.setattr(os, "write", lambda fd,
+                        data: (seen.append(f"write {name_of(fd)}"), real["write"](fd, data))[1])
     monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(f"fsync {name_of(fd)}"), real["fsync"](fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(f"rename {os.path.basename(b)}"), real["replace"](a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a,
+                        b: (seen.append(f"rename {os.path.basename(b)}"), real["replace"](a, b))[1])
     return seen
 
 
@@ -374,7 +386,8 @@ def test_a_blob_is_on_disk_before_the_event_that_names_it(run_dir, journals, mon
 def test_where_there_is_no_room_for_a_blob_its_beginning_is_kept(run_dir, journals, monkeypatch):
     journal, real = journals(), os.write
     pitboss.keep_reserve(str(run_dir))
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data) if fd == journal.fd else fail_with(errno.ENOSPC)())
+    monkeypatch.setattr(os, "write", lambda fd,
+                        data: real(fd, data) if fd == journal.fd else fail_with(errno.ENOSPC)())
     event = journal.append("x", {"final": "begin " + BIG})
     assert journal.full and not (run_dir / "reserve").exists()
     assert pitboss.get_blob(str(run_dir), event["final"]).startswith("begin xxx")
@@ -390,7 +403,8 @@ def test_secrets_do_not_reach_the_journal_or_its_blobs(run_dir, journals):
     event = journal.append("hand_ended", {"actor": "a", "final": long, "leftovers": [f"7 psql {secret}"],
                                           "reason": {"kind": "unknown", "message": f"a\n{token}\n{secret}"}})
     assert read(run_dir) == [event], "every line is still JSON, and what was stepped is what was written"
-    assert event["reason"] == {"kind": "unknown", "message": "a\n***\n***"} and event["leftovers"] == ["7 psql ***"]
+    assert event["reason"] == {"kind": "unknown",
+                               "message": "a\n***\n***"} and event["leftovers"] == ["7 psql ***"]
     assert pitboss.get_blob(str(run_dir), event["final"]) == f"{BIG} *** ***"
     everything = b"".join(p.read_bytes() for p in run_dir.rglob("*") if p.is_file())
     for form in (secret, json.dumps(secret)[1:-1], token):
@@ -487,9 +501,11 @@ def test_a_file_system_without_locks_is_a_fault_with_a_remedy(run_dir, monkeypat
 
 
 def test_a_holder_is_known_by_more_than_its_number():
-    me = {"pid": os.getpid(), "host": os.uname().nodename, "boot": pitboss.boot_id(), "start": pitboss.process_start(os.getpid())}
+    me = {"pid": os.getpid(), "host": os.uname().nodename, "boot": pitboss.boot_id(),
+          "start": pitboss.process_start(os.getpid())}
     assert pitboss.is_living_holder(me)
-    for key, other in (("pid", 1), ("pid", None), ("host", "elsewhere"), ("boot", "x"), ("start", "1"), ("start", None)):
+    for key, other in (("pid", 1), ("pid", None), ("host", "elsewhere"), ("boot", "x"), ("start", "1"),
+                       ("start", None)):
         assert not pitboss.is_living_holder({**me, key: other}), key
     assert not pitboss.is_living_holder({})
 
@@ -509,6 +525,7 @@ def test_the_pinned_copy_runs_without_the_file_it_came_from(run_dir):
     here = run_dir / "self"
     assert (here / "pitboss.py").read_bytes() == Path(pitboss.__file__).read_bytes()
     assert list((here / "__pycache__").glob("*.pyc")), "it starts without compiling"
-    done = subprocess.run([*pitboss.self_argv(str(run_dir)), "version"], capture_output=True, text=True, cwd="/",
+    done = subprocess.run([*pitboss.self_argv(str(run_dir)), "version"], capture_output=True, text=True,
+                          cwd="/",
                           env={"PATH": os.environ["PATH"]}, check=False)
     assert done.stdout == f"pitboss {pitboss.VERSION}\n", done.stderr

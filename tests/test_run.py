@@ -1,8 +1,9 @@
-"""A run is the fold of its journal: the same every time, its books right after every event, whatever happened.
+"""A run is the fold of its journal: the same every time, its books right whatever happened.
 
-Two sources of events: journals of real runs (tests/data/journals, made by tests/record_journals.py), and random
-histories in which a dispatcher, made of a few lines here, does what is owed, dies, is signalled and comes back.
-After each event everything that is kept ready (counts, queues, what is owed) is worked out again from scratch.
+Two sources of events: journals of real runs (tests/data/journals, made by tests/record_journals.py), and
+random histories in which a dispatcher, made of a few lines here, does what is owed, dies, is signalled and
+comes back. After each event everything that is kept ready (counts, queues, what is owed) is worked out again
+from scratch.
 """
 from __future__ import annotations
 
@@ -37,15 +38,19 @@ def owed_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
         last = next((e["kind"] for e in reversed(events) if e.get("actor") == name
                      and e["kind"] in ("placed", "hand_dealt", "hand_voided", "hand_ended")), "")
         owed |= {(verb, name) for verb in {
-            "waiting": (), "placing": ("place",), "dealing": ("spawn",) if last == "hand_dealt" else ("deal",),
-            "running": ("watch",), "stopping": ("watch", "stop"), "closing": ("close",), "settled": ()}[actor.state]}
+            "waiting": (), "placing": ("place",),
+            "dealing": ("spawn",) if last == "hand_dealt" else ("deal",),
+            "running": ("watch",), "stopping": ("watch", "stop"), "closing": ("close",),
+            "settled": ()}[actor.state]}
     states = Counter(a.state for a in run.actors.values())
     at_work = sum(states[s] for s in ("placing", "dealing", "running", "stopping", "closing"))
     nothing_starts = run.draining or run.halted or run.cancelled
     began = any(e["kind"] == "dispatcher_started" for e in events)
-    at_its_end = began and not at_work and (nothing_starts or not states["waiting"]) and run.finished_at is None
+    at_its_end = began and not at_work and (nothing_starts
+                                            or not states["waiting"]) and run.finished_at is None
     if at_its_end and (run.draining != "no_space" or ("finish", "") in run.owed):
-        owed.add(("finish", ""))       # where there is no room it is owed at the latest when somebody resumes it
+        owed.add(("finish",
+                  ""))       # where there is no room it is owed at the latest when somebody resumes it
     return owed
 
 
@@ -114,7 +119,8 @@ def test_what_a_newer_version_adds_changes_nothing(path):
     richer = []
     for event in events:
         richer.append({**event, "from_the_future": {"x": [1]}})
-        richer.append({"seq": event["seq"], "at": event["at"], "kind": "hand_blessed", "actor": event.get("actor"), "by": "x"})
+        richer.append({"seq": event["seq"], "at": event["at"], "kind": "hand_blessed",
+                       "actor": event.get("actor"), "by": "x"})
     run, plain = pitboss.fold(richer), pitboss.fold(events)
     assert run.facts.pop("from_the_future") == {"x": [1]}
     assert tables_of(run) == tables_of(plain)
@@ -149,7 +155,8 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
     json.dumps(summary, allow_nan=False)
 
 
-EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed", "halted": "failed"}
+EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
+           "halted": "failed"}
 
 
 @by_journal
@@ -160,15 +167,18 @@ def test_the_exit_code_of_a_journal(path):
 # ------------------------------------------------------------------ random histories
 
 class History:
-    """A run and the simplest dispatcher that there can be: it does one thing that is owed, or something happens to it."""
+    """A run and the simplest dispatcher that there can be: it does a thing that is owed, or is disturbed."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.run, self.events, self.dealt, self.at = pitboss.RunState(), [], set(), 1000.0
-        self.record("run_opened", format=1, run_id="r", name="n", mode="flat", max_parallel=self.chance.randrange(1, 4),
-                    halt_on_failure=self.chance.random() < 0.2, worktree_cleanup="on_success", keep_children=False)
+        self.record("run_opened", format=1, run_id="r", name="n", mode="flat",
+                    max_parallel=self.chance.randrange(1, 4),
+                    halt_on_failure=self.chance.random() < 0.2, worktree_cleanup="on_success",
+                    keep_children=False)
         for n in range(self.chance.randrange(1, 7)):
-            self.record("actor_added", actor=f"t{n}", role="task", agent="demo", model="m", directory="/d", timeout_s=60,
+            self.record("actor_added", actor=f"t{n}", role="task", agent="demo", model="m", directory="/d",
+                        timeout_s=60,
                         use_worktree=self.chance.random() < 0.5, branch=None)
         self.record("dispatcher_started", pid=1)
 
@@ -186,13 +196,16 @@ class History:
             verb, actor = self.chance.choice(list(self.run.owed))
             getattr(self, f"do_{verb}")(actor)
         else:
-            self.chance.choice((self.disturb_restart, self.disturb_usage, self.disturb_time, self.disturb_drain,
-                                self.disturb_cancel, self.disturb_usage, self.disturb_time, self.disturb_usage))()
+            self.chance.choice((self.disturb_restart, self.disturb_usage, self.disturb_time,
+                                self.disturb_drain,
+                                self.disturb_cancel, self.disturb_usage, self.disturb_time,
+                                self.disturb_usage))()
 
     def do_place(self, name: str) -> None:
         if self.chance.random() < 0.1:
             return self.record("place_failed", actor=name, message="no")
-        self.record("placed", actor=name, place={"path": "/w", "cwd": "/w", "branch": "b", "base": "c", "made": True,
+        self.record("placed", actor=name,
+                    place={"path": "/w", "cwd": "/w", "branch": "b", "base": "c", "made": True,
                                                  "repo": "/r", "directory": "/d"})
 
     def do_deal(self, name: str) -> None:
@@ -200,7 +213,8 @@ class History:
         if actor.stop:
             return self.record("hand_skipped", actor=name)
         self.dealt.add((name, actor.hand + 1))
-        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id="u", log_at=0, session_id="s")
+        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id="u", log_at=0,
+                    session_id="s")
 
     def do_spawn(self, name: str) -> None:
         actor = self.run.actors[name]
@@ -219,16 +233,19 @@ class History:
         end = self.chance.choice((pitboss.Ending(0), pitboss.Ending(1), pitboss.Ending(None, 9),
                                   pitboss.Ending(None, vanished=True)))
         facts = pitboss.decide_hand_end(actor, talk, end)
-        self.record("hand_ended", actor=name, hand=actor.hand, code=end.code, signal=end.signal, usage=[1, 2, 0, 0],
+        self.record("hand_ended", actor=name, hand=actor.hand, code=end.code, signal=end.signal,
+                    usage=[1, 2, 0, 0],
                     cost_usd=0.5, session_id="s", final=None, log_at=9, lived_s=1.0, skipped=0, **facts)
 
     do_stop = do_watch
 
     def do_close(self, name: str) -> None:
-        self.record("closed", actor=name, leftovers=[], path=None, branch=None, rescue_ref=None, kept=None, restore=None)
+        self.record("closed", actor=name, leftovers=[], path=None, branch=None, rescue_ref=None, kept=None,
+                    restore=None)
 
     def do_finish(self, _: str) -> None:
-        self.record("run_finished", ended_at=self.at, tasks_total=len(self.run.actors), tasks_failed=self.run.failed)
+        self.record("run_finished", ended_at=self.at, tasks_total=len(self.run.actors),
+                    tasks_failed=self.run.failed)
 
     def disturb_restart(self) -> None:
         self.dealt.clear()
@@ -295,18 +312,22 @@ def test_a_cancelled_run_deals_nothing_more():
 def test_a_hundred_thousand_events_fold():
     """Many actors, many hands: nothing is left over in the tables, and every actor has its record."""
     def history():
-        yield {"kind": "run_opened", "format": 1, "run_id": "r", "name": "n", "mode": "flat", "max_parallel": 8}
+        yield {"kind": "run_opened", "format": 1, "run_id": "r", "name": "n", "mode": "flat",
+               "max_parallel": 8}
         names = [f"t{n}" for n in range(2000)]
         for name in names:
-            yield {"kind": "actor_added", "actor": name, "role": "task", "agent": "demo", "model": "m", "directory": "/d",
+            yield {"kind": "actor_added", "actor": name, "role": "task", "agent": "demo", "model": "m",
+                   "directory": "/d",
                    "use_worktree": False, "timeout_s": 60, "branch": None}
         yield {"kind": "dispatcher_started", "pid": 1}
         for name in names:
-            yield {"kind": "hand_dealt", "actor": name, "hand": 1, "how": "prompt", "message_id": "u", "log_at": 0, "session_id": "s"}
+            yield {"kind": "hand_dealt", "actor": name, "hand": 1, "how": "prompt", "message_id": "u",
+                   "log_at": 0, "session_id": "s"}
             yield {"kind": "hand_started", "actor": name, "hand": 1, "handle": {"pid": 7}}
             for n in range(45):
                 yield {"kind": "usage", "actor": name, "hand": 1, "usage": [n, n, 0, 0], "cost_usd": 0.1}
-            yield {"kind": "hand_ended", "actor": name, "hand": 1, "code": 0, "usage": [50, 50, 0, 0], "cost_usd": 0.5,
+            yield {"kind": "hand_ended", "actor": name, "hand": 1, "code": 0, "usage": [50, 50, 0, 0],
+                   "cost_usd": 0.5,
                    "lived_s": 1.0, "status": "Success"}
             yield {"kind": "closed", "actor": name}
         yield {"kind": "run_finished", "ended_at": 9.0}

@@ -1,7 +1,7 @@
 """pitboss.py keeps the shape that its street map promises.
 
-`python tests/test_shape.py [FILE]` prints every breach and exits 1 when there is one. Each check is a function
-from a parsed file to its breaches; the last test breaks each of them once, so that none passes by being blind.
+`python tests/test_shape.py [FILE]` prints every breach and exits 1 when there is one. Each check is a
+function from a parsed file to its breaches, and is itself tested with a file that breaches it.
 """
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ MAX_FUNCTION = 60          # lines; a longer one says why:  def f(...):  # long:
 MAX_LINE = 110             # columns
 OLDEST = (3, 8)            # the grammar that every Python can parse, so that an old one gets a sentence
 EAGER = {"__future__", "contextlib", "functools", "json", "math", "os", "re", "sys", "time", "typing"}
-IMPURE = {"open", "print", "input", "os", "sys", "time", "asyncio", "subprocess", "socket", "sqlite3", "shutil",
-          "signal", "random", "secrets", "uuid", "tempfile", "curses", "select", "threading", "fcntl", "pathlib"}
+IMPURE = {"open", "print", "input", "os", "sys", "time", "asyncio", "subprocess", "socket", "sqlite3",
+          "shutil",
+          "signal", "random", "secrets", "uuid", "tempfile", "curses", "select", "threading", "fcntl",
+          "pathlib"}
 UNOWNED = {"create_task", "ensure_future", "gather"}   # on the asyncio module: nobody owns the task
 BANNER = re.compile(r"^# ([A-Z][A-Z ]*): (.+?)\s+\[(pure|io|async|cli)\]$")
 MAPPED = re.compile(r"^    ([A-Z][A-Z ]*?)\s{2,}(.+?)\s+\[(pure|io|async|cli)\]$")
-HISTORY = re.compile(r"\bv\d+\.\d|\W#\d{2,}|\bPR \d|\bphase \d|\bpreviously\b|\bused to\b|\bno longer\b", re.I)
+HISTORY = re.compile(r"\bv\d+\.\d|\W#\d{2,}|\bPR \d|\bphase \d|\bpreviously\b|\bused to\b|\bno longer\b",
+                     re.I)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 
@@ -46,12 +49,14 @@ class Program:
         self.source = source
         self.lines = source.splitlines()
         self.tree = ast.parse(source)
-        self.sections = [Section(n, *m.groups()) for n, line in enumerate(self.lines, 1) if (m := BANNER.match(line))]
+        self.sections = [Section(n, *m.groups()) for n,
+                         line in enumerate(self.lines, 1) if (m := BANNER.match(line))]
         self.homes = {name: self.section_of(node) for node in self.tree.body for name in defined_by(node)}
 
     def section_of(self, node: ast.AST) -> int:
         """The index of the section that a node stands in; -1 above the first banner."""
-        return next((n for n in reversed(range(len(self.sections))) if self.sections[n].line <= node.lineno), -1)
+        return next((n for n in reversed(range(len(self.sections))) if self.sections[n].line <= node.lineno),
+                    -1)
 
     def line_of(self, node: ast.AST) -> str:
         return self.lines[node.lineno - 1]
@@ -76,7 +81,7 @@ def names_read(node: ast.AST) -> Iterator[ast.Name]:
             if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load) and id(x) not in notes)
 
 
-# ------------------------------------------------------------------ the checks: a program to (line, breach) pairs
+# ------------------------------------------------------------------ checks: a program to (line, breach) pairs
 
 def check_map(program: Program) -> Iterator[tuple[int, str]]:
     """The street map of the docstring and the banners are the same list, in the same order."""
@@ -109,7 +114,7 @@ def check_private_names(program: Program) -> Iterator[tuple[int, str]]:
 
 
 def check_purity(program: Program) -> Iterator[tuple[int, str]]:
-    """A [pure] section neither uses nor imports what reaches the world; a parameter of that name may be used."""
+    """A [pure] section neither uses nor imports what reaches the world; a parameter of that name is fine."""
     for node in program.tree.body:
         here = program.section_of(node)
         if here < 0 or program.sections[here].kind != "pure":
@@ -180,7 +185,8 @@ def check_excepts(program: Program) -> Iterator[tuple[int, str]]:
     """A broad except stands at a boundary and says why."""
     for node in program.walk(ast.ExceptHandler):
         caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-        broad = any(x is None or isinstance(x, ast.Name) and x.id in ("Exception", "BaseException") for x in caught)
+        broad = any(x is None or isinstance(x, ast.Name) and x.id in ("Exception", "BaseException")
+                    for x in caught)
         if broad and "# boundary:" not in program.line_of(node):
             yield node.lineno, "a broad except without `# boundary: reason`"
 
@@ -196,7 +202,8 @@ def check_docstrings(program: Program) -> Iterator[tuple[int, str]]:
     """Every public name of the module, and every public method, says what it is."""
     for node in (program.tree, *(x for x in program.tree.body if isinstance(x, ast.ClassDef))):
         for child in node.body:
-            if isinstance(child, DEFINITIONS) and not child.name.startswith("_") and not ast.get_docstring(child):
+            if isinstance(child,
+                          DEFINITIONS) and not child.name.startswith("_") and not ast.get_docstring(child):
                 yield child.lineno, f"{child.name} has no docstring"
 
 
@@ -266,7 +273,8 @@ BROKEN = {
     #                    what is put in         in place of
     check_map:           ("# HIGH: pure things   [io]", "# HIGH: pure things   [pure]"),
     check_direction:     ("return Low", "return uuid"),
-    check_private_names: ('"""Twice."""\n    _hidden = 1\n\n_hidden = 2\n\n\n# LOW: the world      [io]\nprint(_hidden)',
+    check_private_names: ('"""Twice."""\n    _hidden = 1\n\n_hidden = 2\n\n\n'
+                          '# LOW: the world      [io]\nprint(_hidden)',
                           '"""Twice."""\n    return uuid * 2\n\n\n# LOW: the world      [io]'),
     check_purity:        ("return sys.maxsize", "return uuid"),
     check_imports:       ("import numpy", "import sys"),

@@ -112,9 +112,11 @@ def all_are(run: Run, status: str) -> bool:
 # ---- cancel ----
 
 def cancel_run(home: Home, scripts: dict, copies: int) -> None:
+    """`cancel` returns when it has happened."""
     run = start_all(home, scripts, copies)
     assert len(run.alive()) >= len(run.ids)
     home.pitboss("cancel", run.folder.name, check=0)
+    assert run.alive() == {}
     assert run.end() == 1
     assert all_are(run, "Cancelled")
     assert run.summary()["was_interrupted"] is True
@@ -127,13 +129,6 @@ def test_a_cancelled_run_leaves_nothing(home):
 @pytest.mark.slow
 def test_a_cancelled_run_of_nasty_agents_leaves_nothing(home):
     cancel_run(home, NASTY, COPIES)
-
-
-def test_cancel_returns_when_it_has_happened(home):
-    run = start_all(home, MEEK)
-    home.pitboss("cancel", run.folder.name, check=0)
-    assert run.alive() == {}
-    assert run.end() == 1
 
 
 def test_cancel_of_what_is_settled_is_refused(home):

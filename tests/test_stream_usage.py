@@ -1,7 +1,7 @@
 """Tokens and cost: each message counts once, a result is believed, a hand that resumes begins at nothing.
 
 Random streams of events are folded twice: line by line as a dispatcher does, and by the few lines below that
-look at the whole stream at once. Then come streams that no agent should print: they must not stop a dispatcher.
+look at the whole stream at once. Then come streams that no agent should print: none may stop a dispatcher.
 """
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ def fold(events: list, model: str = MODEL) -> pitboss.Talk:
     return talk
 
 
-def message(ident: str, text: str = "", usage: tuple = (0, 1, 0, 0), parent: str | None = None, **more) -> dict:
+def message(ident: str, text: str = "", usage: tuple = (0, 1, 0, 0), parent: str | None = None,
+            **more) -> dict:
     names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    return {"type": "assistant", "message": {"id": ident, "model": MODEL, "content": [{"type": "text", "text": text}],
-                                             "usage": dict(zip(names, usage)), **more}, "parent_tool_use_id": parent}
+    return {"type": "assistant",
+            "message": {"id": ident, "model": MODEL, "content": [{"type": "text", "text": text}],
+                                             "usage": dict(zip(names, usage)), **more},
+                                             "parent_tool_use_id": parent}
 
 
 def result(cost=None, models: dict | None = None, **more) -> dict:
@@ -42,7 +45,8 @@ def result(cost=None, models: dict | None = None, **more) -> dict:
 
 def test_one_message_in_several_events_counts_once():
     talk = fold([message("m1", "a" * 8, (10, 1, 20, 30)), message("m1", "b" * 9, (10, 1, 20, 30))])
-    assert talk.usage() == Usage(10, 2 + 3, 20, 30), "output is an estimate of what was said, 4 characters a token"
+    assert talk.usage() == Usage(10, 2 + 3, 20,
+                                 30), "output is an estimate of what was said, 4 characters a token"
     assert talk.cost_usd() == pytest.approx(10 * 5e-6 + 5 * 25e-6 + 20 * 0.5e-6 + 30 * 6.25e-6)
 
 
@@ -82,7 +86,8 @@ def test_a_result_that_tells_no_models_keeps_the_estimate():
 
 
 def test_a_failure_before_the_first_answer_costs_nothing():
-    talk = fold([{**message("m1", "API Error", (0, 0, 0, 0), model="<synthetic>"), "error": "rate_limit"}, result(0)])
+    talk = fold([{**message("m1", "API Error", (0, 0, 0, 0), model="<synthetic>"), "error": "rate_limit"},
+                 result(0)])
     assert (talk.usage(), talk.cost_usd(), talk.error) == (Usage(), 0, "") or talk.error == "rate_limit"
     assert talk.usage() == Usage() and talk.cost_usd() == 0
 
@@ -94,7 +99,8 @@ def test_more_messages_than_are_remembered_still_add_up():
 
 
 def test_tool_calls_and_thoughts_count_as_output():
-    content = [{"type": "tool_use", "name": "Bash", "input": {"command": "ls"}}, {"type": "thinking", "thinking": "hm" * 4}]
+    content = [{"type": "tool_use", "name": "Bash", "input": {"command": "ls"}},
+               {"type": "thinking", "thinking": "hm" * 4}]
     talk = fold([message("m1", content=content)])
     assert talk.usage().output == math.ceil((len('{"command": "ls"}') + 8) / 4)
 
@@ -136,7 +142,8 @@ def random_stream(chance: random.Random) -> list[dict]:
         for _ in range(chance.randrange(40)):
             if not open_ids or chance.random() < 0.5:
                 number += 1
-                open_ids.append((f"msg_{number}", (chance.randrange(5000), 1, chance.randrange(9), chance.randrange(9))))
+                open_ids.append((f"msg_{number}",
+                                 (chance.randrange(5000), 1, chance.randrange(9), chance.randrange(9))))
             ident, usage = chance.choice(open_ids[-3:])
             parent = chance.choice((None, None, "toolu_1"))
             events.append(message(ident, "x" * chance.randrange(50), usage, parent))
@@ -161,12 +168,15 @@ def test_random_streams_are_counted_as_the_rule_says():
 
 def test_lines_that_are_no_events_change_nothing():
     chance = random.Random(7)
-    rubbish = [b"", b"{", b"\xff\xfe", b'{"type":"assistant"}', b'{"type":"assistant","message":7}', b"[1]", b"null", b'"result"',
-               b'{"type":"stream_event","event":{}}', b'{"type":"system"}', b'{"type":"assistant' + b"[" * 100_000]
+    rubbish = [b"", b"{", b"\xff\xfe", b'{"type":"assistant"}', b'{"type":"assistant","message":7}', b"[1]",
+               b"null", b'"result"',
+               b'{"type":"stream_event","event":{}}', b'{"type":"system"}',
+               b'{"type":"assistant' + b"[" * 100_000]
     for _ in range(50):
         events = random_stream(chance)
         noisy = [line for e in events for line in (e, *chance.sample(rubbish, chance.randrange(3)))]
-        assert (fold(noisy).usage(), fold(noisy).cost_usd()) == (fold(events).usage(), fold(events).cost_usd())
+        assert (fold(noisy).usage(), fold(noisy).cost_usd()) == (fold(events).usage(),
+                                                                 fold(events).cost_usd())
 
 
 # ------------------------------------------------------------------ over the hands of an actor
@@ -174,17 +184,20 @@ def test_lines_that_are_no_events_change_nothing():
 def play(*events: dict) -> pitboss.RunState:
     """A run of one actor, `a`, whose hand is alive, after more events."""
     opening = [{"kind": "run_opened", "run_id": "r", "name": "n", "mode": "flat", "max_parallel": 1},
-               {"kind": "actor_added", "actor": "a", "role": "task", "agent": "claude", "model": MODEL, "directory": "/",
+               {"kind": "actor_added", "actor": "a", "role": "task", "agent": "claude", "model": MODEL,
+                "directory": "/",
                 "use_worktree": False, "timeout_s": 60, "branch": None}, DEALT, STARTED]
     return pitboss.fold({"seq": n, "at": float(n), **e} for n, e in enumerate([*opening, *events], 1))
 
 
-DEALT = {"kind": "hand_dealt", "actor": "a", "hand": 1, "how": "prompt", "message_id": "m", "log_at": 0, "session_id": "s"}
+DEALT = {"kind": "hand_dealt", "actor": "a", "hand": 1, "how": "prompt", "message_id": "m", "log_at": 0,
+         "session_id": "s"}
 STARTED = {"kind": "hand_started", "actor": "a", "hand": 1, "handle": {"pid": 1}}
 
 
 def ended(usage: tuple, cost: float | None, **more) -> dict:
-    return {"kind": "hand_ended", "actor": "a", "hand": 1, "code": 0, "usage": list(usage), "cost_usd": cost, "lived_s": 1.0,
+    return {"kind": "hand_ended", "actor": "a", "hand": 1, "code": 0, "usage": list(usage), "cost_usd": cost,
+            "lived_s": 1.0,
             "status": "Success", **more}
 
 
@@ -207,7 +220,7 @@ AGAIN = ended((10, 20, 3, 4), 0.25, again="resume", cause="lost")
     ([AGAIN, DEALT, STARTED, ended((0, 0, 0, 0), None)], (10, 20, 3, 4), 0.25),
 ], ids=range(9))
 def test_hands_of_an_actor_add_up(events, usage, cost):
-    """A usage event is cumulative in its hand; each hand begins at nothing; no cost told is no cost, not 0."""
+    """A usage event is cumulative in its hand; each hand begins at nothing; a cost not told is none."""
     run = play(*events)
     record = pitboss.record_of(run, run.actors["a"], "log")
     assert tuple(record["token_usage"].values()) == usage
@@ -216,7 +229,8 @@ def test_hands_of_an_actor_add_up(events, usage, cost):
 
 # ------------------------------------------------------------------ what no agent should print
 
-ODD = (None, "", "x", True, [], {}, -1, 1.5, 1_795_275_595_000, "NaN", float("nan"), float("inf"), float("-inf"), 10**400, 1e308, [1], {"a": 1}, "5")
+ODD = (None, "", "x", True, [], {}, -1, 1.5, 1_795_275_595_000, "NaN", float("nan"), float("inf"),
+       float("-inf"), 10**400, 1e308, [1], {"a": 1}, "5")
 
 
 def what_is_wrong(events: list) -> str:
@@ -237,10 +251,13 @@ def what_is_wrong(events: list) -> str:
 
 
 def shapes() -> list[dict]:
-    return [message("m1", "text", (1, 1, 1, 1)), result(0.5, {MODEL: (1, 2, 3, 4)}, result="x", errors=["e"], session_id="s"),
+    return [message("m1", "text", (1, 1, 1, 1)),
+            result(0.5, {MODEL: (1, 2, 3, 4)}, result="x", errors=["e"], session_id="s"),
             {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1795275595}},
-            {"type": "system", "subtype": "init", "session_id": "s"}, {"type": "system", "subtype": "task_updated",
-                                                                       "task_id": "t", "patch": {"status": "completed"}}]
+            {"type": "system", "subtype": "init", "session_id": "s"},
+            {"type": "system", "subtype": "task_updated",
+                                                                       "task_id": "t",
+                                                                       "patch": {"status": "completed"}}]
 
 
 def places(value, path: tuple = ()) -> list[tuple]:
@@ -260,7 +277,7 @@ def exchanged(event: dict, path: tuple, value) -> dict:
 
 @pytest.mark.parametrize("shape", shapes(), ids=lambda e: e["type"])
 def test_an_odd_value_anywhere_is_survived(shape):
-    """Whatever one value of an event is, no exception comes of it, now or when the hand's end is written down."""
+    """Whatever one value of an event is, nothing breaks, now or when the hand's end is written down."""
     failure = [{**message("e", "no", model="<synthetic>"), "error": "rate_limit"}, result(0, is_error=True)]
     found: dict[str, str] = {}
     for path in places(shape)[1:]:

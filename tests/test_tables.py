@@ -1,4 +1,4 @@
-"""Every table of pitboss.py is whole: each row can be reached, means what it says, and has no second spelling.
+"""Every table of pitboss.py is whole: each row can be reached, means what it says, has no second spelling.
 
 One test a table, each of them iterating it. What the code owes, records and answers is read from its syntax
 tree, so that a verb, kind, status or exit code that no table knows is found before anything runs into it.
@@ -9,6 +9,7 @@ import ast
 import functools
 import inspect
 import json
+import math
 import re
 import shlex
 import signal
@@ -20,8 +21,10 @@ import pitboss
 from test_shape import FUNCTIONS, PITBOSS, Program
 
 PROGRAM = Program(PITBOSS.read_text(encoding="utf-8"))
-SPEC_STATUSES = {"Success", "Failed", "TimedOut", "Cancelled", "SpawnFailed", "ApprovalRejected", "ApprovalTimedOut"}
-SPEC_FAILURE_KINDS = {"rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument", "unknown"}
+SPEC_STATUSES = {"Success", "Failed", "TimedOut", "Cancelled", "SpawnFailed", "ApprovalRejected",
+                 "ApprovalTimedOut"}
+SPEC_FAILURE_KINDS = {"rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument",
+                      "unknown"}
 
 
 @functools.cache
@@ -29,7 +32,8 @@ def functions() -> dict[str, ast.AST]:
     """Every function and method by its name; nested ones belong to the one around them."""
     found = {}
     for node in PROGRAM.tree.body:
-        for f in [node] if isinstance(node, FUNCTIONS) else node.body if isinstance(node, ast.ClassDef) else []:
+        for f in [node] if isinstance(node,
+                                      FUNCTIONS) else node.body if isinstance(node, ast.ClassDef) else []:
             if isinstance(f, FUNCTIONS):
                 found[f.name if isinstance(node, FUNCTIONS) else f"{node.name}.{f.name}"] = f
     return found
@@ -123,14 +127,16 @@ def test_failure_kinds_are_the_known_ones():
 KIND_SAMPLES = {
     #         what it takes                     what it does not
     "text":   (["", "ä", "a\nb"],               [1, True, None, [], "a\0b"]),
+    "word":   (["a", " "],                      ["", 1, None, "a\0b"]),
     "path":   (["a", "/", "~/x y"],             ["", 1, None, "a\0b"]),
-    "count":  ([0, -1, 1 << 40],                [True, 1.0, "1", None]),
-    "number": ([0, 1.5, -2],                    [True, float("nan"), float("inf"), float("-inf"), "1"]),
+    "count":  ([0, -1, 1 << 40],                [True, 1.0, "1", None, 10**400]),
+    "number": ([0, 1.5, -2],                    [True, math.nan, math.inf, -math.inf, "1", 10**400]),
     "flag":   ([True, False],                   [0, 1, "true", None]),
     "texts":  ([[], ["a", ""]],                 ["a", [1], [None], {}, ("a",)]),
     "env":    ([{}, {"A": ""}],                 [[], {"A": 1}, {"A": None}, "A=1"]),
 }
-JSON_TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
+JSON_TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+              "array": (list,),
               "object": (dict,)}
 
 
@@ -155,7 +161,8 @@ def test_fields_are_whole():
         assert many in ("one", "list", "named") and is_sentence_part(what)
     for table, f in all_fields():
         where = f"{table}.{f.name}"
-        assert re.fullmatch(r"[a-z_]+", f.name) and f.kind in pitboss.KINDS and is_sentence_part(f.help), where
+        assert re.fullmatch(r"[a-z_]+",
+                            f.name) and f.kind in pitboss.KINDS and is_sentence_part(f.help), where
         if f.default not in (None, pitboss.REQUIRED):
             default = list(f.default) if f.kind == "texts" else f.default
             assert pitboss.wrong_value(f, default) == "", where
@@ -216,7 +223,8 @@ def test_error_kinds_are_failure_kinds():
         assert pitboss.find_reason(talk, pitboss.Ending(1))["kind"] == kind
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the numbers of signals are Linux's and macOS's common ones")
+@pytest.mark.skipif(sys.platform != "linux",
+                    reason="the numbers of signals are Linux's and macOS's common ones")
 def test_signals_have_their_names():
     for number, name in pitboss.SIGNALS.items():
         assert signal.Signals(number).name == name
@@ -295,15 +303,19 @@ def test_every_verb_that_is_owed_has_an_effect_and_is_paid():
     assert owed == paid == set(pitboss.EFFECTS)
     for verb, row in pitboss.EFFECTS.items():
         assert row.run is getattr(pitboss.Dispatcher, f"effect_{verb}")
-    assert {f"effect_{v}" for v in pitboss.EFFECTS} == {n for n in vars(pitboss.Dispatcher) if n.startswith("effect_")}
+    assert {f"effect_{v}" for v in pitboss.EFFECTS} == {n for n in vars(pitboss.Dispatcher)
+                                                        if n.startswith("effect_")}
 
 
 def test_every_effect_records_that_it_has_happened():
     """What pays for a verb is recorded by its effect, or by what the effect calls or waits for."""
     for verb in pitboss.EFFECTS:
-        paying = {kind for kind, h in handlers().items() if verb in set().union(*map(verbs_paid, reached_from(h)))}
-        effects = {verb, "watch"} if verb == "stop" else {verb}      # a hand that is stopped is watched to its end
-        names = {f"Dispatcher.effect_{e}" for e in effects} | ({"Dispatcher.find_spawned"} if verb == "spawn" else set())
+        paying = {kind for kind,
+                  h in handlers().items() if verb in set().union(*map(verbs_paid, reached_from(h)))}
+        effects = {verb,
+                   "watch"} if verb == "stop" else {verb}      # a hand that is stopped is watched to its end
+        names = {f"Dispatcher.effect_{e}" for e in effects} | ({"Dispatcher.find_spawned"} if verb == "spawn"
+                                                               else set())
         assert paying & set().union(*(recorded().get(n, set()) for n in names)), verb
 
 
@@ -318,7 +330,8 @@ def test_act_is_the_only_caller_of_effects():
             if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Subscript) \
                     and getattr(x.value.value, "id", "") == "EFFECTS":
                 users.setdefault(x.attr, set()).add(name)
-        assert not any(isinstance(x, ast.Attribute) and x.attr.startswith("effect_") for x in ast.walk(function)), \
+        assert not any(isinstance(x, ast.Attribute) and x.attr.startswith("effect_")
+                       for x in ast.walk(function)), \
             f"{name} calls an effect itself"
         plain = [x for x in ast.walk(function) if isinstance(x, ast.Name) and x.id == "EFFECTS"]
         known = [x for x in ast.walk(function) if isinstance(x, ast.Subscript)
@@ -327,7 +340,8 @@ def test_act_is_the_only_caller_of_effects():
     assert users == {"run": {"Dispatcher.act"}, "waits": {"Dispatcher.record"}}
 
 
-CHANGING = {"append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update", "add"}
+CHANGING = {"append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault",
+            "update", "add"}
 
 
 def writes_to_run(function: ast.AST) -> set[str]:
@@ -369,7 +383,8 @@ def make_deal(how: str = "prompt", agent: str = "claude", **facts) -> pitboss.De
 
 
 def test_executors_have_the_same_four_columns():
-    shapes = {"start": ["launch"], "is_alive": ["handle"], "wait": ["loop", "handle"], "interrupt": ["table", "handle"]}
+    shapes = {"start": ["launch"], "is_alive": ["handle"], "wait": ["loop", "handle"],
+              "interrupt": ["table", "handle"]}
     assert tuple(shapes) == pitboss.Executor._fields
     for name, row in pitboss.EXECUTORS.items():
         for column, parameters in shapes.items():
@@ -388,7 +403,8 @@ def test_an_executor_is_named_in_its_table_only():
 
 def test_agents_are_started_without_their_prompt_in_sight():
     for name, row in pitboss.AGENTS.items():
-        assert row.name == name and row.format in pitboss.FORMATS and row.input in ("stream", "prompt", "none")
+        assert row.name == name and row.format in pitboss.FORMATS and row.input in ("stream", "prompt",
+                                                                                    "none")
         deal = make_deal(agent=name)
         argv, env = [str(word) for word in row.argv(deal)], row.env(deal)
         assert argv[0] == "/bin/prog" and "secret prompt" not in " ".join(argv)
@@ -420,7 +436,8 @@ def test_log_marks_are_each_shown_for_something():
         assert colour in pitboss.COLOURS and is_sentence_part(what)
         shown = pitboss.render_log_line(json.dumps(LOG_SAMPLES[mark]).encode(), "claude")
         assert [m for m, _ in shown] == [mark]
-        assert {m for m, _ in pitboss.render_log_line(b'{"type": "assistant"}', "claude")} <= set(pitboss.LOG_MARKS)
+        assert {m for m,
+                _ in pitboss.render_log_line(b'{"type": "assistant"}', "claude")} <= set(pitboss.LOG_MARKS)
 
 
 def test_steps_are_named_by_their_first_word():
@@ -435,7 +452,8 @@ def test_steps_are_named_by_their_first_word():
 
 
 def test_commands_parse_their_own_examples():
-    assert {n.removeprefix("cmd_").replace("_", "-") for n in functions() if n.startswith("cmd_")} == set(pitboss.COMMANDS)
+    assert {n.removeprefix("cmd_").replace("_", "-") for n in functions()
+            if n.startswith("cmd_")} == set(pitboss.COMMANDS)
     for name, row in pitboss.COMMANDS.items():
         assert row.name == name and row.run.__name__ == "cmd_" + name.replace("-", "_") and row.run.__doc__
         assert bool(row.help) == bool(row.example), f"{name}: what is shown has an example"
@@ -454,7 +472,8 @@ def test_the_reference_has_a_row_for_everything():
     text = pitboss.render_reference()
     words = [f.name for table, f in all_fields() if f not in pitboss.HOUSE_FIELDS]
     words += [*pitboss.STATUSES, *pitboss.AGENTS, *(str(code) for code, _ in pitboss.EXIT_CODES.values())]
-    words += [c.name for c in pitboss.COMMANDS.values() if c.help] + [f"$ {s.usage}" for s in pitboss.STEPS.values()]
+    words += [c.name for c in pitboss.COMMANDS.values() if c.help] + [f"$ {s.usage}"
+                                                                      for s in pitboss.STEPS.values()]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [w for w in words if not any(w in row for row in rows)] == []
     widths = {line.replace("\\|", "").count("|") for line in rows}
