@@ -461,6 +461,8 @@ def wrong_value(f: Field, value: Any) -> str:
     """What is allowed for field `f`, when `value` is not; an empty string when it is."""
     kind = KINDS[f.kind]
     ok = isinstance(value, kind.types) and (isinstance(value, bool) == (f.kind == "flag"))
+    if ok and isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        return allowed_words(f)           # TOML's integers have 64 bits, Python's have no end
     if ok and isinstance(value, (int, float)) and not isinstance(value, bool):
         ok = (math.isfinite(value) and (f.low is None or value >= f.low)
               and (f.above is None or value > f.above) and (f.high is None or value <= f.high))
@@ -831,6 +833,8 @@ def parse_toml(text: str, label: str) -> dict:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise InvalidInput(f"{label}: it is not TOML: {e}") from None
+    except ValueError as e:
+        raise InvalidInput(f"{label}: it is not TOML: {clean_text(str(e))[:200]}") from None
     except RecursionError:
         raise InvalidInput(f"{label}: it is nested too deeply") from None
 
@@ -2256,7 +2260,7 @@ LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with wh
 GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 MISSING_ENTRY = "missing but"      # git's words for a worktree that it knows and that is not there
-_CONTENTION = re.compile(r"File exists|could not lock config file|Another git process"
+_CONTENTION = re.compile(r"File exists|could not create directory of|could not lock config file|Another git process"
                          r"|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
@@ -2447,11 +2451,11 @@ class Git:
                 base = out.decode().strip() if not code else base
             deadline, pause = time.monotonic() + GIT_PATIENCE_S, 0.05
             while True:
-                name, exists = await self.choose_branch(repo, branch, own)
+                name, exists = await self.choose_branch(repo, branch, own, base)
                 err = await self.try_worktree(repo, path, name, exists, reason, base, fd)
                 if not err:
                     base = await self.ask(path, "rev-parse", "HEAD") if exists else base
-                    return self.place_of(repo, directory, path, (name, base), not exists)
+                    return self.place_of(repo, directory, path, (name, base), own or not exists)
                 if not _CONTENTION.search(err):
                     raise GitError(err)
                 if time.monotonic() > deadline:
@@ -2459,48 +2463,25 @@ class Git:
                 await asyncio.sleep(pause)
                 pause = min(1.0, pause * 2)
 
-    async def choose_branch(self, repo: Repo, branch: str, own: bool) -> tuple[str, bool]:
-        """(the branch to use, whether it exists); a taken name of the run's own gets a number."""
+    async def choose_branch(self, repo: Repo, branch: str, own: bool, base: str) -> tuple[str, bool]:
+        """(the branch to use, whether it exists); a taken name of the run's own gets a number.
+
+        One that is checked out nowhere and holds nothing is not taken: a git that died half way left it.
+        """
         name, number = branch, 1
         while (exists := await self.has_branch(repo, name)) and own:
+            if await self.look_at_branch(repo.top, name) == (base, ""):
+                break
             number += 1
             name = f"{branch}-{number}"
         return name, exists
 
-    def place_of(self, repo: Repo, directory: str, path: str, head: tuple[str, str], made: bool) -> Place:
-        """The Place of a worktree whose HEAD is `head` (branch, commit)."""
-        cwd = os.path.join(path, repo.prefix) if repo.prefix else path
-        os.makedirs(cwd, mode=0o777 & ~self.umask, exist_ok=True)     # a folder that HEAD does not have
-        return Place(path, cwd, head[0], head[1], made, repo.common, directory, worktree_gitdir(path))
-
-    async def has_branch(self, repo: Repo, branch: str) -> bool:
-        """Whether the repository has that branch."""
-        code, _, _ = await self.run(repo.top, "show-ref", "--verify", "--quiet", f"refs/heads/{branch}")
-        return code == 0
-
-    async def find_begun(self, repo: Repo, path: str, reason: str, own: bool) -> tuple[str, str] | None:
-        """The head of a worktree that an earlier dispatcher made at `path` for the same reason.
-
-        One that it only began, or something else that is ours, is cleared: nobody has worked in it.
-        """
-        if not os.path.lexists(path):
-            return None
-        gitdir = worktree_gitdir(path)
-        branch = read_text(os.path.join(gitdir, "HEAD")).removeprefix("ref: ") if gitdir else ""
-        if gitdir and read_text(os.path.join(gitdir, "locked")) == reason:
-            code, head, _ = await self.run(path, "symbolic-ref", "-q", "HEAD")
-            wrong, base, _ = await self.run(path, "rev-parse", "--verify", "-q", "HEAD^{commit}")
-            status, dirty, _ = await self.run(path, "status", "--porcelain", "-z", "-uno")
-            if not (code or wrong or status or dirty) and head.startswith(b"refs/heads/"):
-                branch = head.decode("utf-8", "surrogateescape").strip().removeprefix("refs/heads/")
-                return branch, base.decode().strip()
-            await self.run(repo.top, "worktree", "remove", "--force", "--force", path)
-            if own and branch.startswith("refs/heads/"):
-                await self.run(repo.top, "update-ref", "-d", branch, repo.head)
-        elif os.path.isdir(path) and not gitdir and f"{os.sep}worktrees{os.sep}" in path:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
-        return None
+    async def look_at_branch(self, folder: str, branch: str) -> tuple[str, str]:
+        """(its commit, the worktree that has it checked out); empty texts where there is none."""
+        code, out, _ = await self.run(folder, "for-each-ref", "--format=%(objectname) %(worktreepath)",
+                                      f"refs/heads/{branch}")
+        commit, _, used_at = out.decode("utf-8", "surrogateescape").strip("\n").partition(" ")
+        return (commit, used_at) if not code else ("", "")
 
     async def try_worktree(self, repo: Repo, path: str, branch: str, exists: bool, reason: str, base: str,
                            fd: int) -> str:
@@ -2564,10 +2545,8 @@ class Git:
     async def delete_empty_branch(self, place: Place) -> None:
         """Delete a branch of this run's own that holds nothing beyond its base, unless it is checked out."""
         ref = f"refs/heads/{place.branch}"
-        code, out, _ = await self.run(place.repo, "for-each-ref", "--format=%(objectname) %(worktreepath)",
-                                      ref)
-        tip, _, used_at = out.decode("utf-8", "surrogateescape").strip("\n").partition(" ")
-        if code or not tip or used_at:
+        tip, used_at = await self.look_at_branch(place.repo, place.branch or "")
+        if not tip or used_at:
             return
         if tip == place.base or not (await self.run(place.repo, "merge-base", "--is-ancestor", tip,
                                                     place.base))[0]:
@@ -2818,16 +2797,20 @@ def read_processes() -> dict[int, Process]:
 
 
 def _linux_processes() -> dict[int, Process]:
-    table = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as f:
-                    fields = f.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            table[int(name)] = Process(int(name), int(fields[1]), int(fields[3]), fields[19].decode(),
-                                       fields[0] in (b"Z", b"X"))
+    for _ in range(5):
+        table, missed = {}, False
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    with open(f"/proc/{name}/stat", "rb") as f:
+                        fields = f.read().rpartition(b")")[2].split()
+                except OSError:
+                    missed = True        # gone since: a child that it left may not be in this list
+                    continue
+                table[int(name)] = Process(int(name), int(fields[1]), int(fields[3]), fields[19].decode(),
+                                           fields[0] in (b"Z", b"X"))
+        if not missed:
+            break
     return table
 
 
@@ -2926,6 +2909,8 @@ def send_signal(pid: int, start: str, number: int) -> bool:
                 os.close(fd)
         elif process_start(pid) == start:
             os.kill(pid, number)
+        else:
+            return False
         return True
     except OSError:
         return False
@@ -3226,12 +3211,18 @@ class Tail:
 
 
 def join_ends(head: bytes, tail: bytes) -> bytes:
-    """The two ends of a JSON line too long to keep: still JSON when both lie in one string."""
-    head = re.sub(rb"\\[^\\]{0,12}\Z", b"", head[:-8] if len(head) > 8 else head).rstrip(b"\\")
-    start = re.search(rb"(?<![\\u0-9a-fA-F])[A-Za-z ]", tail[1:])
-    return head.decode("utf-8",
-                       "ignore").encode() + " \\n…\\n ".encode() + (tail[1 + start.start():] if start
-                                                                    else b"")
+    """The two ends of a JSON line too long to keep: still JSON when both lie in one string.
+
+    A cut may have gone through a character or an escape, so a few bytes more are taken off where that helps.
+    """
+    middle = " \\n…\\n ".encode()
+    for off_head in range(14):
+        for off_tail in range(14):
+            line = head[:len(head) - off_head] + middle + tail[off_tail:]
+            with contextlib.suppress(ValueError, RecursionError):
+                json.loads(line)
+                return line
+    return head + middle + tail
 
 
 def open_input(data: bytes) -> tuple[int, int, bytes]:
@@ -5470,7 +5461,7 @@ def cmd_cancel(options: Any) -> str:
 
 
 def find_actor(run_dir: str, name: str) -> Actor:
-    """An actor that can still be acted on.  Raises NotFound with those there are, Refused for a settled one."""
+    """An actor that can still be acted on.  Raises NotFound with those there are, or Refused."""
     actors = fold_run(run_dir).actors
     if name not in actors:
         raise NotFound(f"no actor {show_value(name)} in this run{did_you_mean(name, actors)}; there are: "
