@@ -1862,16 +1862,23 @@ def write_file(path: str, data: bytes, durable: bool = False) -> None:
     beside = f"{path}.{os.getpid()}.new"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        write_all(fd, data)
-        if durable:
-            os.fsync(fd)
+        try:
+            write_all(fd, data)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(beside, path)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-    finally:
-        os.close(fd)
-    os.replace(beside, path)
+    if durable:
+        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)      # the name, too
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -2260,8 +2267,8 @@ LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with wh
 GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 MISSING_ENTRY = "missing but"      # git's words for a worktree that it knows and that is not there
-_CONTENTION = re.compile(r"File exists|could not create directory of|could not lock config file|Another git process"
-                         r"|failed to read \S*commondir")
+_CONTENTION = re.compile(r"File exists|could not create directory of|could not lock config file"
+                         r"|Another git process|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
 
@@ -2482,6 +2489,41 @@ class Git:
                                       f"refs/heads/{branch}")
         commit, _, used_at = out.decode("utf-8", "surrogateescape").strip("\n").partition(" ")
         return (commit, used_at) if not code else ("", "")
+
+    def place_of(self, repo: Repo, directory: str, path: str, head: tuple[str, str], made: bool) -> Place:
+        """The Place of a worktree whose HEAD is `head` (branch, commit)."""
+        cwd = os.path.join(path, repo.prefix) if repo.prefix else path
+        os.makedirs(cwd, mode=0o777 & ~self.umask, exist_ok=True)     # a folder that HEAD does not have
+        return Place(path, cwd, head[0], head[1], made, repo.common, directory, worktree_gitdir(path))
+
+    async def has_branch(self, repo: Repo, branch: str) -> bool:
+        """Whether the repository has that branch."""
+        code, _, _ = await self.run(repo.top, "show-ref", "--verify", "--quiet", f"refs/heads/{branch}")
+        return code == 0
+
+    async def find_begun(self, repo: Repo, path: str, reason: str, own: bool) -> tuple[str, str] | None:
+        """The head of a worktree that an earlier dispatcher made at `path` for the same reason.
+
+        One that it only began, or something else that is ours, is cleared: nobody has worked in it.
+        """
+        if not os.path.lexists(path):
+            return None
+        gitdir = worktree_gitdir(path)
+        branch = read_text(os.path.join(gitdir, "HEAD")).removeprefix("ref: ") if gitdir else ""
+        if gitdir and read_text(os.path.join(gitdir, "locked")) == reason:
+            code, head, _ = await self.run(path, "symbolic-ref", "-q", "HEAD")
+            wrong, base, _ = await self.run(path, "rev-parse", "--verify", "-q", "HEAD^{commit}")
+            status, dirty, _ = await self.run(path, "status", "--porcelain", "-z", "-uno")
+            if not (code or wrong or status or dirty) and head.startswith(b"refs/heads/"):
+                branch = head.decode("utf-8", "surrogateescape").strip().removeprefix("refs/heads/")
+                return branch, base.decode().strip()
+            await self.run(repo.top, "worktree", "remove", "--force", "--force", path)
+            if own and branch.startswith("refs/heads/"):
+                await self.run(repo.top, "update-ref", "-d", branch, repo.head)
+        elif os.path.isdir(path) and not gitdir and f"{os.sep}worktrees{os.sep}" in path:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        return None
 
     async def try_worktree(self, repo: Repo, path: str, branch: str, exists: bool, reason: str, base: str,
                            fd: int) -> str:
