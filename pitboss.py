@@ -3105,18 +3105,42 @@ def interrupt_local(table: ProcessTable, handle: dict) -> None:
             send_signal(p.pid, p.start, signal.SIGINT)
 
 
+async def find_local(task_dir: str, hand: int, marker: str) -> dict | None:
+    """The handle of a hand of which only the number is known; None: it never started, and now never will.
+
+    Whoever creates hand.N owns the hand, so either its shim was first, or it finds itself fenced off.
+    """
+    if fence_off(task_dir, hand):
+        return None
+    deadline = time.monotonic() + 1.0
+    while read_fence(task_dir, hand) == "" and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    pid = read_fence(task_dir, hand)
+    if not isinstance(pid, int):
+        return None
+    mine = f"/{marker}/" in f"/{read_lineage(pid)}/"       # else the pid belongs to something else by now
+    return {**make_handle(pid, marker), **({} if mine else {"start": None})}
+
+
+def shim_pid(handle: dict) -> int:
+    """The pid of a hand's shim, as a child of the process that started it."""
+    return handle["pid"]
+
+
 class Executor(NamedTuple):
-    """One way to run hands."""
+    """One way to run hands: starting one, noticing its end, signalling it, finding it again."""
 
     start: Callable            # (Launch) -> handle
+    find: Callable             # async (task_dir, hand, marker) -> handle or None
     is_alive: Callable         # (handle) -> bool
     wait: Callable             # (loop, handle) -> future
     interrupt: Callable        # (ProcessTable, handle) -> None
 
 
 EXECUTORS = {
-    "local": Executor(start_local, is_alive_local, wait_local, interrupt_local),
+    "local": Executor(start_local, find_local, is_alive_local, wait_local, interrupt_local),
 }
+EXECUTOR = "local"         # the one that new hands are started with
 
 
 def is_hand_alive(handle: dict) -> bool:
@@ -3735,7 +3759,7 @@ class Dispatcher:
         """Collect dead children that hands left behind."""
         if not self.subreaper:
             return
-        shims = {live.handle.get("pid") for live in self.hands.values()}
+        shims = {shim_pid(live.handle) for live in self.hands.values()}
         for pid in self.children.read() or ():
             if pid not in shims:
                 with contextlib.suppress(OSError):
@@ -3823,19 +3847,13 @@ class Dispatcher:
         self.record("hand_started", actor=name, hand=actor.hand, handle=live.handle)
 
     async def find_spawned(self, actor: Actor) -> None:
-        """A hand was dealt and nobody wrote down its pid: whoever holds its fence decides."""
-        folder, marker = self.make_task_dir(actor.id), self.marker_of(actor)
-        if not fence_off(folder, actor.hand):
-            deadline = time.monotonic() + 1.0
-            while read_fence(folder, actor.hand) == "" and time.monotonic() < deadline:
-                await asyncio.sleep(0.01)
-            pid = read_fence(folder, actor.hand)
-            if isinstance(pid, int):
-                handle = make_handle(pid, marker)
-                if f"/{marker}/" not in f"/{read_lineage(pid)}/":
-                    handle["start"] = None          # the number belongs to something else by now
-                return self.record("hand_started", actor=actor.id, hand=actor.hand, handle=handle)
-        self.record("hand_voided", actor=actor.id, hand=actor.hand)
+        """A hand was dealt and nobody wrote down its handle: it is found, or it never starts."""
+        handle = await EXECUTORS[EXECUTOR].find(self.make_task_dir(actor.id), actor.hand,
+                                                self.marker_of(actor))
+        if handle:
+            self.record("hand_started", actor=actor.id, hand=actor.hand, handle=handle)
+        else:
+            self.record("hand_voided", actor=actor.id, hand=actor.hand)
 
     def marker_of(self, actor: Actor) -> str:
         """What the environment of each process of the actor's present hand carries."""
@@ -3860,7 +3878,7 @@ class Dispatcher:
             stack.callback(os.close, stdin)
             argv = [str(word) for word in row.argv(deal)]
             try:
-                live.handle = EXECUTORS["local"].start(Launch(argv, deal.cwd,
+                live.handle = EXECUTORS[EXECUTOR].start(Launch(argv, deal.cwd,
                                                               self.agent_env(actor, deal, row), folder,
                                                               actor.hand, self.marker_of(actor), self.umask,
                                                               (stdin, live.tail.fd, stderr)))
@@ -3963,7 +3981,7 @@ class Dispatcher:
     async def harvest(self, live: LiveHand, written: str | None) -> Ending:
         """Read a dead hand's log to its end, and how it ended."""
         folder = self.task_dir(live.actor)
-        status = collect_child(live.handle["pid"]) if live.child else None
+        status = collect_child(shim_pid(live.handle)) if live.child else None
         while live.tail.behind() and live.read_log():
             await asyncio.sleep(0)
         for line in live.tail.rest():
@@ -4048,7 +4066,7 @@ class Dispatcher:
         children = self.children.read()
         if children is None:
             return [-1]
-        shims = {live.handle.get("pid") for live in self.hands.values()}
+        shims = {shim_pid(live.handle) for live in self.hands.values()}
         found = []
         for pid in children:
             with contextlib.suppress(OSError):
