@@ -2267,7 +2267,7 @@ LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with wh
 GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 MISSING_ENTRY = "missing but"      # git's words for a worktree that it knows and that is not there
-_CONTENTION = re.compile(r"File exists|could not create directory of|could not lock config file"
+_CONTENTION = re.compile(r"File exists|could not create directory of .*: No such file|could not lock config file"
                          r"|Another git process|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
@@ -2318,6 +2318,8 @@ def parse_repo(code: int, out: str, err: str) -> Repo | str:
         return "a bare repository or a .git folder; allowed: a folder inside a git work tree"
     if code and len(lines) >= 5:
         return "a repository without a commit; allowed: one with a commit to start from"
+    if not code and len(lines) > 6:
+        return "a repository with a line break in its path; allowed: a path on one line"
     if code or len(lines) < 6:
         said = err.strip().splitlines()[0] if err.strip() else "git does not know it"
         if "not a git repository" in said:
@@ -2379,7 +2381,7 @@ class Git:
         """(exit status, standard output, standard error) of one git command in `folder`."""
         for _ in range(GIT_AGAIN):
             code, out, err = await self.run_once(folder, *args, pass_fds=pass_fds, input=input, **env)
-            if not (code and "commondir" in err):      # another git is half way through making a worktree
+            if not (code and "commondir" in err) or "add" in args:     # another git is half way through
                 break
             await asyncio.sleep(0.05)
         return code, out, err
@@ -2462,13 +2464,24 @@ class Git:
                 err = await self.try_worktree(repo, path, name, exists, reason, base, fd)
                 if not err:
                     base = await self.ask(path, "rev-parse", "HEAD") if exists else base
-                    return self.place_of(repo, directory, path, (name, base), own or not exists)
+                    return await self.check_place(repo, directory, path, (name, base), own or not exists)
                 if not _CONTENTION.search(err):
                     raise GitError(err)
                 if time.monotonic() > deadline:
                     raise GitError(f"{err} (waited {GIT_PATIENCE_S:g} s)")
                 await asyncio.sleep(pause)
                 pause = min(1.0, pause * 2)
+
+    async def check_place(self, repo: Repo, directory: str, path: str, head: tuple[str, str],
+                          made: bool) -> Place:
+        """The Place of a worktree that was made just now; it is taken away again where nobody could work in it."""
+        try:
+            return self.place_of(repo, directory, path, head, made)
+        except (GitError, OSError):
+            await self.run(repo.top, "worktree", "remove", "--force", "--force", path)
+            if made:
+                await self.run(repo.top, "update-ref", "-d", f"refs/heads/{head[0]}", head[1])
+            raise
 
     async def choose_branch(self, repo: Repo, branch: str, own: bool, base: str) -> tuple[str, bool]:
         """(the branch to use, whether it exists); a taken name of the run's own gets a number.
@@ -2493,6 +2506,9 @@ class Git:
     def place_of(self, repo: Repo, directory: str, path: str, head: tuple[str, str], made: bool) -> Place:
         """The Place of a worktree whose HEAD is `head` (branch, commit)."""
         cwd = os.path.join(path, repo.prefix) if repo.prefix else path
+        inside = os.path.join(os.path.realpath(cwd), "").startswith(os.path.join(os.path.realpath(path), ""))
+        if not inside or os.path.lexists(cwd) and not os.path.isdir(cwd):
+            raise GitError(f"in HEAD {repo.prefix} is no folder of the repository, as {directory} is now")
         os.makedirs(cwd, mode=0o777 & ~self.umask, exist_ok=True)     # a folder that HEAD does not have
         return Place(path, cwd, head[0], head[1], made, repo.common, directory, worktree_gitdir(path))
 

@@ -572,6 +572,56 @@ def test_a_directory_that_is_not_committed_is_not_swapped_for_another_place(home
         assert done["status"] == "SpawnFailed" and "fresh" in reason(done)
 
 
+@pytest.mark.parametrize("was", ["file", "link out of the tree", "dangling link"])
+def test_a_directory_that_is_something_else_at_head_never_leads_out_of_the_tree(home, was):
+    """The user replaced it by a folder and has not committed that."""
+    repo = home.repo()
+    outside = home.root / "outside"
+    outside.mkdir()
+    thing = repo / "thing"
+    if was == "file":
+        thing.write_text("a file\n")
+    else:
+        thing.symlink_to(outside if was == "link out of the tree" else "nowhere")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "thing")
+    thing.unlink()
+    thing.mkdir()
+    done = deal(home, [task(thing, "echo x >x.txt")], check=None, worktree_cleanup="always")["a"]
+    assert list(outside.iterdir()) == []
+    assert done["status"] == "Success" or "thing" in reason(done)
+    assert trees_of(repo) == [] and branches(repo) == {"main"}
+
+
+def test_a_line_feed_in_the_repositorys_path_leads_to_no_other_place(home):
+    repo = home.repo("two\nlines")
+    path = manifest(home, [task(repo, "echo new >new.txt")])
+    before = {entry.name for entry in home.root.iterdir()}
+    done = home.pitboss("dispatch", path)
+    assert "Traceback" not in done.stderr
+    assert {entry.name for entry in home.root.iterdir()} == before
+    assert done.returncode == 2 or (Path(records_of(done.stdout)["a"]["worktree_path"]) / "new.txt").exists()
+
+
+def test_a_worktree_that_somebody_else_is_making_does_not_disturb(home):
+    """git reads the entries of all worktrees, and fails at one that is half made."""
+    repo = home.repo()
+    half = repo / ".git" / "worktrees" / "half"
+    half.mkdir(parents=True)
+    (half / "gitdir").write_text(f"{home.root}/half/.git\n")
+    (half / "HEAD").write_text("ref: refs/heads/main\n")
+    (half / "commondir").touch()
+    timer = threading.Timer(1.5, (half / "commondir").write_text, ["../..\n"])
+    timer.start()
+    try:
+        tasks = [task(repo, "true", f"t{n}", **({"branch": "topic"} if n else {})) for n in range(2)]
+        records = deal(home, tasks, check=None)
+    finally:
+        timer.join()
+    assert [reason(record) for record in records.values()] == ["", ""]
+    assert branches(repo) == {"main"}
+
+
 def test_the_base_is_the_head_of_the_directory(home):
     repo = home.repo()
     other = commit_on(repo, "other", "other.txt")

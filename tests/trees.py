@@ -62,8 +62,7 @@ FEATURES = [Feature(*row) for row in (
     ("detached_commits", "head", "unsaved", "git checkout -q --detach; w d.txt one; save d.txt; noted HEAD"),
     ("switched", "head", "clean", 'git checkout -q -b "agent/$ID"'),
     ("switched_commits", "head", "commits", 'git checkout -q -b "agent/$ID"; w s.txt one; save s.txt'),
-    ("renamed_branch", "head", "clean",
-     'git branch -m "agent/$ID" || git rev-parse -q --verify "refs/heads/agent/$ID"'),
+    ("renamed_branch", "head", "clean", "again rename"),
     ("behind", "head", "either", "git reset -q --hard HEAD~1"),
     ("orphan", "head", "either", 'git checkout -q --orphan "agent/$ID"'),
     # something half done
@@ -145,7 +144,7 @@ FEATURES = [Feature(*row) for row in (
     # what is left beside the tree
     ("index_lock", "last", "either", ': >"$(git rev-parse --git-path index.lock)"'),
     ("locked", "last", "stays",
-     'git worktree unlock "$TOP" 2>/dev/null || true; git worktree lock --reason "mine" "$TOP"'),
+     'again sh -c "git worktree unlock \\"$TOP\\" 2>/dev/null; git worktree lock --reason mine \\"$TOP\\""'),
 )]
 BY_NAME = {feature.name: feature for feature in FEATURES}
 CLASHES = [                        # pairs that cannot be made in one tree
@@ -164,6 +163,7 @@ save() { git add "$1"; git commit -q -m "$1 of $ID"; }
 noted() { git rev-parse "$1" >>"$NOTES/$ID.commits"; }
 pending() { test -e "$(git rev-parse --git-path "$1")"; }
 again() { tries=0; until "$@"; do tries=$((tries + 1)); test $tries -lt 100; sleep 0.1; done; }
+rename() { git branch -m "agent/$ID" || git rev-parse -q --verify "refs/heads/agent/$ID" >/dev/null; }
 nest() {
     git init -q "$1"; w "$1/inner.txt" nested
     git -C "$1" add inner.txt; git -C "$1" commit -q -m inner; w "$1/later.txt" loose
