@@ -2267,8 +2267,8 @@ LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with wh
 GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 MISSING_ENTRY = "missing but"      # git's words for a worktree that it knows and that is not there
-_CONTENTION = re.compile(r"File exists|could not create directory of .*: No such file|could not lock config file"
-                         r"|Another git process|failed to read \S*commondir")
+_CONTENTION = re.compile(r"File exists|could not create directory of .*: No such file"
+                         r"|could not lock config file|Another git process|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
 
@@ -2474,7 +2474,7 @@ class Git:
 
     async def check_place(self, repo: Repo, directory: str, path: str, head: tuple[str, str],
                           made: bool) -> Place:
-        """The Place of a worktree that was made just now; it is taken away again where nobody could work in it."""
+        """The Place of a worktree that was made just now; a useless one is taken away again."""
         try:
             return self.place_of(repo, directory, path, head, made)
         except (GitError, OSError):
@@ -5574,14 +5574,17 @@ class Overview(NamedTuple):
 def look_at_run(run_dir: str) -> Overview:
     """How a run stands: from its summary when it is finished, else from its journal."""
     summary = read_json(os.path.join(run_dir, "summary.json"))
-    meta = read_json(os.path.join(run_dir, "meta.json")) or {}
-    head = {"run_id": os.path.basename(run_dir), "name": meta.get("manifest_name"), "mode": meta.get("mode")}
+    head = {"run_id": os.path.basename(run_dir)}
     if isinstance(summary, dict) and isinstance(summary.get("tasks"), list):
-        return Overview({**head, "name": summary.get("manifest_name") or head["name"], "state": "complete",
+        flat = all(isinstance(t, dict) and t.get("role", "task") == "task" for t in summary["tasks"])
+        return Overview({**head, "name": summary.get("manifest_name"),
+                         "mode": "flat" if flat else "hierarchical", "state": "complete",
                          "tasks_total": summary.get("tasks_total", 0),
                          "tasks_failed": summary.get("tasks_failed", 0),
                          "total_cost_usd": summary.get("total_cost_usd"), "agents_alive": 0,
                          "tasks_not_started": summary.get("tasks_not_started", 0)}, summary["tasks"], None)
+    meta = read_json(os.path.join(run_dir, "meta.json")) or {}
+    head = {**head, "name": meta.get("manifest_name"), "mode": meta.get("mode")}
     state = run_state(run_dir)
     run = fold_run(run_dir) if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else RunState()
     if state == "stale" and not any(a.hand or a.place for a in run.actors.values()):
