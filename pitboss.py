@@ -310,10 +310,18 @@ class Mask(NamedTuple):
     pattern: re.Pattern
     # one of them is in every text that the pattern matches: most texts need no more
     hints: tuple
+    json_hints: tuple          # the same, as JSON writes them
 
     def text(self, text: str) -> str:
         """`text` with every secret replaced."""
         return self.pattern.sub("***", text) if any(h in text for h in self.hints) else text
+
+    def json(self, value: Any, **how: Any) -> str:
+        """A JSON value as text, masked; NaN and infinities raise ValueError."""
+        text = json.dumps(value, allow_nan=False, **how)
+        if any(h in text for h in self.json_hints):
+            return json.dumps(self.value(value), allow_nan=False, **how)
+        return text
 
     def value(self, value: Any, free: bool = False) -> Any:
         """A JSON value with every secret in its free texts replaced.
@@ -361,8 +369,9 @@ def make_mask(environments: Iterable[Mapping[str, str]], names: Iterable[str] = 
               any(fnmatch.fnmatchcase(k, g) or fnmatch.fnmatchcase(k.upper(), g) for g in globs)}
     longest_first = sorted(values, key=len, reverse=True)
     shapes = [shape for _, shape in _TOKEN_SHAPES]
-    hints = dict.fromkeys([h for starts, _ in _TOKEN_SHAPES for h in starts] + longest_first)
-    return Mask(re.compile("|".join([re.escape(v) for v in longest_first] + shapes)), tuple(hints))
+    starts = [h for words, _ in _TOKEN_SHAPES for h in words]
+    return Mask(re.compile("|".join([re.escape(v) for v in longest_first] + shapes)),
+                tuple(starts + longest_first), tuple(starts + [json.dumps(v)[1:-1] for v in longest_first]))
 
 
 NO_SECRETS = make_mask(())
@@ -1965,22 +1974,23 @@ class Journal:
         Where there is no room the reserve is given up for it once; after that, and for any
         other error, EnvironmentFault is raised and the journal is as it was.
         """
-        facts = self.mask.value(facts)
         try:
-            facts = {k: put_blob(self.run_dir, v) if is_long(v) else v for k, v in facts.items()}
+            facts = {k: put_blob(self.run_dir, self.mask.text(v)) if is_long(v) else v for k,
+                     v in facts.items()}
         except OSError as e:
             if not has_no_room(e):
                 raise fault_of(e, "writing a blob") from None
             self.give_up_reserve()       # its beginning is kept; the whole of it is in the agent's log
-            facts = {k: {"blob": "0" * 64, "head": v[:2000]} if is_long(v) else v for k, v in facts.items()}
+            facts = {k: {"blob": "0" * 64, "head": self.mask.text(v)[:2000]} if is_long(v) else v
+                     for k, v in facts.items()}
         event = {"seq": self.seq + 1, "at": round(self.now(), 6), "kind": kind, **facts}
-        line = json.dumps(event, separators=(",", ":"), allow_nan=False)
+        line = self.mask.json(event, separators=(",", ":"))
         try:
             self.write_line(line.encode("ascii") + b"\n")
         except OSError as e:
             raise fault_of(e, f"writing the journal {self.path}") from None
         self.seq += 1
-        return event
+        return json.loads(line) if "***" in line else event     # what is folded is what was written
 
     def write_line(self, data: bytes) -> None:
         """One write; a part of a line is taken back, and tried again from the reserve."""
@@ -4103,7 +4113,7 @@ class Dispatcher:
 
     def export_record(self, name: str) -> None:
         """Append a settled actor's record to summary.jsonl."""
-        line = json.dumps(self.mask.value(self.record_line(name)), allow_nan=False) + "\n"
+        line = self.mask.json(self.record_line(name)) + "\n"
         if self.summary is None:
             path = os.path.join(self.run_dir, "summary.jsonl")
             self.summary = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -4324,8 +4334,10 @@ class Taken(NamedTuple):
     lock: int
 
 
-def take_over(run_dir: str, env: Mapping[str, str]) -> Taken:
+def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = None) -> Taken:
     """Hold a run, new or begun, and bring its journal and exports in order.
+
+    `manifest` is the run's own where it was read just now, else its snapshot is read.
 
     Raises Refused when somebody else holds it, or hands of it may live where they cannot be seen.
     """
@@ -4335,10 +4347,8 @@ def take_over(run_dir: str, env: Mapping[str, str]) -> Taken:
         snapshot = os.path.join(run_dir, "manifest.snapshot.toml")
         if meta is None or not os.path.exists(snapshot):
             raise Refused(f"{run_dir} has no meta.json or no manifest: it is not a whole run folder")
-        with open(snapshot, "rb") as f:
-            manifest = read_manifest(f.read(), snapshot, stem=meta.get("manifest_name") or "", env={},
-                                     agents=AGENTS,
-                                     expand=functools.partial(expand_path, meta.get("base_dir") or "/"))
+        if manifest is None:
+            _, manifest = read_snapshot(run_dir, meta)
         path = os.path.join(run_dir, "journal.jsonl")
         if os.path.exists(path):
             mend_journal(path)
@@ -4357,6 +4367,18 @@ def take_over(run_dir: str, env: Mapping[str, str]) -> Taken:
         os.close(lock)
         raise
     return Taken(manifest, journal, run, lock)
+
+
+def read_snapshot(run_dir: str, meta: dict) -> tuple[bytes, Manifest]:
+    """A run's manifest as it was, its bytes and what they say, not checked against the file system."""
+    path = os.path.join(run_dir, "manifest.snapshot.toml")
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        raise fault_of(e, "reading the run's manifest") from None
+    return data, read_manifest(data, path, stem=meta.get("manifest_name") or "", env={}, agents=AGENTS,
+                               expand=functools.partial(expand_path, meta.get("base_dir") or "/"))
 
 
 def check_reachable(run: RunState) -> None:
@@ -4409,7 +4431,7 @@ def export_records(run_dir: str, run: RunState, mask: Mask) -> None:
     for name in run.settled:
         record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
         record["final_message"] = get_blob(run_dir, record["final_message"])
-        lines.append(json.dumps(mask.value(record), allow_nan=False) + "\n")
+        lines.append(mask.json(record) + "\n")
     path = os.path.join(run_dir, "summary.jsonl")
     if lines or os.path.exists(path):
         write_file(path, "".join(lines).encode(), durable=True)
@@ -4421,7 +4443,8 @@ def expand_path(base: str, path: str) -> str:
 
 
 def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
-             cancel: str | None = None) -> tuple[RunState, PitbossError | None]:
+             cancel: str | None = None,
+             manifest: Manifest | None = None) -> tuple[RunState, PitbossError | None]:
     """Take a run and deal it to its end; returns how it stands, and the fault that ended this process first.
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
@@ -4429,7 +4452,7 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
     import signal
 
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)      # until the loop listens; wishes are looked for anyway
-    taken = take_over(run_dir, env)
+    taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw)
     dispatcher.cancel_first = cancel
@@ -5325,7 +5348,7 @@ def cmd_dispatch(options: Any) -> str:
     run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
     if options.background:
         return start_background(run_dir, order, umask)
-    return deal_and_report(run_dir, umask, options)
+    return deal_and_report(run_dir, umask, options, manifest=loaded.manifest)
 
 
 def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
@@ -5382,13 +5405,13 @@ def cmd_deal(options: Any) -> str:
 
 
 def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None = None,
-                    report: bool = True) -> str:
+                    manifest: Manifest | None = None, report: bool = True) -> str:
     """Deal a run to its end; with `report` say what was kept, and last where the run is."""
     progress = Progress(options)
     progress.mask = make_mask([os.environ])
     env = dict(os.environ)
     try:
-        run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, cancel)
+        run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, cancel, manifest)
     except PitbossError:
         raise
     except Exception as e:  # boundary: agents live on and the run can be resumed, so that must be said
@@ -5423,29 +5446,16 @@ def cmd_resume(options: Any) -> str:
     journal = os.path.join(run_dir, "journal.jsonl")
     if os.path.exists(journal) and not is_locked(run_dir):
         run = fold_run(run_dir)
-        loaded = read_snapshot(run_dir, meta)
+        loaded = Loaded(*read_snapshot(run_dir, meta), run_dir, "", meta.get("base_dir") or "/")
         find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"),
                       ask=False)
     umask = os.umask(0o077)
     return deal_and_report(run_dir, umask, options)
 
 
-def read_snapshot(run_dir: str, meta: dict) -> Loaded:
-    """The manifest of a run as it was, not checked against the file system."""
-    path, base_dir = os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("base_dir") or "/"
-    try:
-        with open(path, "rb") as f:
-            data = f.read()
-    except OSError as e:
-        raise fault_of(e, "reading the run's manifest") from None
-    manifest = read_manifest(data, path, stem=meta.get("manifest_name") or "", env={}, agents=AGENTS,
-                             expand=functools.partial(expand_path, base_dir))
-    return Loaded(data, manifest, path, meta.get("manifest_name") or "", base_dir)
-
-
 def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     """Deal a finished run again: each task in its session and its worktree, where they are still there."""
-    old, data = fold_run(run_dir), read_snapshot(run_dir, meta).data
+    old, data = fold_run(run_dir), read_snapshot(run_dir, meta)[0]
     wanted = [t for t in (meta.get("only") or [a for a in old.actors])
               if not options.failed or not STATUSES.get(old.actors[t].status, STATUSES["Failed"]).good]
     if not wanted:
@@ -5627,7 +5637,7 @@ def rebuild_exports(run_dir: str) -> None:
     try:
         os.umask(0o077)
         run, meta = fold_run(run_dir), read_json(os.path.join(run_dir, "meta.json")) or {}
-        mask = mask_for(read_snapshot(run_dir, meta).manifest, os.environ)
+        mask = mask_for(read_snapshot(run_dir, meta)[1], os.environ)
         export_records(run_dir, run, mask)
         if run.finished_at is not None:
             records = []

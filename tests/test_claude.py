@@ -252,6 +252,15 @@ def claude_pid(run: Run) -> int:
     return next(pid for pid in run.processes() if parent_of(pid) == shim)
 
 
+def wait_for_file(process, path: Path) -> None:
+    """The agent's command has begun; the dispatcher `process` must not have ended before."""
+    def there():
+        assert process.poll() is None, process.communicate()
+        return path.exists()
+
+    wait_for(there, LONG_S, path)
+
+
 def kill_everything(process, run: Run, task_id: str = "a") -> None:
     """As a power cut: the dispatcher, then the shim (so that no exit is recorded), then what is left."""
     process.kill()
@@ -677,7 +686,7 @@ def sleepers(claude) -> list[int]:
 def test_cancel_in_the_middle_of_a_command(claude, whole_run):
     """Nothing of the agent's tree survives, the command's children in sessions of their own included."""
     process, run = claude.start(claude.task("a", hang(claude)))
-    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "pids")
     pids = sleepers(claude)
     assert all(map(alive, pids))
     claude.home.pitboss("cancel", run.name, *([] if whole_run else ["a"]), timeout=60, check=0)
@@ -713,7 +722,7 @@ def test_a_stop_while_the_model_is_thinking(claude):
 @real
 def test_the_dispatcher_is_interrupted_twice(claude):
     process, run = claude.start(claude.task("a", hang(claude)))
-    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "pids")
     process.send_signal(signal.SIGINT)
     wait_for(lambda: run.count("drained"), 30, "the drain")
     assert run.processes(), "draining lets it go on"
@@ -726,7 +735,7 @@ def test_the_dispatcher_is_interrupted_twice(claude):
 @real
 def test_cancel_after_the_dispatcher_died(claude):
     process, run = claude.start(claude.task("a", hang(claude)))
-    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "pids")
     process.kill()
     process.wait()
     claude.home.pitboss("cancel", run.name, timeout=60, check=0)
@@ -738,7 +747,7 @@ def test_cancel_after_the_dispatcher_died(claude):
 def test_claude_is_killed_by_somebody_else(claude):
     """That is a failure which names the signal; what it left behind is ended."""
     process, run = claude.start(claude.task("a", hang(claude)))
-    wait_for((claude.home.root / "pids").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "pids")
     os.kill(claude_pid(run), signal.SIGKILL)
     assert process.wait(30) == 1
     record = run.record()
@@ -752,7 +761,7 @@ def test_claude_is_killed_by_somebody_else(claude):
 def test_the_shim_is_killed_by_somebody_else(claude):
     """The agent goes on, and its last result decides."""
     process, run = claude.start(claude.task("a", gated(claude)))
-    wait_for((claude.home.root / "begun").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "begun")
     os.kill(shim_pid(run), signal.SIGKILL)
     (claude.home.root / "gate").touch()
     assert process.wait(60) == 0
@@ -784,7 +793,7 @@ def gated(claude) -> str:
 def test_a_killed_dispatcher_and_a_living_agent(claude):
     """The next dispatcher adopts it: one hand, one session, nothing asked twice."""
     process, run = claude.start(claude.task("a", gated(claude)))
-    wait_for((claude.home.root / "begun").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "begun")
     process.kill()
     process.wait()
     assert run.processes(), "the agent outlives its dispatcher"
@@ -821,7 +830,7 @@ def test_dispatchers_come_and_go(claude):
 def test_an_agent_that_ends_without_a_dispatcher(claude):
     """Its exit and its log are found and taken as they are."""
     process, run = claude.start(claude.task("a", gated(claude)))
-    wait_for((claude.home.root / "begun").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "begun")
     process.kill()
     process.wait()
     (claude.home.root / "gate").touch()
@@ -835,7 +844,7 @@ def test_an_agent_that_ends_without_a_dispatcher(claude):
 def test_both_killed_in_the_middle_of_a_command(claude):
     """Dealt again in the same session, which goes on where it was."""
     process, run = claude.start(claude.task("a", gated(claude)))
-    wait_for((claude.home.root / "begun").exists, LONG_S, "the command")
+    wait_for_file(process, claude.home.root / "begun")
     session = run.log()[0]["session_id"]
     kill_everything(process, run)
     (claude.home.root / "gate").touch()

@@ -540,6 +540,29 @@ def test_a_reader_that_went_away_is_no_failure(finished, line):
     assert (done.communicate(timeout=30)[1], done.returncode) == ("", 0)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("line", ["list", "status RUN", "dispatch -q M", "dispatch M"])
+def test_a_closed_stream_is_no_failure(home, line, closed):
+    deal(home, demo("$ say x"))
+    line = line.replace("RUN", home.run_dir().name).replace("M", str(home.root / "m.toml"))
+    before = set(home.runs.iterdir())
+    command = " ".join(home.argv(*line.split())) + " " + closed
+    done = subprocess.run(["sh", "-c", command], env=home.env, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, "bug" in done.stderr) == (0, False), done.stderr
+    for run in set(home.runs.iterdir()) - before:
+        assert read_records(run)[0]["status"] == "Success"
+
+
+def test_terminal_controls_of_an_agent_are_not_passed_on(home):
+    said = "first\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066last"
+    done = home.pitboss("dispatch", home.manifest(demo(f"$ say {said}\n$ fail {said}")), check=1)
+    run = home.run_dir().name
+    status, attach = home.pitboss("status", run, check=0), home.pitboss("attach", run, "t0", check=0)
+    for text in (done.stderr, status.stdout, attach.stdout):
+        assert "first" in text and "last" in text
+        assert set(text) & set("\x1b\x07\x9b\u202e\u2066") == set()
+
+
 def test_only_the_first_line_can_be_read(finished):
     command = " ".join(finished.argv("status", finished.run_dir().name, "--json")) + " | head -1"
     done = subprocess.run(["sh", "-c", command], env=finished.env, text=True, capture_output=True)

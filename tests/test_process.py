@@ -77,6 +77,10 @@ class Bench:
         self.table.read_at = -1.0
         return self.table.members(handle, known or {})
 
+    def agent_of(self, handle: dict) -> int:
+        """The pid of a SLEEPER, once it is that: before, the shim is at work."""
+        return wait_for(lambda: [p for p in self.members(handle) if read_argv(p)[:1] == [b"sleep"]])[0]
+
     def end_everything(self) -> None:
         for pid, process in pitboss.read_processes().items():
             if self.run_id in pitboss.read_lineage(pid):
@@ -84,6 +88,13 @@ class Bench:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def read_argv(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 @pytest.fixture
@@ -160,6 +171,45 @@ def test_a_race_for_the_fence_has_one_winner(bench):
         assert bench.said(f"ran {hand}\n") is not fenced
 
 
+def find_again(bench: Bench, hand: int) -> dict | None:
+    """What somebody finds who knows only that the hand was dealt."""
+    return asyncio.run(pitboss.find_local(str(bench.root), hand, f"{bench.run_id}:a:{hand}"))
+
+
+def test_a_hand_that_was_dealt_is_found_or_never_starts(bench):
+    handle = bench.start(SLEEPER, hand=1)
+    wait_for(lambda: pitboss.read_fence(str(bench.root), 1))
+    assert find_again(bench, 1) == handle
+    assert find_again(bench, 2) is None
+    assert bench.end_of(bench.sh("echo ran", hand=2)) == (125, None) and not bench.said("ran")
+
+
+@linux
+@pytest.mark.parametrize("pid", [str(os.getpid()), "4194304", "0"])
+def test_a_number_in_the_fence_that_is_something_elses_by_now_is_not_alive(bench, pid):
+    (bench.root / "hand.1").write_text(pid + "\n")
+    handle = find_again(bench, 1)
+    assert handle is not None and handle["start"] is None and not pitboss.is_alive_local(handle)
+
+
+def test_a_shim_that_died_with_the_fence_in_its_hand_never_starts(bench):
+    (bench.root / "hand.1").write_text("")
+    assert find_again(bench, 1) is None
+
+
+@linux
+def test_a_slow_shim_that_holds_the_fence_is_waited_for(bench):
+    """It has created the file and not yet written its number: a busy machine may take its time."""
+    slow = subprocess.Popen(["sh", "-c", 'exec 3>hand.1; echo up; sleep 1.6; echo $$ >&3; exec sleep 60'], cwd=bench.root,
+                            env={**os.environ, pitboss.LINEAGE: f"{bench.run_id}:a:1"}, stdout=subprocess.PIPE)
+    assert slow.stdout.readline() == b"up\n"
+    found = find_again(bench, 1)
+    slow.stdout.close()
+    assert found is not None and found["pid"] == slow.pid
+    slow.kill()
+    slow.wait()
+
+
 def test_half_a_line_is_no_news_yet(tmp_path):
     for name, read, nothing in (("exit.1", pitboss.read_exit, None), ("hand.1", pitboss.read_fence, "")):
         assert read(str(tmp_path), 1) is None
@@ -221,7 +271,7 @@ def test_the_shim_outlives_a_signal_to_its_group_and_still_writes(bench, number)
     os.killpg(handle["pid"], number)
     assert bench.end_of(handle) == (7, "7")
     handle = bench.start(SLEEPER)
-    wait_for(lambda: len(bench.members(handle)) == 2)
+    bench.agent_of(handle)
     os.killpg(handle["pid"], number)
     assert bench.end_of(handle) == (128 + number, str(128 + number))
 
@@ -229,9 +279,7 @@ def test_the_shim_outlives_a_signal_to_its_group_and_still_writes(bench, number)
 @linux
 def test_a_hand_is_known_by_its_environment_and_its_name(bench):
     handle = bench.start(SLEEPER)
-    wait_for(lambda: len(bench.members(handle)) == 2)
-    agent = next(p for p in bench.members(handle) if p != handle["pid"])
-    assert pitboss.read_lineage(agent) == handle["marker"]
+    assert pitboss.read_lineage(bench.agent_of(handle)) == handle["marker"]
     assert f"{bench.run_id} a hand 1".encode() in Path(f"/proc/{handle['pid']}/cmdline").read_bytes()
     assert handle["executor"] in pitboss.EXECUTORS and json.loads(json.dumps(handle)) == handle
     assert pitboss.age_of(handle) < 20 and not pitboss.may_live_elsewhere(handle)
@@ -333,7 +381,8 @@ def test_a_hand_lives_as_long_as_its_agent_though_the_shim_was_killed(bench):
 @linux
 def test_the_members_of_one_hand_are_not_anothers(bench):
     one, two = bench.start(SLEEPER), bench.start(SLEEPER)
-    wait_for(lambda: len(bench.members(one)) == len(bench.members(two)) == 2)
+    agents = {bench.agent_of(one), bench.agent_of(two)}
+    assert agents <= bench.members(one).keys() | bench.members(two).keys()
     assert not bench.members(one).keys() & bench.members(two).keys()
     assert os.getpid() not in {**bench.members(one), **bench.members(two)}
 
@@ -343,7 +392,7 @@ def test_a_nested_hand_belongs_to_the_outer_one(bench):
     outer = f"{bench.run_id}:a:1"
     script = f"env {pitboss.LINEAGE}={outer}/{bench.run_id}:inner:1 setsid sleep 60"
     handle = bench.sh(script)
-    wait_for(lambda: len(bench.members(handle)) >= 3)
+    bench.agent_of(handle)
     inner = {**handle, "pid": 1, "start": "1", "marker": f"{bench.run_id}:inner:1"}
     assert set(bench.members(inner)) < set(bench.members(handle))
 
@@ -404,7 +453,6 @@ def test_an_interrupt_that_is_enough_is_all_that_is_sent(bench):
 def test_an_interrupt_reaches_the_agent_and_not_its_group(bench):
     handle = bench.sh("trap 'echo interrupted; exit 3' INT; sleep 60 & echo $!; wait")
     child = int(wait_for(lambda: bench.output().split())[0])
-    wait_for(lambda: len(bench.members(handle)) == 3)
     start = pitboss.process_start(child)
     bench.table.read_at = -1.0
     pitboss.interrupt_local(bench.table, handle)

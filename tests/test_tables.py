@@ -234,6 +234,7 @@ def test_signals_have_their_names():
 
 # ------------------------------------------------------------------ RUN, DISPATCH
 
+@functools.cache
 def handlers() -> dict[str, ast.AST]:
     return {kind: functions()[row.handler.__name__] for kind, row in pitboss.EVENTS.items()}
 
@@ -274,6 +275,7 @@ def verbs_paid(function: ast.AST) -> set[str]:
     return paid
 
 
+@functools.cache
 def recorded() -> dict[str, set[str]]:
     """The kinds of events that each function records."""
     kinds = {}
@@ -382,9 +384,9 @@ def make_deal(how: str = "prompt", agent: str = "claude", **facts) -> pitboss.De
                            "mcp_config": "/r/mcp.json", "sessions": "/s", "superuser": True, **facts})
 
 
-def test_executors_have_the_same_four_columns():
-    shapes = {"start": ["launch"], "is_alive": ["handle"], "wait": ["loop", "handle"],
-              "interrupt": ["table", "handle"]}
+def test_executors_have_the_same_columns():
+    shapes = {"start": ["launch"], "find": ["task_dir", "hand", "marker"], "is_alive": ["handle"],
+              "wait": ["loop", "handle"], "interrupt": ["table", "handle"]}
     assert tuple(shapes) == pitboss.Executor._fields
     for name, row in pitboss.EXECUTORS.items():
         for column, parameters in shapes.items():
