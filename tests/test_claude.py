@@ -401,7 +401,8 @@ def test_a_cut_stream_is_counted(crowd):
     assert check_success(crowd[1], "is_cut")["token_usage"]["output"] > 1
 
 
-crowd_task("background", prompt(bash("sleep 2; echo made > late.txt", run_in_background=True),
+# With its input closed at the first result, claude ends such a command some five seconds later.
+crowd_task("background", prompt(bash("sleep 9; echo made > late.txt", run_in_background=True),
                                 say("ending"), say("after it")))
 
 
