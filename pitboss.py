@@ -241,13 +241,13 @@ def civil_date(days: int) -> tuple[int, int, int]:
     return date.year, date.month, date.day
 
 
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b."
-                      r"|[\x00-\x1f\x7f-\x9f]|[\ud800-\udfff]")
+_CONTROL = (r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b."
+                      r"|[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
-    """`text` on one line, without escape sequences and control characters: safe on a terminal."""
-    return _CONTROL.sub(lambda m: " " if m[0] in "\n\t\r" else "", text)
+    """`text` on one line, without escape sequences, controls and changes of direction: safe on a terminal."""
+    return re.sub(_CONTROL, lambda m: " " if m[0] in "\n\t\r" else "", text)
 
 
 def cell_width(text: str) -> int:
@@ -372,9 +372,6 @@ def make_mask(environments: Iterable[Mapping[str, str]], names: Iterable[str] = 
     starts = [h for words, _ in _TOKEN_SHAPES for h in words]
     return Mask(re.compile("|".join([re.escape(v) for v in longest_first] + shapes)),
                 tuple(starts + longest_first), tuple(starts + [json.dumps(v)[1:-1] for v in longest_first]))
-
-
-NO_SECRETS = make_mask(())
 
 
 # ======================================================================================
@@ -731,9 +728,9 @@ def find_line(where: tuple, lines: Mapping[tuple, int]) -> int | None:
     return None
 
 
-_KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
-_HEADER = re.compile(r"""^\s*(\[\[?)\s*((?:[A-Za-z0-9_.\s-]|"[^"]*"|'[^']*')+?)\s*\]\]?\s*(?:#.*)?$""")
-_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+_KEY_PART = r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'"""
+_HEADER = (r"""^\s*(\[\[?)\s*((?:[A-Za-z0-9_.\s-]|"[^"]*"|'[^']*')+?)\s*\]\]?\s*(?:#.*)?$""")
+_KEY = (r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
                   r"""(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=\s*(.*)$""")
 
 
@@ -751,10 +748,10 @@ def locate_keys(text: str) -> dict[tuple, int]:
         if depth > 0:
             depth += bracket_depth(line)
             continue
-        header = _HEADER.match(line)
+        header = re.match(_HEADER, line)
         if header:
             here = ()
-            parts = [p.strip("\"'") for p in _KEY_PART.findall(header[2])]
+            parts = [p.strip("\"'") for p in re.findall(_KEY_PART, header[2])]
             for n, part in enumerate(parts):
                 here += (part,)
                 if header[1] == "[[" and n == len(parts) - 1:
@@ -763,9 +760,9 @@ def locate_keys(text: str) -> dict[tuple, int]:
                     here += (counts[here],)
             lines.setdefault(here, number)
             continue
-        key = _KEY.match(line)
+        key = re.match(_KEY, line)
         if key:
-            lines.setdefault(here + tuple(p.strip("\"'") for p in _KEY_PART.findall(key[1])), number)
+            lines.setdefault(here + tuple(p.strip("\"'") for p in re.findall(_KEY_PART, key[1])), number)
             value = key[2]
             closing = next((q for q in ('"""', "'''") if value.startswith(q) and q not in value[3:]), "")
             depth = 0 if closing or value.startswith(('"', "'")) else max(0, bracket_depth(value))
@@ -778,12 +775,12 @@ def bracket_depth(line: str) -> int:
     return sum(bare.count(c) for c in "[{") - sum(bare.count(c) for c in "]}")
 
 
-_BAD_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$|^@$")
+_BAD_BRANCH = (r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$|^@$")
 
 
 def wrong_branch(name: str) -> str:
     """Why git would not take `name` as a branch; an empty string when it would."""
-    found = _BAD_BRANCH.search(name)
+    found = re.search(_BAD_BRANCH, name)
     if not name or name == "HEAD":
         return "a branch name as `git check-ref-format --branch` allows it"
     if found:
@@ -988,7 +985,7 @@ def check_env(env: dict, own: dict, path: str, where: tuple) -> list[Problem]:
                     else ("defaults", "env", k)) for k in bad]
 
 
-_PLACE = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}", re.ASCII)
+_PLACE = r"(?a)\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}"
 
 
 def resolve_prompt(row: dict, given: dict, templates: dict[str, str], path: str,
@@ -1023,12 +1020,12 @@ def fill_template(row: dict, templates: dict[str, str], path: str, where: tuple)
         return "", [Problem(path + "template", f"found {show_value(name)}; allowed: "
                                                f"{known}{did_you_mean(name or '', templates)}",
                             (*where, "template"))]
-    places = {m[2] for m in _PLACE.finditer(templates[name]) if m[2]}
+    places = {m[2] for m in re.finditer(_PLACE, templates[name]) if m[2]}
     problems = [Problem(f"{path}vars.{p}", f"is required: template {name} has a place {{{p}}}",
                         (*where, "vars")) for p in sorted(places - values.keys())]
     problems += [Problem(f"{path}vars.{v}", f"template {name} has no place {{{v}}}{did_you_mean(v, places)}",
                          (*where, "vars", v)) for v in values if v not in places]
-    prompt = _PLACE.sub(lambda m: "{" + m[1] + "}" if m[1] else values.get(m[2], ""), templates[name])
+    prompt = re.sub(_PLACE, lambda m: "{" + m[1] + "}" if m[1] else values.get(m[2], ""), templates[name])
     if not prompt.strip():
         problems.append(Problem(path + "prompt", f"template {name} makes an empty prompt",
                                 (*where, "template")))
@@ -1074,6 +1071,27 @@ KEPT_MESSAGES = 256        # message ids remembered, so that one message's usage
 MAX_TEXT = 64 << 10        # bytes of a text agent's output that are kept as its final message
 
 
+MAX_COUNT = 1 << 53        # of anything that a program says of itself
+MAX_MOMENT = 253_402_300_799.0       # the last second of the year 9999
+
+
+def read_count(value: Any) -> int:
+    """A count of tokens; what cannot be one is 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT else 0
+
+
+def read_number(value: Any) -> float | None:
+    """A number of dollars or seconds; None for what cannot be one."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT:
+        return float(value)
+    return None
+
+
+def read_word(value: Any) -> str:
+    """A short text; empty for what is none."""
+    return value if isinstance(value, str) and len(value) <= 200 else ""
+
+
 class Talk:
     """What an agent has said in one hand: filled by the functions of FORMATS, read by all."""
 
@@ -1098,16 +1116,32 @@ class Talk:
         self.skipped = 0              # lines that could not be read
         self.known = Usage()          # told by a result: true
         self.known_usd = 0.0
-        self.running: dict[str, Usage] = {}     # message id to usage since that result: output is an estimate
+        self.running: dict[str, list] = {}      # message id to usage since that result: output is an estimate
+        self.last_id = ""             # of the last message, and what it told
+        self.last_usage: dict = {}
 
     def usage(self) -> Usage:
         """Tokens of this hand so far, cumulative."""
-        return functools.reduce(Usage.plus, self.running.values(), self.known)
+        return self.known.plus(self.estimate())
+
+    def estimate(self) -> Usage:
+        """Tokens since the last result."""
+        return Usage(*map(sum, zip(*self.running.values()))) if self.running else Usage()
+
+    def count_message(self, key: str, usage: dict) -> None:
+        """Take down what a message tells of itself, once for all its events."""
+        old = self.running.pop(key, None)
+        # fold the oldest into one entry: its id will not come again
+        if len(self.running) >= KEPT_MESSAGES:
+            oldest = self.running.pop(next(k for k in self.running if k))
+            self.running[""] = [a + b for a, b in zip(self.running.pop("", (0, 0, 0, 0)), oldest)]
+        self.running[key] = [read_count(usage.get("input_tokens")), old[1] if old else 0,
+                             read_count(usage.get("cache_read_input_tokens")),
+                             read_count(usage.get("cache_creation_input_tokens"))]
 
     def cost_usd(self) -> float:
         """Cost of this hand so far: told, plus list prices for what no result has covered yet."""
-        running = functools.reduce(Usage.plus, self.running.values(), Usage())
-        return self.known_usd + price_usd(self.model, running)
+        return self.known_usd + price_usd(self.model, self.estimate())
 
     def last_text(self) -> str:
         """The last thing said in the main conversation, or the end of a plain output."""
@@ -1123,37 +1157,13 @@ class Talk:
 
 def fold_claude(talk: Talk, line: bytes) -> None:
     """One line of `claude -p --output-format stream-json --verbose` (measured with 2.1.197)."""
-    known = _EVENT_TYPE.match(line)
-    kind = known[1] if known else b""
-    if kind == b"user" and not _REPLAY.search(line[-400:]) or not line.startswith(b"{"):
-        return                     # a tool's result: most of a log's bytes
-    handler = _CLAUDE_EVENTS.get(kind if known else str(json.loads(line).get("type")).encode())
+    tool_result = line.startswith(b'{"type":"user"') and b'"isReplay":true' not in line[-400:]
+    if tool_result or not line.startswith(b"{"):
+        return                     # most of a log's bytes, or no event
+    event = json.loads(line.decode())
+    handler = _CLAUDE_EVENTS.get(event.get("type"))
     if handler:
-        handler(talk, json.loads(line))
-
-
-# claude prints the type first, without a space; a program that speaks like claude may not
-_EVENT_TYPE = re.compile(rb'\{\s*"type"\s*:\s*"(\w+)"')
-_REPLAY = re.compile(rb'"isReplay"\s*:\s*true')
-MAX_COUNT = 1 << 53        # of anything that a program says of itself
-MAX_MOMENT = 253_402_300_799.0       # the last second of the year 9999
-
-
-def read_count(value: Any) -> int:
-    """A count of tokens; what cannot be one is 0."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT else 0
-
-
-def read_number(value: Any) -> float | None:
-    """A number of dollars or seconds; None for what cannot be one."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT:
-        return float(value)
-    return None
-
-
-def read_word(value: Any) -> str:
-    """A short text; empty for what is none."""
-    return value if isinstance(value, str) and len(value) <= 200 else ""
+        handler(talk, event)
 
 
 def _fold_limit(talk: Talk, event: dict) -> None:
@@ -1176,27 +1186,24 @@ def _fold_message(talk: Talk, event: dict) -> None:
     if message.get("model") == "<synthetic>":
         talk.error = str(event.get("error") or "")
         return
-    usage, said = message.get("usage") or {}, 0
+    said, own = 0, event.get("parent_tool_use_id") is None
     for block in message.get("content") or ():
         kind = block.get("type")
         if kind == "text":
-            said += len(block["text"])
-            if event.get("parent_tool_use_id") is None and block["text"].strip():
-                talk.text = talk.words = block["text"]
+            text = block["text"]
+            said += len(text)
+            if own and text and not text.isspace():
+                talk.text = talk.words = text
         elif kind == "tool_use":
             said += len(json.dumps(block.get("input")))
             talk.words = f"{block.get('name')} …"
         elif kind == "thinking":
             said += len(block.get("thinking") or "")
-    key = str(message.get("id"))
-    before = talk.running.pop(key, Usage())
-    if len(talk.running) >= KEPT_MESSAGES:    # fold the oldest into one entry: its id will not come again
-        oldest = next(k for k in talk.running if k)
-        talk.running[""] = talk.running.pop("", Usage()).plus(talk.running.pop(oldest))
-    talk.running[key] = Usage(read_count(usage.get("input_tokens")),
-                              before.output + -(-said // CHARS_PER_TOKEN),
-                              read_count(usage.get("cache_read_input_tokens")),
-                              read_count(usage.get("cache_creation_input_tokens")))
+    key, usage = str(message.get("id")), message.get("usage") or {}
+    if key != talk.last_id or usage != talk.last_usage:
+        talk.last_id, talk.last_usage = key, usage
+        talk.count_message(key, usage)
+    talk.running[key][1] += -(-said // CHARS_PER_TOKEN)
 
 
 def _fold_result(talk: Talk, event: dict) -> None:
@@ -1218,6 +1225,7 @@ def _fold_result(talk: Talk, event: dict) -> None:
                                                          read_count(m.get("cacheCreationInputTokens")))
                                                    for m in models.values()))
         talk.running.clear()
+        talk.last_id = ""
     cost = read_number(event.get("total_cost_usd"))
     talk.known_usd = talk.known_usd if cost is None else cost
     if isinstance(event.get("result"), str) and event["result"].strip():
@@ -1243,11 +1251,11 @@ def _fold_system(talk: Talk, event: dict) -> None:
 
 _CLAUDE_EVENTS = {
     # type of an event: what it changes
-    b"assistant": _fold_message,
-    b"result": _fold_result,
-    b"system": _fold_system,
-    b"user": _fold_echo,
-    b"rate_limit_event": _fold_limit,
+    "assistant": _fold_message,
+    "result": _fold_result,
+    "system": _fold_system,
+    "user": _fold_echo,
+    "rate_limit_event": _fold_limit,
 }
 
 
@@ -1817,7 +1825,7 @@ def exit_code_of(run: RunState) -> str:
 BLOB_FROM = 4096           # characters; a longer text of an event lies in RUN/blobs
 RESERVE = 256 << 10        # bytes kept back in RUN/reserve, so that a full disk can still be journalled
 NO_ROOM = ("ENOSPC", "EDQUOT", "EFBIG")
-RUN_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+RUN_ID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 
 
 def mint_run_id(now: float) -> str:
@@ -2196,7 +2204,7 @@ def list_runs(runs_dir: str) -> list[str]:
         names = os.listdir(runs_dir)
     except OSError:
         return []
-    return sorted((n for n in names if RUN_ID.fullmatch(n)), reverse=True)
+    return sorted((n for n in names if re.fullmatch(RUN_ID, n)), reverse=True)
 
 
 def find_run(runs_dir: str, prefix: str) -> str:
@@ -2277,7 +2285,7 @@ LOCK_PREFIX = "pitboss "   # what the reason of a worktree's lock begins with wh
 GIT_AGAIN = 40             # tries of a git command that met another one half way
 GIT_PATIENCE_S = 30.0      # how long another process's lock on a repository is waited for
 MISSING_ENTRY = "missing but"      # git's words for a worktree that it knows and that is not there
-_CONTENTION = re.compile(r"File exists|could not create directory of .*: No such file"
+_CONTENTION = (r"File exists|could not create directory of .*: No such file"
                          r"|could not lock config file|Another git process|failed to read \S*commondir")
 _UNDER_WAY = ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge", "rebase-apply",
               "sequencer")
@@ -2475,7 +2483,7 @@ class Git:
                 if not err:
                     base = await self.ask(path, "rev-parse", "HEAD") if exists else base
                     return await self.check_place(repo, directory, path, (name, base), own or not exists)
-                if not _CONTENTION.search(err):
+                if not re.search(_CONTENTION, err):
                     raise GitError(err)
                 if time.monotonic() > deadline:
                     raise GitError(f"{err} (waited {GIT_PATIENCE_S:g} s)")
@@ -2795,14 +2803,14 @@ def read_status(out: bytes) -> tuple[list[str], str]:
 
 def reflog_commits(text: str) -> set[str]:
     """The commits in a reflog, less those that were only replaced by an amend or a rebase."""
-    entries = [found.groups() for line in text.split("\n") if (found := _REFLOG.match(line))]
+    entries = [found.groups() for line in text.split("\n") if (found := re.match(_REFLOG, line))]
     left_by = [message for _, message in entries[1:]] + [""]
     return {commit for (commit, _), message in zip(entries, left_by)
             if not message.startswith(("commit (amend)", "rebase")) and commit.strip("0")}
 
 
 # old commit, new commit, who and when, a tab, what was done; a subject may hold anything but a newline
-_REFLOG = re.compile(r"[0-9a-f]{40,64} ([0-9a-f]{40,64}) [^\t]*\t?(.*)")
+_REFLOG = r"[0-9a-f]{40,64} ([0-9a-f]{40,64}) [^\t]*\t?(.*)"
 
 
 def render_argv(argv: Iterable[str]) -> str:
@@ -4489,6 +4497,8 @@ LOG_MARKS = {
     "!": ("yellow", "limit or error"),
 }
 
+MAX_WORDS = 64 << 10       # characters of one line of a log that are shown
+
 STATE_WORDS = {"waiting": "Pending", "placing": "Pending", "dealing": "Pending"}      # the rest is Running
 
 
@@ -4500,7 +4510,7 @@ def paint(text: str, colour: str, on: bool) -> str:
 def render_log_line(line: bytes, form: str) -> list[tuple[str, str]]:
     """One line of a log as (mark of LOG_MARKS, text) pairs; a line that says nothing gives none."""
     if form == "text":
-        return [(">", clean_text(line.decode("utf-8", "replace")))]
+        return [(">", clean_text(line[:MAX_WORDS].decode("utf-8", "replace")))]
     try:
         event = json.loads(line)
         return _LOG_EVENTS.get(event.get("type"), lambda e: [])(event)
@@ -4512,7 +4522,8 @@ def _log_assistant(event: dict) -> list[tuple[str, str]]:
     message, shown = event["message"], []
     for block in message.get("content") or ():
         if block.get("type") == "text" and block["text"].strip():
-            shown.append(("!" if message.get("model") == "<synthetic>" else ">", clean_text(block["text"])))
+            shown.append(("!" if message.get("model") == "<synthetic>" else ">",
+                          clean_text(block["text"][:MAX_WORDS])))
         elif block.get("type") == "tool_use":
             shown.append(("*", clean_text(f"{block.get('name')} "
                                           f"{json.dumps(block.get('input'), ensure_ascii=False)}")))
@@ -4526,7 +4537,7 @@ def _log_user(event: dict) -> list[tuple[str, str]]:
             inner = block.get("content")
             text = inner if isinstance(inner, str) else " ".join(b.get("text", "") for b in inner or ()
                                                                  if isinstance(b, dict))
-            shown.append(("!" if block.get("is_error") else "<", clean_text(text)))
+            shown.append(("!" if block.get("is_error") else "<", clean_text(text[:MAX_WORDS])))
     return shown
 
 
@@ -5205,7 +5216,11 @@ class Loaded(NamedTuple):
 
 def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
     """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError."""
-    label, base_dir = ("stdin", os.getcwd()) if path == "-" else (path,
+    try:
+        here = os.getcwd()
+    except OSError:
+        raise InvalidInput("the current folder was removed, and paths are relative to it") from None
+    label, base_dir = ("stdin", here) if path == "-" else (path,
                                                                   os.path.dirname(os.path.abspath(path)))
     try:
         if path == "-":
@@ -5259,7 +5274,7 @@ class Progress:
         self.colour = want_colour(sys.stderr)
         self.drawn = 0             # lines on the screen
         self.drawn_at = 0.0
-        self.mask = NO_SECRETS
+        self.mask = make_mask(())
         self.base = (0.0, 0.0)
 
     def notice(self, run: RunState, event: dict) -> None:
@@ -6033,6 +6048,8 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
         known = [c.name for c in COMMANDS.values() if c.help]
         raise InvalidInput(f"unknown command {show_value(argv[0])}{did_you_mean(argv[0], known)}",
                            hint=f"{prog} --help")
+    if len(argv) == 1 and not COMMANDS[argv[0]].args:
+        return argv[0], None           # argparse takes longer than such a command
     parser = make_parser(prog, argv[0])
     options, rest = parser.parse_known_args(argv[1:])
     if rest:
@@ -6045,6 +6062,7 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; return its exit code.  The only place where errors become text."""
     prog = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
+    open_streams()
     try:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # LC_ALL=C must not break a name
         sys.stderr.reconfigure(encoding="utf-8", errors="replace")
@@ -6066,7 +6084,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return leave_quietly(0)
     except OSError as e:
-        fault = fault_of(e, "pitboss")
+        fault = fault_of(e, "pitboss" if e.filename else "pitboss: standard output")
         code = fault.code
         say_error(str(fault))
         with contextlib.suppress(OSError):
@@ -6075,6 +6093,17 @@ def main(argv: list[str] | None = None) -> int:
         say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its "
                   f"traceback: {save_traceback()}")
     return EXIT_CODES[code][0]
+
+
+def open_streams() -> None:
+    """Put the null device where a standard stream is closed: else the next file opened would become one."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace"))
 
 
 def leave_quietly(code: int) -> int:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import random
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def journals(run_dir):
     """A function that opens the run's journal where it ends now; all are closed at the end of the test."""
     opened = []
 
-    def open_journal(mask=pitboss.NO_SECRETS) -> pitboss.Journal:
+    def open_journal(mask=pitboss.make_mask(())) -> pitboss.Journal:
         run = pitboss.fold_run(str(run_dir)) if (run_dir / "journal.jsonl").exists() else pitboss.RunState()
         opened.append(pitboss.Journal(str(run_dir), mask, run.seq, run.last_at))
         return opened[-1]
@@ -64,7 +65,7 @@ def test_run_ids_are_uuids_ordered_by_time():
     for at, run_id in zip(moments, ids):
         parsed = uuid.UUID(run_id)
         assert parsed.version == 7 and parsed.variant == uuid.RFC_4122 and str(parsed) == run_id
-        assert pitboss.RUN_ID.fullmatch(run_id) and int(run_id.replace("-", "")[:12], 16) == int(at * 1000)
+        assert re.fullmatch(pitboss.RUN_ID, run_id) and int(run_id.replace("-", "")[:12], 16) == int(at * 1000)
     assert ids == sorted(ids)
     assert len({pitboss.mint_run_id(1.0) for _ in range(1000)}) == 1000
     assert uuid.UUID(pitboss.mint_uuid()).version == 4
@@ -159,11 +160,11 @@ def test_short_writes_go_on_where_they_stopped(tmp_path, monkeypatch):
 def test_json_documents_come_back_as_they_were(tmp_path):
     value = {"a": 1, "rows": [{"x": [1, {"y": None}]}, {"z": "ä\ud800\n"}], "none": [], "list": [1, "b"],
              "d": {"e": {}}}
-    pitboss.write_json(str(tmp_path / "f"), value, pitboss.NO_SECRETS)
+    pitboss.write_json(str(tmp_path / "f"), value, pitboss.make_mask(()))
     assert pitboss.read_json(str(tmp_path / "f")) == value
     assert len((tmp_path / "f").read_text().splitlines()) == 2 + 5 + 3, "one line a key, and one a row"
     with pytest.raises(ValueError):
-        pitboss.write_json(str(tmp_path / "f"), {"a": float("nan")}, pitboss.NO_SECRETS)
+        pitboss.write_json(str(tmp_path / "f"), {"a": float("nan")}, pitboss.make_mask(()))
     assert pitboss.read_json(str(tmp_path / "f")) == value
     for broken in (b"", b"{", b"\xff", b"nul"):
         (tmp_path / "g").write_bytes(broken)

@@ -1,14 +1,18 @@
-"""The order of things that only a power cut would show: what destroys or publishes waits for the disk.
+"""Guards that no ordinary run shows: what destroys or publishes waits for the disk; secrets are masked.
 
-The program runs in a process of its own, with some calls of the operating system wrapped, and writes down what it
-did in which order. A forced write takes long here, so that nothing can come after it by luck.
+For the first the program runs with some calls of the operating system wrapped, and writes down what it did in
+which order. A forced write takes long here, so that nothing can come after it by luck.
 """
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 
-from tools import PITBOSS, PYTHON, git, read_events, read_records
+import pytest
+
+from tools import PITBOSS, PYTHON, git, read_events, read_records, wait_for
 
 WRAPPED = """import errno, json, os, subprocess, sys, threading
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
@@ -60,9 +64,11 @@ def run_wrapped(home, how: str) -> tuple[int, list[list[str]], str]:
     home.repo()
     (home.root / "wrapped.py").write_text(WRAPPED)
     done = subprocess.run([PYTHON, home.root / "wrapped.py", PITBOSS, home.root / "order", how, "dispatch",
-                           str(home.manifest(MANIFEST))], env=home.env, text=True, capture_output=True, timeout=60,
+                           str(home.manifest(MANIFEST))], env=home.env, text=True, capture_output=True,
+                           timeout=60,
                           check=False)
-    return done.returncode, [json.loads(line) for line in (home.root / "order").read_text().splitlines()], done.stderr
+    return done.returncode, [json.loads(line)
+                             for line in (home.root / "order").read_text().splitlines()], done.stderr
 
 
 def test_what_destroys_or_publishes_waits_for_the_disk(home):
@@ -71,13 +77,14 @@ def test_what_destroys_or_publishes_waits_for_the_disk(home):
     first = {what: order.index(list(what)) for what in (
         ("event", "hand_ended"), ("git", "worktree"), ("event", "closed"), ("rename", "summary.json"))}
     forced = [n for n, what in enumerate(order) if what == ["fsync", "journal.jsonl"]]
-    for decided, done in ((("event", "hand_ended"), ("git", "worktree")), (("event", "closed"), ("rename", "summary.json"))):
+    for decided, done in ((("event", "hand_ended"), ("git", "worktree")),
+                          (("event", "closed"), ("rename", "summary.json"))):
         assert any(first[decided] < n < first[done] for n in forced), (decided, done, order)
     assert order[-1] == ["fsync", "journal.jsonl"] or ["event", "run_finished"] in order
 
 
 def test_where_the_journal_cannot_be_forced_to_disk_nothing_is_destroyed(home):
-    """A failed fsync is never tried again: the process ends, the worktree stays, and the run can be resumed."""
+    """A failed fsync is never tried again: the process ends, the worktree stays, the run can be resumed."""
     code, order, said = run_wrapped(home, "fails")
     assert code == 5 and "Input/output error" in said
     assert order.count(["fsync fails"]) == 1
@@ -89,3 +96,99 @@ def test_where_the_journal_cannot_be_forced_to_disk_nothing_is_destroyed(home):
     assert record["status"] == "Success" and record["hands"] == 1
     assert git(home.root / "repo", "show", f"{record['rescue_ref']}:new.txt") == "unsaved\n"
     assert [e["seq"] for e in read_events(run_dir)] == list(range(1, len(read_events(run_dir)) + 1))
+
+
+# ------------------------------------------------------------------ secrets
+
+SECRET, OTHER, TOKEN = "hunter2-hunter2", "s3cr3t-of-the-manifest", "ghp_" + "a1" * 18
+TALKATIVE = f"""[run]
+secret_env = ["PLAIN_NAME"]
+[defaults]
+use_worktree = false
+agent = "demo"
+env = {{ TASK_TOKEN = "{OTHER}" }}
+[[mcp_server]]
+id = "s"
+command = "true"
+args = ["--token", "{TOKEN}"]
+[[task]]
+id = "says"
+directory = "."
+prompt = '''
+Use {TOKEN}, and nothing else.
+$ say {SECRET} {OTHER} {TOKEN}
+$ sleep 0.8
+$ say {SECRET} {OTHER} {TOKEN}
+'''
+[[task]]
+id = "fails"
+directory = "."
+prompt = '''
+$ fail {SECRET} {OTHER} {TOKEN}
+'''
+"""
+NEEDED = ("manifest.snapshot.toml", "stdout.log", "prompt.txt",
+          "mcp-config.json")    # what the agents work with
+
+
+def files_with(folder, words: tuple) -> list[str]:
+    """The files of runs in which one of the words stands; those that agents read and write apart."""
+    return [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()
+            and p.name not in NEEDED
+            and ".sessions" not in p.parts and any(word.encode() in p.read_bytes() for word in words)]
+
+
+def test_a_secret_is_in_no_file_and_no_output_of_pitboss(home):
+    env = {"PLAIN_NAME": SECRET}
+    said = [home.pitboss("dispatch", "-v", home.manifest(TALKATIVE), check=1, env=env)]
+    run_dir = home.run_dir()
+    said += [home.pitboss(*args, env=env) for args in (
+        ["status", run_dir.name], ["status", run_dir.name, "--json"], ["status", run_dir.name, "--rebuild"],
+        ["list"],
+        ["list", "--json"], ["resume", run_dir.name, "--failed"])]
+    words = (SECRET, OTHER, TOKEN)
+    assert files_with(home.runs, words) == []
+    assert [w for w in words for done in said if w in done.stdout + done.stderr] == []
+    finals = {r["task_id"]: r["final_message"] for r in read_records(run_dir)}
+    assert finals == {"says": "*** *** ***", "fails": "*** *** ***"}
+    assert json.loads((run_dir / "resolved.json").read_text())["tasks"][0]["prompt"].startswith("Use ***, and")
+
+
+@pytest.mark.parametrize("args", [["status", SECRET], ["dispatch", f"{SECRET}.toml"], [SECRET]],
+                         ids=lambda args: args[0].replace(SECRET, "x"))
+def test_a_secret_is_in_no_error(home, args):
+    done = home.pitboss(*args, env={"MY_PASSWORD": SECRET})
+    assert done.returncode in (2, 3) and "***" in done.stderr and SECRET not in done.stdout + done.stderr
+
+
+def test_a_secret_is_in_the_reason_of_no_cancel(home):
+    home.repo()
+    dispatch = home.start("dispatch", home.manifest(
+        '[[task]]\nid = "a"\nagent = "demo"\ndirectory = "repo"\nprompt = "$ hang"'))
+    wait_for(lambda: any(b"hand_started" in p.read_bytes() for p in home.runs.glob("0*/journal.jsonl")))
+    home.pitboss("cancel", home.run_dir().name, "--reason", f"it knew {TOKEN}", check=0)
+    dispatch.communicate(timeout=30)
+    assert files_with(home.runs, (TOKEN,)) == []
+    assert read_records(home.run_dir())[0]["failure_reason"]["message"].startswith("it knew ***")
+
+
+def test_a_secret_is_not_on_the_terminal_while_the_run_goes_on(home):
+    """The live table shows an agent's last words before they are in any record."""
+    ours, theirs = pty.openpty()
+    process = home.start("dispatch", home.manifest(TALKATIVE), stderr=theirs,
+                         env={"PLAIN_NAME": SECRET, "TERM": "xterm", "COLUMNS": "200", "LINES": "50"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    assert process.wait(30) == 1
+    process.stdout.close()
+    assert b"\x1b[" in shown and b"*** *** ***" in shown, "there was a live table"
+    assert [w for w in (SECRET, OTHER, TOKEN) if w.encode() in shown] == []

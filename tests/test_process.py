@@ -200,8 +200,10 @@ def test_a_shim_that_died_with_the_fence_in_its_hand_never_starts(bench):
 @linux
 def test_a_slow_shim_that_holds_the_fence_is_waited_for(bench):
     """It has created the file and not yet written its number: a busy machine may take its time."""
-    slow = subprocess.Popen(["sh", "-c", 'exec 3>hand.1; echo up; sleep 1.6; echo $$ >&3; exec sleep 60'], cwd=bench.root,
-                            env={**os.environ, pitboss.LINEAGE: f"{bench.run_id}:a:1"}, stdout=subprocess.PIPE)
+    slow = subprocess.Popen(["sh", "-c", 'exec 3>hand.1; echo up; sleep 1.6; echo $$ >&3; exec sleep 60'],
+                            cwd=bench.root,
+                            env={**os.environ, pitboss.LINEAGE: f"{bench.run_id}:a:1"},
+                            stdout=subprocess.PIPE)
     assert slow.stdout.readline() == b"up\n"
     found = find_again(bench, 1)
     slow.stdout.close()

@@ -459,7 +459,8 @@ def test_commands_parse_their_own_examples():
     for name, row in pitboss.COMMANDS.items():
         assert row.name == name and row.run.__name__ == "cmd_" + name.replace("-", "_") and row.run.__doc__
         assert bool(row.help) == bool(row.example), f"{name}: what is shown has an example"
-        named = [options for flags, options in row.args if not flags[0].startswith("-") and "metavar" in options]
+        named = [options for flags,
+                 options in row.args if not flags[0].startswith("-") and "metavar" in options]
         wanted = [f"[{o['metavar']}]" if o.get("nargs") == "?" else o["metavar"] for o in named]
         assert row.usage.split() == wanted
         for flags, options in row.args:

@@ -144,7 +144,7 @@ def test_well_known_tokens_are_masked_wherever_they_stand(token):
     wrong = []
     for around in AROUND:
         text = around.format(token)
-        if {pitboss.NO_SECRETS.text(text), through_json(pitboss.NO_SECRETS, text)} != {around.format("***")}:
+        if {pitboss.make_mask(()).text(text), through_json(pitboss.make_mask(()), text)} != {around.format("***")}:
             wrong.append(around)
     assert wrong == []
 
@@ -152,8 +152,8 @@ def test_well_known_tokens_are_masked_wherever_they_stand(token):
 def test_words_that_only_begin_like_a_token_stay():
     for text in ("sk-short", "task-abcdefghijklmnopqrstuvwxyz", "ghp_x", "AKIA", "eyJ.eyJ", "xoxo-hugs",
                  "risk-adjusted-return-rate"):
-        assert pitboss.NO_SECRETS.text(text) == text
-        assert through_json(pitboss.NO_SECRETS, text) == text
+        assert pitboss.make_mask(()).text(text) == text
+        assert through_json(pitboss.make_mask(()), text) == text
 
 
 def test_values_of_variables_that_look_like_secrets_are_masked():
