@@ -2531,7 +2531,12 @@ class Git:
         return Place(path, cwd, head[0], head[1], made, repo.common, directory, worktree_gitdir(path))
 
     async def has_branch(self, repo: Repo, branch: str) -> bool:
-        """Whether the repository has that branch."""
+        """Whether the repository has that branch; git is asked only where files cannot tell."""
+        if not os.path.isdir(os.path.join(repo.common, "reftable")):
+            if os.path.isfile(os.path.join(repo.common, "refs", "heads", branch)):
+                return True
+            packed = read_text(os.path.join(repo.common, "packed-refs"))
+            return f" refs/heads/{branch}\n" in packed + "\n"
         code, _, _ = await self.run(repo.top, "show-ref", "--verify", "--quiet", f"refs/heads/{branch}")
         return code == 0
 
@@ -2621,11 +2626,12 @@ class Git:
     async def delete_empty_branch(self, place: Place) -> None:
         """Delete a branch of this run's own that holds nothing beyond its base, unless it is checked out."""
         ref = f"refs/heads/{place.branch}"
-        tip, used_at = await self.look_at_branch(place.repo, place.branch or "")
-        if not tip or used_at:
+        if is_checked_out(place.repo, ref) or not (await self.run(place.repo, "update-ref", "-d", ref,
+                                                                  place.base))[0]:
             return
-        if tip == place.base or not (await self.run(place.repo, "merge-base", "--is-ancestor", tip,
-                                                    place.base))[0]:
+        tip, used_at = await self.look_at_branch(place.repo, place.branch or "")
+        if tip and not used_at and not (await self.run(place.repo, "merge-base", "--is-ancestor", tip,
+                                                       place.base))[0]:
             await self.run(place.repo, "update-ref", "-d", ref, tip)
 
     async def inspect(self, place: Place) -> Tree:
@@ -2751,6 +2757,14 @@ def worktree_gitdir(path: str) -> str:
     text = read_text(os.path.join(path, ".git"))
     gitdir = text.removeprefix("gitdir: ") if text.startswith("gitdir: ") else ""
     return gitdir if gitdir and os.path.isfile(os.path.join(gitdir, "commondir")) else ""
+
+
+def is_checked_out(common: str, ref: str) -> bool:
+    """Whether a worktree of the repository, or its main one, is on a branch (gitrepository-layout(5))."""
+    entries = os.path.join(common, "worktrees")
+    names = os.listdir(entries) if os.path.isdir(entries) else []
+    heads = [os.path.join(common, "HEAD"), *(os.path.join(entries, name, "HEAD") for name in names)]
+    return any(read_text(head) == f"ref: {ref}" for head in heads)
 
 
 def unlock_worktree(place: Place) -> None:
