@@ -5440,7 +5440,9 @@ def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None =
                     manifest: Manifest | None = None, report: bool = True) -> str:
     """Deal a run to its end; with `report` say what was kept, and last where the run is."""
     progress = Progress(options)
-    progress.mask = make_mask([os.environ])
+    if manifest is None:
+        _, manifest = read_snapshot(run_dir, read_json(os.path.join(run_dir, "meta.json")) or {})
+    progress.mask = mask_for(manifest, os.environ)
     env = dict(os.environ)
     try:
         run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, cancel, manifest)
