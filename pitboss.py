@@ -815,7 +815,7 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     problems, warnings = problems + wrong, warnings + more
     servers, wrong = resolve_servers(tables["mcp_server"])
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
-    problems += wrong + check_commands(own, agents)
+    problems += wrong + check_commands(tables["agent"], agents)
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand)
     return Manifest(rules, "flat", tuple(tasks), tuple(servers), own, tuple(problems + wrong),
                     tuple(warnings + more))
@@ -921,14 +921,14 @@ def resolve_servers(rows: list[dict]) -> tuple[list[Server], list[Problem]]:
             and r["command"]], problems
 
 
-def check_commands(own: dict[str, Command], builtin: Iterable[str]) -> list[Problem]:
+def check_commands(rows: list[tuple[str, dict]], builtin: Iterable[str]) -> list[Problem]:
     """What is wrong with the command agents beyond their fields."""
     problems = []
-    for name, command in own.items():
+    for name, row in rows:
         if name in builtin:
             problems.append(Problem(f"agent.{name}", "this name is a built-in agent's; allowed: another name",
                                     ("agent", name)))
-        if not command.command or not command.command[0]:
+        if row["command"] is not None and not (row["command"] and row["command"][0]):
             problems.append(Problem(f"agent.{name}.command",
                                     "found an empty list; allowed: a program and its arguments",
                                     ("agent", name, "command")))
@@ -2246,16 +2246,21 @@ def write_bytecode(copy: str) -> None:
     import marshal
     import py_compile
 
-    code = RUNNING_CODE.get("code")
-    if code is None:
+    # PEP 552: magic number, flags (a hash that is not checked), the source's hash; then the code
+    head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
+    code, cached = RUNNING_CODE.get("code"), globals().get("__cached__")
+    if code is not None:
+        body = marshal.dumps(code)
+    elif cached and os.path.exists(cached):
+        with open(cached, "rb") as f:
+            body = f.read()[len(head):]
+    else:
         py_compile.compile(copy, doraise=True,
                            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         return
-    cached = importlib.util.cache_from_source(copy)
-    os.makedirs(os.path.dirname(cached), mode=0o700, exist_ok=True)
-    # PEP 552: magic number, flags (a hash that is not checked), the source's hash
-    head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
-    write_file(cached, head + marshal.dumps(code))
+    target = importlib.util.cache_from_source(copy)
+    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+    write_file(target, head + body)
 
 
 RUNNING_CODE: dict = {}    # `code`: of this module, when it is the program that was started

@@ -1,7 +1,9 @@
 """Fixtures of the whole suite."""
 from __future__ import annotations
 
+import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,15 @@ from tools import Home  # noqa: E402
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes longer than five seconds")
     config.addinivalue_line("markers", "real: drives a real agent program; PITBOSS_TEST_CLAUDE and its like name it")
+
+
+def pytest_collection_modifyitems(config, items):
+    """PITBOSS_TEST_SHARD=K/N keeps the K-th of N parts, so that parts can run side by side."""
+    if shard := os.environ.get("PITBOSS_TEST_SHARD"):
+        part, count = map(int, shard.split("/"))
+        mine = [i for i in items if zlib.crc32(i.nodeid.partition("[")[0].encode()) % count == part]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(mine)])
+        items[:] = mine
 
 
 @pytest.fixture

@@ -252,10 +252,10 @@ def resume_to_the_end(crew: Crew) -> None:
 
 # ---- the kill test ----
 
-def play_round(root: Path, number: int, size: int, agents, horizon_s: float) -> Counter:
+def play_round(root: Path, number: int, size: int, agents, longest_s: float, horizon_s: float) -> Counter:
     """One run, killed once or twice, resumed, and looked at."""
     rng = random.Random(number)
-    crew = make_crew(root / f"round{number}", rng, size, agents)
+    crew = make_crew(root / f"round{number}", rng, size, agents, longest_s)
     try:
         hits = strike(crew, crew.start("dispatch", crew.manifest), rng, horizon_s)
         run_dir = crew.run_dir()
@@ -271,7 +271,7 @@ def play_round(root: Path, number: int, size: int, agents, horizon_s: float) -> 
 
 
 def test_a_few_killed_dispatchers_lose_nothing(tmp_path):
-    hits = sum((play_round(tmp_path, n, 6, ("shell",), 0.6) for n in range(6)), Counter())
+    hits = sum((play_round(tmp_path, n, 4, ("shell",), 0.1, 1.0) for n in range(4)), Counter())
     assert sum(hits[stage] for stage in STAGES) > 0
 
 
@@ -279,7 +279,7 @@ def test_a_few_killed_dispatchers_lose_nothing(tmp_path):
 def test_killed_dispatchers_lose_nothing_and_do_nothing_twice(tmp_path, record_property):
     """The histogram must show kills at every stage: otherwise the rounds prove less than they say."""
     agents = ("demo", "demo", "demo", "shell")
-    hits = sum((play_round(tmp_path, n, 20, agents, 5) for n in range(ROUNDS)), Counter())
+    hits = sum((play_round(tmp_path, n, 20, agents, 0.5, 5) for n in range(ROUNDS)), Counter())
     record_property("kills_by_stage", json.dumps(hits))
     print("kills by stage:", dict(hits))
     if ROUNDS >= 30:

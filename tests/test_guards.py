@@ -12,6 +12,7 @@ import subprocess
 
 import pytest
 
+from faults import __file__ as FAULTS
 from tools import PITBOSS, PYTHON, git, read_events, read_records, wait_for
 
 WRAPPED = """import errno, json, os, subprocess, sys, threading
@@ -98,6 +99,43 @@ def test_where_the_journal_cannot_be_forced_to_disk_nothing_is_destroyed(home):
     assert [e["seq"] for e in read_events(run_dir)] == list(range(1, len(read_events(run_dir)) + 1))
 
 
+# ------------------------------------------------------------------ git
+
+def test_a_rescue_that_fails_leaves_the_tree_and_its_index_as_they_were(home):
+    """Everything unsaved is gathered in an index of pitboss's own."""
+    repo = home.repo()
+    git(repo, "update-ref", "refs/pitboss/rescue",
+        "HEAD")      # where it is, no ref below that name can be made
+    home.pitboss("dispatch", home.manifest(MANIFEST), check=0)
+    record, = read_records(home.run_dir())
+    assert record["rescue_ref"] is None and record["worktree_kept"]
+    tree = home.run_dir() / "worktrees" / "a"
+    assert (tree / "new.txt").read_text() == "unsaved\n"
+    assert git(tree, "status", "--porcelain") == "?? new.txt\n"
+
+
+LOGGING_GIT = """#!/bin/sh
+echo "$*" >>"$GIT_CALLS"
+PATH=$REAL_PATH exec git "$@"
+"""
+
+
+def test_a_new_branch_follows_no_other(home):
+    """Whatever the user's configuration: a push or pull of an agent must not go to somebody else's branch."""
+    repo = home.repo()
+    git(repo, "config", "branch.autoSetupMerge", "always")
+    (home.root / "bin").mkdir()
+    (home.root / "bin" / "git").write_text(LOGGING_GIT)
+    (home.root / "bin" / "git").chmod(0o755)
+    env = {"PATH": f"{home.root / 'bin'}:{home.env['PATH']}", "REAL_PATH": home.env["PATH"],
+           "GIT_CALLS": str(home.root / "calls")}
+    home.pitboss("dispatch", home.manifest(MANIFEST.replace("always", "never")), check=0, env=env)
+    adds = [line for line in (home.root / "calls").read_text().splitlines() if " worktree add " in line]
+    assert adds and all(" --no-track " in line for line in adds if " -b " in line)
+    branch = read_records(home.run_dir())[0]["branch"]
+    assert git(repo, "for-each-ref", "--format=%(upstream)", f"refs/heads/{branch}").strip() == ""
+
+
 # ------------------------------------------------------------------ secrets
 
 SECRET, OTHER, TOKEN = "hunter2-hunter2", "s3cr3t-of-the-manifest", "ghp_" + "a1" * 18
@@ -151,7 +189,8 @@ def test_a_secret_is_in_no_file_and_no_output_of_pitboss(home):
     assert [w for w in words for done in said if w in done.stdout + done.stderr] == []
     finals = {r["task_id"]: r["final_message"] for r in read_records(run_dir)}
     assert finals == {"says": "*** *** ***", "fails": "*** *** ***"}
-    assert json.loads((run_dir / "resolved.json").read_text())["tasks"][0]["prompt"].startswith("Use ***, and")
+    resolved = json.loads((run_dir / "resolved.json").read_text())
+    assert resolved["tasks"][0]["prompt"].startswith("Use ***, and")
 
 
 @pytest.mark.parametrize("args", [["status", SECRET], ["dispatch", f"{SECRET}.toml"], [SECRET]],
@@ -170,6 +209,31 @@ def test_a_secret_is_in_the_reason_of_no_cancel(home):
     dispatch.communicate(timeout=30)
     assert files_with(home.runs, (TOKEN,)) == []
     assert read_records(home.run_dir())[0]["failure_reason"]["message"].startswith("it knew ***")
+
+
+def test_a_secret_that_is_told_later_is_masked_from_then_on(home):
+    """What a dead dispatcher wrote may hold it; what is written anew does not."""
+    manifest = home.manifest(f'[[task]]\nid = "a"\nagent = "demo"\ndirectory = "."\nuse_worktree = false\n'
+                             f'prompt = "$ say {SECRET} {OTHER}"')
+    process = subprocess.Popen([PYTHON, FAULTS, "journal.before", "7", "--", "dispatch", str(manifest)],
+                               env=home.env,
+                               cwd=home.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: state_of(process.pid) == "T")
+    process.kill()
+    process.wait()
+    run_dir = home.run_dir()
+    assert [e["kind"] for e in read_events(run_dir)][-1] == "hand_ended"
+    home.pitboss("resume", run_dir.name, check=0, env={"MY_TOKEN": SECRET})
+    assert [read_records(run_dir)[0]["final_message"], *files_with(run_dir, (SECRET,))] == [
+        f"*** {OTHER}", "journal.jsonl", "resolved.json"]
+    home.pitboss("status", run_dir.name, "--rebuild", check=0, env={"MY_TOKEN": SECRET, "MY_KEY": OTHER})
+    assert files_with(run_dir, (SECRET, OTHER)) == ["journal.jsonl", "resolved.json"]
+    assert read_records(run_dir)[0]["final_message"] == "*** ***"
+
+
+def state_of(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as f:
+        return f.read().rpartition(")")[2].split()[0]
 
 
 def test_a_secret_is_not_on_the_terminal_while_the_run_goes_on(home):

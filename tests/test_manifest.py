@@ -203,7 +203,12 @@ def test_an_unknown_key_like_no_other_lists_or_names_no_nonsense(home):
     assert "did you mean" not in problem
 
 
-@pytest.mark.parametrize("line, key, found, allowed", [
+def tasks_with(rows) -> str:
+    """A manifest with one task for each line of `rows`; line n stands on line 9 + 6n, in task[n]."""
+    return DEMO + "".join(TASK.replace('"a"', f'"t{n}"') + f"{row}\n" for n, row in enumerate(rows))
+
+
+WRONG_VALUES = [      # the line, the key, what was found, what is allowed
     ('timeout_secs = "5"', "timeout_secs", r"5|text|string", r"number|integer"),
     ("timeout_secs = 2.5", "timeout_secs", r"2\.5", r"number|integer"),
     ("timeout_secs = true", "timeout_secs", r"true|bool", r"number|integer"),
@@ -220,13 +225,16 @@ def test_an_unknown_key_like_no_other_lists_or_names_no_nonsense(home):
     ("tools = [1]", "tools", r"\b1\b", r"text|string"),
     ('env = "A=1"', "env", r"A=1", r"table"),
     ('agent = "nobody-knows"', "agent", r"nobody-knows", r"claude"),
-])
-def test_a_wrong_value_says_what_was_found_and_what_is_allowed(home, line, key, found, allowed):
-    lines = refuse(home, DEMO + TASK + line + "\n")
-    problem = problem_at(lines, f"task[0].{key}") if key != "tools" or "[" not in line else "\n".join(lines)
-    assert names_line(problem, 9), problem
-    assert re.search(found, problem, re.I), problem
-    assert re.search(allowed, problem, re.I), problem
+]
+
+
+def test_a_wrong_value_says_what_was_found_and_what_is_allowed(home):
+    lines = refuse(home, tasks_with(line for line, *_ in WRONG_VALUES))
+    for n, (_, key, found, allowed) in enumerate(WRONG_VALUES):
+        problem = problem_at(lines, f"task[{n}].{key}")
+        assert names_line(problem, 9 + 6 * n) and f'"t{n}"' in problem, problem
+        assert re.search(found, problem, re.I), problem
+        assert re.search(allowed, problem, re.I), problem
 
 
 @pytest.mark.parametrize("key, value", [
@@ -240,14 +248,16 @@ def test_a_wrong_value_of_the_run_is_refused_where_it_stands(home, key, value):
     assert names_line(problem, 2), problem
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", "ä", "a.b", "x" * 65, "a\\n"])
-def test_an_id_that_is_no_id_is_refused(home, name):
-    problem_at(refuse(home, DEMO + TASK.replace('"a"', f'"{name}"')), "task[0].id")
+def test_an_id_that_is_no_id_is_refused(home):
+    names = ["", "a b", "../x", "a/b", "ä", "a.b", "x" * 65, "a\\n"]
+    lines = refuse(home, DEMO + "".join(TASK.replace('"a"', f'"{name}"') for name in names))
+    for n in range(len(names)):
+        assert names_line(problem_at(lines, f"task[{n}].id"), 6 + 5 * n)
 
 
-@pytest.mark.parametrize("name", ["x" * 64, "A-b_9", "-", "_", "0"])
-def test_an_id_within_the_bounds_is_fine(home, name):
-    accept(home, DEMO + TASK.replace('"a"', f'"{name}"'))
+def test_an_id_within_the_bounds_is_fine(home):
+    names = ["x" * 64, "A-b_9", "-", "_", "0"]
+    accept(home, DEMO + "".join(TASK.replace('"a"', f'"{name}"') for name in names))
 
 
 @pytest.mark.parametrize("key", ["id", "directory", "prompt"])
@@ -333,7 +343,7 @@ def test_the_manifest_beats_the_environment(home):
     assert "max_parallel=2" in done.stdout
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", "1e3", "nan", "٣x"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_a_senseless_cap_in_the_environment_is_an_error_that_names_the_variable(home, value):
     lines = refuse(home, DEMO + TASK, env={"ANTHROPIC_MAX_CONCURRENT": value})
     assert value in problem_at(lines, "ANTHROPIC_MAX_CONCURRENT")
@@ -367,12 +377,12 @@ def test_the_same_branch_name_in_two_repositories_is_fine(home):
     accept(home, worktree_tasks('directory = "one"\nbranch = "work"', 'directory = "two"\nbranch = "work"'))
 
 
-@pytest.mark.parametrize("branch", [
-    "a..b", "-x", "x.lock", "a b", "a~1", "a@{b", "/a", "a/", "", "HEAD", "a:b"])
-def test_an_illegal_branch_name_is_refused(home, branch):
+def test_an_illegal_branch_name_is_refused(home):
     home.repo()
-    lines = refuse(home, worktree_tasks(f'directory = "repo"\nbranch = "{branch}"'))
-    assert names_line(problem_at(lines, "task[0].branch"), 7)
+    names = ["a..b", "-x", "x.lock", "a b", "a~1", "a@{b", "/a", "a/", "", "HEAD", "a:b"]
+    lines = refuse(home, worktree_tasks(*(f'directory = "repo"\nbranch = "{name}"' for name in names)))
+    for n in range(len(names)):
+        assert names_line(problem_at(lines, f"task[{n}].branch"), 7 + 5 * n)
 
 
 def test_a_directory_that_is_missing_is_named(home):
@@ -506,10 +516,11 @@ def test_the_users_git_variables_do_not_reach_an_agent(home):
     assert (repo / "top").read_text().strip() == str(repo)
 
 
-@pytest.mark.parametrize("env", ['{ "A=B" = "x" }', '{ "" = "x" }', '{ A = 1 }', '{ A = "x\\u0000y" }'])
-def test_an_environment_that_cannot_be_is_refused(home, env):
-    text = "\n".join(refuse(home, DEMO + TASK + f"env = {env}\n"))
-    assert "task[0].env" in text
+def test_an_environment_that_cannot_be_is_refused(home):
+    tables = ['{ "A=B" = "x" }', '{ "" = "x" }', '{ A = 1 }', '{ A = "x\\u0000y" }']
+    lines = refuse(home, tasks_with(f"env = {table}" for table in tables))
+    for n in range(len(tables)):
+        assert [line for line in lines if f"task[{n}].env" in line], (n, lines)
 
 
 @pytest.mark.parametrize("table", ["env", "vars"])
@@ -619,15 +630,23 @@ model = "m o"
     assert re.fullmatch(r"[0-9a-f-]{36}", session)
 
 
-@pytest.mark.parametrize("table, path", [
-    ('command = []\nformat = "text"', "agent.x.command"),
-    ('command = "sh"\nformat = "text"', "agent.x.command"),
-    ('format = "text"', "agent.x"),
-    ('command = ["sh"]\nformat = "xml"', "agent.x.format"),
-])
-def test_a_command_adapter_that_cannot_work_is_refused(home, table, path):
-    lines = refuse(home, DEMO + TASK + f"[agent.x]\n{table}\n")
-    assert any(path in line for line in lines), lines
+def test_a_command_adapter_that_cannot_work_is_refused(home):
+    lines = refuse(home, DEMO + TASK + """
+[agent.one]
+command = []
+format = "text"
+[agent.two]
+command = "sh"
+format = "text"
+[agent.three]
+format = "text"
+[agent.four]
+command = ["sh"]
+format = "xml"
+""")
+    places = {"one.command": 11, "two.command": 14, "three.command": 16, "four.format": 20}
+    for path, number in places.items():
+        assert names_line(problem_at(lines, f"agent.{path}"), number)
 
 
 def test_a_program_that_is_missing_is_named_before_anything_starts(home):

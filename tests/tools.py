@@ -4,11 +4,15 @@ Nothing here imports pitboss: a test that calls its functions does that itself.
 """
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +20,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PITBOSS = ROOT / "pitboss.py"
 PYTHON = os.environ.get("PITBOSS_TEST_PYTHON", sys.executable)
 ISOLATED = os.environ.get("PITBOSS_TEST_PYTHON_FLAGS", "").split()     # e.g. "-I -S"
+
+
+@functools.lru_cache(maxsize=1)
+def program() -> Path:
+    """A launcher, named as the file itself, of a compiled copy of it: Python compiles a started script every time.
+
+    PITBOSS_TEST_PLAIN=1 starts the file itself everywhere.
+    """
+    if os.environ.get("PITBOSS_TEST_PLAIN"):
+        return PITBOSS
+    folder = Path(tempfile.mkdtemp(prefix="pitboss-compiled-"))
+    folder.chmod(0o755)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "lib").mkdir()
+    shutil.copyfile(PITBOSS, folder / "lib" / "pitboss.py")
+    subprocess.run([PYTHON, "-m", "py_compile", str(folder / "lib" / "pitboss.py")], check=True)
+    launcher = folder / "pitboss.py"
+    launcher.write_text(f"import sys\nsys.path.insert(0, {str(folder / 'lib')!r})\nfrom pitboss import main\nsys.exit(main())\n")
+    return launcher
 
 
 def wait_for(predicate, deadline_s: float = 30, what: str = ""):
@@ -93,7 +116,7 @@ class Home:
         }
 
     def argv(self, *args) -> list[str]:
-        return [PYTHON, *ISOLATED, str(PITBOSS), *map(str, args)]
+        return [PYTHON, *ISOLATED, str(program()), *map(str, args)]
 
     def start(self, *args, env: dict | None = None, **options) -> subprocess.Popen:
         """The program, running, with its output in pipes unless `options` say otherwise."""
