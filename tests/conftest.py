@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -15,6 +16,8 @@ from tools import Home  # noqa: E402
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:      # a shell's `&` does that, and children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "slow: takes longer than five seconds")
     config.addinivalue_line("markers", "real: drives a real agent program; PITBOSS_TEST_CLAUDE and its like name it")
 

@@ -351,6 +351,7 @@ def test_what_is_no_blob_is_itself_and_a_lost_one_is_its_beginning(run_dir):
     for value in (None, "text", {"other": 1}, 7):
         assert pitboss.get_blob(str(run_dir), value) == value
     assert pitboss.get_blob(str(run_dir), {"blob": "0" * 64, "head": "begin"}) == "begin"
+    (run_dir / "blobs").mkdir()
     (run_dir / "secret").write_text("no")
     assert pitboss.get_blob(str(run_dir),
                             {"blob": "../secret", "head": "begin"}) == "begin", "a name is never a path"

@@ -5,9 +5,11 @@ which order. A forced write takes long here, so that nothing can come after it b
 """
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import shutil
 import subprocess
 
 import pytest
@@ -114,26 +116,63 @@ def test_a_rescue_that_fails_leaves_the_tree_and_its_index_as_they_were(home):
     assert git(tree, "status", "--porcelain") == "?? new.txt\n"
 
 
-LOGGING_GIT = """#!/bin/sh
-echo "$*" >>"$GIT_CALLS"
-PATH=$REAL_PATH exec git "$@"
-"""
+def with_git(home, script: str) -> dict[str, str]:
+    """An environment whose `git` is a shell script; the script calls the real one as "$GIT"."""
+    (home.root / "bin").mkdir()
+    (home.root / "bin" / "git").write_text(f"#!/bin/sh\ncd {home.root}\n{script}\n")
+    (home.root / "bin" / "git").chmod(0o755)
+    return {"PATH": f"{home.root / 'bin'}:{home.env['PATH']}",
+            "GIT": shutil.which("git", path=home.env["PATH"])}
 
 
 def test_a_new_branch_follows_no_other(home):
     """Whatever the user's configuration: a push or pull of an agent must not go to somebody else's branch."""
     repo = home.repo()
     git(repo, "config", "branch.autoSetupMerge", "always")
-    (home.root / "bin").mkdir()
-    (home.root / "bin" / "git").write_text(LOGGING_GIT)
-    (home.root / "bin" / "git").chmod(0o755)
-    env = {"PATH": f"{home.root / 'bin'}:{home.env['PATH']}", "REAL_PATH": home.env["PATH"],
-           "GIT_CALLS": str(home.root / "calls")}
+    env = with_git(home, 'echo "$*" >>calls; exec "$GIT" "$@"')
     home.pitboss("dispatch", home.manifest(MANIFEST.replace("always", "never")), check=0, env=env)
     adds = [line for line in (home.root / "calls").read_text().splitlines() if " worktree add " in line]
     assert adds and all(" --no-track " in line for line in adds if " -b " in line)
     branch = read_records(home.run_dir())[0]["branch"]
     assert git(repo, "for-each-ref", "--format=%(upstream)", f"refs/heads/{branch}").strip() == ""
+
+
+def test_what_is_written_after_the_last_look_is_not_removed(home):
+    """Something writes into a tree that was found clean, just before git removes it: git looks once more."""
+    home.repo()
+    env = with_git(home, 'case "$*" in *" worktree remove "*)\n'
+                         '    for last; do :; done; echo late >"$last/late.txt";; esac\nexec "$GIT" "$@"')
+    manifest = home.manifest(MANIFEST.replace('"always"', '"on_success"').replace("$ write", "$ say"))
+    home.pitboss("dispatch", manifest, check=0, env=env)
+    record, = read_records(home.run_dir())
+    assert record["worktree_kept"] and record["status"] == "Success"
+    assert (home.run_dir() / "worktrees" / "a" / "late.txt").read_text() == "late\n"
+
+
+def test_git_holds_the_repository_when_its_dispatcher_was_killed(home):
+    """git goes on with a worktree that it has begun; until it is done nobody else may begin one."""
+    repo = home.repo()
+    env = with_git(home, 'case "$*" in *" worktree add "*)\n'
+                         '    echo >begun; while [ ! -e go ]; do sleep 0.02; done;; esac\nexec "$GIT" "$@"')
+    dispatch = home.start("dispatch", home.manifest(MANIFEST), env=env)
+    wait_for((home.root / "begun").exists)
+    dispatch.kill()
+    dispatch.communicate()
+    with open(repo / ".git" / "pitboss" / "worktree.lock") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (home.root / "go").touch()
+        wait_for(lambda: is_free(lock))
+    home.pitboss("resume", home.run_dir().name, check=0)
+    assert read_records(home.run_dir())[0]["status"] == "Success"
+
+
+def is_free(lock) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------ secrets
