@@ -412,7 +412,7 @@ class Kind(NamedTuple):
 KINDS = {
     #  kind         Python types          words                     JSON schema
     "text":    Kind((str,),               "a text",                 {"type": "string"}),
-    "word":    Kind((str,),               "a text, not empty",      {"type": "string", "minLength": 1}),
+    "word":    Kind((str,),               "a text (not empty)",     {"type": "string", "minLength": 1}),
     "path":    Kind((str,),               "a path",                 {"type": "string", "minLength": 1}),
     "count":   Kind((int,),               "an integer",             {"type": "integer"}),
     "number":  Kind((int, float),         "a number",               {"type": "number"}),
@@ -5726,7 +5726,7 @@ def cmd_attach(options: Any) -> str:
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
     log = os.path.join(run_dir, "tasks", options.actor, "stdout.log")
     tail, colour = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout)
-    settled = found["status"] is not None
+    settled, seen_size = found["status"] is not None, -1
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             lines = tail.read(READ_AT_ONCE)
@@ -5734,9 +5734,11 @@ def cmd_attach(options: Any) -> str:
                 show_log_lines(tail.rest(), form, options.raw, colour)
                 break
             show_log_lines(lines, form, options.raw, colour)
-            if not lines:
+            if not lines and not (tail.fd is not None and tail.behind()):
                 time.sleep(0.1)
-                settled = settled or is_settled(run_dir, options.actor)
+                size = journal_size(run_dir)
+                if size != seen_size or not size[1]:         # while a dispatcher lives, only an event settles
+                    settled, seen_size = settled or is_settled(run_dir, options.actor), size
     return "ok"
 
 
@@ -5748,11 +5750,19 @@ def guess_format(run_dir: str, actor: str) -> str:
         return "claude"
 
 
+def journal_size(run_dir: str) -> tuple[int, bool]:
+    """What changes when a run goes on or its dispatcher dies: size of its journal, whether it is held."""
+    try:
+        return os.stat(os.path.join(run_dir, "journal.jsonl")).st_size, is_locked(run_dir)
+    except OSError:
+        return -1, False
+
+
 def is_settled(run_dir: str, actor: str) -> bool:
     """Whether an actor has ended, or nobody is there to say so."""
-    run = fold_run(run_dir)
-    return run.actors[actor].state in ("closing", "settled") or not is_locked(run_dir) and not (
-        run.actors[actor].handle and is_hand_alive(run.actors[actor].handle))
+    found = fold_run(run_dir).actors[actor]
+    alone = not is_locked(run_dir) and not (found.handle and is_hand_alive(found.handle))
+    return found.state in ("closing", "settled") or alone
 
 
 def last_lines_at(path: str, count: int) -> int:
