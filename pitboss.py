@@ -3541,6 +3541,12 @@ class LiveHand:
         return self.tail.at > before
 
 
+def whole_record(run_dir: str, run: RunState, name: str) -> dict:
+    """The TaskRecord of an actor, its texts in full."""
+    record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
+    return {**record, "final_message": get_blob(run_dir, record["final_message"])}
+
+
 class Dispatcher:
     """The one owner of a run's tasks: records events, acts on what is owed."""
 
@@ -4143,23 +4149,18 @@ class Dispatcher:
 
     def export_record(self, name: str) -> None:
         """Append a settled actor's record to summary.jsonl."""
-        line = self.mask.json(self.record_line(name)) + "\n"
+        line = self.mask.json(whole_record(self.run_dir, self.run, name)) + "\n"
         if self.summary is None:
             path = os.path.join(self.run_dir, "summary.jsonl")
             self.summary = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         write_all(self.summary, line.encode())
-
-    def record_line(self, name: str) -> dict:
-        """The TaskRecord of an actor, its texts in full."""
-        record = record_of(self.run, self.run.actors[name], os.path.join(self.task_dir(name), "stdout.log"))
-        return {**record, "final_message": get_blob(self.run_dir, record["final_message"])}
 
     async def effect_finish(self) -> None:
         """Write the summary; the run is at its end."""
         await self.end_strangers()
         if ("finish", "") not in self.run.owed:
             return                         # a lifted drain: it goes on
-        records = [self.record_line(name) for name in self.run.settled]
+        records = [whole_record(self.run_dir, self.run, name) for name in self.run.settled]
         ended_at = round(self.journal.now(), 6)
         write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
                                                                           ended_at), self.mask, durable=True)
@@ -4459,9 +4460,7 @@ def export_records(run_dir: str, run: RunState, mask: Mask) -> None:
     """Write summary.jsonl anew from the fold: what a crash cut off is whole again."""
     lines = []
     for name in run.settled:
-        record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
-        record["final_message"] = get_blob(run_dir, record["final_message"])
-        lines.append(mask.json(record) + "\n")
+        lines.append(mask.json(whole_record(run_dir, run, name)) + "\n")
     path = os.path.join(run_dir, "summary.jsonl")
     if lines or os.path.exists(path):
         write_file(path, "".join(lines).encode(), durable=True)
@@ -5679,10 +5678,7 @@ def rebuild_exports(run_dir: str) -> None:
         mask = mask_for(read_snapshot(run_dir, meta)[1], os.environ)
         export_records(run_dir, run, mask)
         if run.finished_at is not None:
-            records = []
-            for name in run.settled:
-                record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
-                records.append({**record, "final_message": get_blob(run_dir, record["final_message"])})
+            records = [whole_record(run_dir, run, name) for name in run.settled]
             write_json(os.path.join(run_dir, "summary.json"), summary_of(run, records, meta, run.finished_at),
                        mask, durable=True)
     finally:
