@@ -1067,6 +1067,7 @@ def price_usd(model: str, usage: Usage) -> float:
 
 
 CHARS_PER_TOKEN = 4        # claude tells true output tokens only in its result: until then, an estimate
+NOT_TOLD = (0, 0, 0, 0)
 KEPT_MESSAGES = 256        # message ids remembered, so that one message's usage counts once
 MAX_TEXT = 64 << 10        # bytes of a text agent's output that are kept as its final message
 
@@ -1113,6 +1114,10 @@ class Talk:
         self.lines: list[str] = []    # of a program that prints text: the last ones
         self.kept = 0                 # their characters
         self.words = ""               # last thing said or done, for people
+        self.unread = b""             # an event that was counted and whose text is not looked at yet
+        self.skimmed_id = b""         # its message's id
+        self.skimmed = b"", (0, 0, 0)           # what it tells of itself, as bytes and read
+        self.turn_end = ("", b"")     # a session, and how its name follows the main conversation's messages
         self.skipped = 0              # lines that could not be read
         self.known = Usage()          # told by a result: true
         self.known_usd = 0.0
@@ -1128,20 +1133,32 @@ class Talk:
         """Tokens since the last result."""
         return Usage(*map(sum, zip(*self.running.values()))) if self.running else Usage()
 
-    def count_message(self, key: str, usage: dict) -> None:
+    def count_message(self, key: str, told: tuple[int, int, int]) -> None:
         """Take down what a message tells of itself, once for all its events."""
-        old = self.running.pop(key, None)
-        # fold the oldest into one entry: its id will not come again
-        if len(self.running) >= KEPT_MESSAGES:
-            oldest = self.running.pop(next(k for k in self.running if k))
-            self.running[""] = [a + b for a, b in zip(self.running.pop("", (0, 0, 0, 0)), oldest)]
-        self.running[key] = [read_count(usage.get("input_tokens")), old[1] if old else 0,
-                             read_count(usage.get("cache_read_input_tokens")),
-                             read_count(usage.get("cache_creation_input_tokens"))]
+        old = self.running.pop(key, NOT_TOLD)
+        if len(self.running) >= 2 * KEPT_MESSAGES:
+            # fold the older half into one entry: their ids will not come again
+            older = [self.running.pop("", NOT_TOLD),
+                     *(self.running.pop(name) for name in [*self.running][:KEPT_MESSAGES] if name)]
+            self.running[""] = [sum(column) for column in zip(*older)]
+        self.running[key] = [told[0], old[1], told[1], told[2]]
 
     def cost_usd(self) -> float:
         """Cost of this hand so far: told, plus list prices for what no result has covered yet."""
         return self.known_usd + price_usd(self.model, self.estimate())
+
+    def turn(self) -> bytes:
+        """What follows a message of the main conversation."""
+        if self.turn_end[0] != self.session_id:
+            name = self.session_id
+            self.turn_end = name, f'}},"parent_tool_use_id":null,"session_id":"{name}"'.encode()
+        return self.turn_end[1]
+
+    def catch_up(self) -> None:
+        """Look at a text that was only counted so far; raises ValueError when it is no JSON."""
+        if self.unread:
+            line, self.unread = self.unread, b""
+            self.text = self.words = json.loads(line.decode())["message"]["content"][0]["text"]
 
     def last_text(self) -> str:
         """The last thing said in the main conversation, or the end of a plain output."""
@@ -1160,10 +1177,56 @@ def fold_claude(talk: Talk, line: bytes) -> None:
     tool_result = line.startswith(b'{"type":"user"') and b'"isReplay":true' not in line[-400:]
     if tool_result or not line.startswith(b"{"):
         return                     # most of a log's bytes, or no event
+    talk.catch_up()
     event = json.loads(line.decode())
     handler = _CLAUDE_EVENTS.get(event.get("type"))
     if handler:
         handler(talk, event)
+
+
+# A message that is one text, as claude lays it out; a text that begins with white space, a quote or an escape
+# is left to the slow way.  A bare quote ends a JSON string, so `"},{` is no part of a text.
+_ONE_TEXT = re.compile(rb'\{"type":"assistant","message":\{"id":"([^"\\]+)","type":"message",'
+                       rb'"role":"assistant","model":"[^"\\<]+","content":\[\{"type":"text",'
+                       rb'"text":"(?=[!#-\[\]-~])')
+_decode_first = json.JSONDecoder().raw_decode
+
+
+def skim_claude(talk: Talk, line: bytes) -> bool:
+    """Count a message that is one text without parsing it; False when it must be folded in full.
+
+    Most of what an agent says is replaced by what it says next.  Ten times as fast as json.loads.
+    """
+    head = _ONE_TEXT.match(line)
+    if not head or line[-1] != 125 or not talk.session_id:
+        return False
+    text = head.end()
+    end = line.find(b'"', text)
+    if line[end - 1] == 92:        # an escaped quote
+        end = line.rfind(b'"}],"stop_reason":')
+        if line.find(b'"},{', text, end) >= 0:
+            return False
+    usage = line.find(b'"usage":{', end) + 8
+    turn = line.find(talk.turn(), usage)
+    if not text < end < usage < turn or not line.startswith(b'"}],"stop_reason":', end):
+        return False
+    key, told = head[1], line[usage:turn]
+    if key != talk.skimmed_id or told != talk.skimmed[0]:
+        if told != talk.skimmed[0]:
+            talk.skimmed = told, read_usage(_decode_first(told.decode())[0])
+        talk.skimmed_id, talk.last_id = key, key.decode()
+        talk.last_usage = {}
+        talk.count_message(talk.last_id, talk.skimmed[1])
+    talk.running[talk.last_id][1] += -((text - end) // CHARS_PER_TOKEN)
+    talk.began = talk.open = True
+    talk.unread = line
+    return True
+
+
+def read_usage(usage: dict) -> tuple[int, int, int]:
+    """Tokens that a message tells of itself: input, cache read, cache creation."""
+    return (read_count(usage.get("input_tokens")), read_count(usage.get("cache_read_input_tokens")),
+            read_count(usage.get("cache_creation_input_tokens")))
 
 
 def _fold_limit(talk: Talk, event: dict) -> None:
@@ -1201,8 +1264,8 @@ def _fold_message(talk: Talk, event: dict) -> None:
             said += len(block.get("thinking") or "")
     key, usage = str(message.get("id")), message.get("usage") or {}
     if key != talk.last_id or usage != talk.last_usage:
-        talk.last_id, talk.last_usage = key, usage
-        talk.count_message(key, usage)
+        talk.last_id, talk.last_usage, talk.skimmed_id = key, usage, b""
+        talk.count_message(key, read_usage(usage))
     talk.running[key][1] += -(-said // CHARS_PER_TOKEN)
 
 
@@ -1225,7 +1288,7 @@ def _fold_result(talk: Talk, event: dict) -> None:
                                                          read_count(m.get("cacheCreationInputTokens")))
                                                    for m in models.values()))
         talk.running.clear()
-        talk.last_id = ""
+        talk.last_id, talk.skimmed_id = "", b""
     cost = read_number(event.get("total_cost_usd"))
     talk.known_usd = talk.known_usd if cost is None else cost
     if isinstance(event.get("result"), str) and event["result"].strip():
@@ -1276,22 +1339,38 @@ class Format(NamedTuple):
     """One way in which an agent prints what it does."""
 
     fold: Callable            # (talk, line without its newline) -> None; may raise what bad lines raise
+    skim: Callable            # (talk, line) -> whether it was counted, its text unread
     results: bool             # success needs a result event
     tells_cost: bool
 
 
 FORMATS = {
-    "claude": Format(fold_claude, results=True, tells_cost=True),
-    "text":   Format(fold_text, results=False, tells_cost=False),
+    "claude": Format(fold_claude, skim_claude, results=True, tells_cost=True),
+    "text":   Format(fold_text, lambda talk, line: False, results=False, tells_cost=False),
 }
 
 
-def fold_line(talk: Talk, line: bytes, form: str) -> None:
-    """Fold one line of a log into `talk`; one that cannot be read is counted and skipped."""
+_BAD_LINE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, ArithmeticError)
+
+
+def fold_lines(talk: Talk, lines: Iterable[bytes], form: str) -> None:
+    """Fold lines of a log into `talk`; one that cannot be read is counted and skipped."""
+    how = FORMATS[form]
+    for line in lines:
+        try:
+            if not how.skim(talk, line):
+                how.fold(talk, line)
+        except _BAD_LINE:
+            talk.skipped += 1
     try:
-        FORMATS[form].fold(talk, line)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError):
+        talk.catch_up()
+    except _BAD_LINE:
         talk.skipped += 1
+
+
+def fold_line(talk: Talk, line: bytes, form: str) -> None:
+    """Fold one line."""
+    fold_lines(talk, (line,), form)
 
 
 # ======================================================================================
@@ -3536,8 +3615,7 @@ class LiveHand:
     def read_log(self, limit: int = READ_AT_ONCE) -> bool:
         """Fold what the agent has newly printed; False when there was nothing."""
         before = self.tail.at
-        for line in self.tail.read(limit):
-            fold_line(self.talk, line, self.form)
+        fold_lines(self.talk, self.tail.read(limit), self.form)
         return self.tail.at > before
 
 
@@ -4046,8 +4124,7 @@ class Dispatcher:
         status = collect_child(shim_pid(live.handle)) if live.child else None
         while live.tail.behind() and live.read_log():
             await asyncio.sleep(0)
-        for line in live.tail.rest():
-            fold_line(live.talk, line, live.form)
+        fold_lines(live.talk, live.tail.rest(), live.form)
         if written == "cd":
             return Ending(None, no_folder=True)
         if written is not None and written.isdigit():

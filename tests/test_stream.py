@@ -6,6 +6,7 @@ sample and ends as claude ended, and against the program's own reader.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -272,6 +273,68 @@ def test_junk_between_the_lines_changes_nothing(at):
     assert (talk.session_id, talk.last_text()) == (clean.session_id, clean.last_text())
     if at < 3:
         assert talk.result == clean.result
+
+
+# What a message's line may look like, beside one plain text.
+TEXTS = ["plain", "two words", 'a "quoted" word', 'ends in a quote"', "ends in \\", "tab\tand\nnewline", " ", "", " x",
+         "naïve 読む", '"}],"stop_reason":', '"},{"type":"text","text":"x', "},{", '"usage":{"input_tokens":9}',
+         '},"parent_tool_use_id":null,"session_id":"s1"', "x" * 3000]
+
+
+def message_line(number: int, *blocks: dict, usage: dict | None = None, **more) -> bytes:
+    """A message as claude lays it out (2.1.197)."""
+    usage = usage or {"input_tokens": number, "cache_creation": {"ephemeral_5m_input_tokens": 2},
+                      "cache_creation_input_tokens": 2, "cache_read_input_tokens": 3, "output_tokens": 1}
+    event = {"type": "assistant", "message": {
+        "id": f"msg_{number // 2}", "type": "message", "role": "assistant", "model": more.pop("model", "claude-x"),
+        "content": list(blocks), "stop_reason": None, "stop_sequence": None, "usage": usage,
+        "context_management": None}, "parent_tool_use_id": None, "session_id": "s1", "uuid": "u1", **more}
+    return json.dumps(event, separators=(",", ":"), ensure_ascii=number % 3 == 0).encode()
+
+
+def random_lines(random) -> list[bytes]:
+    """A conversation of messages of every shape, some of them cut or broken."""
+    lines = [b'{"type":"system","subtype":"init","session_id":"s1"}']
+    for number in range(random.randrange(1, 12)):
+        blocks = [{"type": "text", "text": random.choice(TEXTS)} for _ in range(random.choice([1, 1, 1, 1, 2]))]
+        if random.random() < 0.2:
+            blocks.append({"type": "tool_use", "id": "t", "name": "Bash", "input": {"command": "ls"}})
+        more = random.choice([{}, {}, {}, {"parent_tool_use_id": "toolu_1"}, {"model": "<synthetic>", "error": "x"},
+                              {"session_id": "s2"}, {"request_id": "r"}])
+        line = message_line(number, *blocks, **more)
+        if random.random() < 0.1:
+            line = random.choice([line[:-1], line[:len(line) // 2], line.replace(b"}],", b"]},", 1)])
+        lines.append(line)
+        if random.random() < 0.1:
+            lines.append(b'{"type":"result","session_id":"s1","modelUsage":{"m":{"inputTokens":7}},"result":"done"}')
+    return lines
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_skimming_tells_what_reading_every_line_tells(seed):
+    """A message counted without parsing gives the same account, but for an estimate of its characters."""
+    from random import Random
+
+    lines, skimmed, read = random_lines(Random(seed)), pitboss.Talk("claude-x"), pitboss.Talk("claude-x")
+    pitboss.fold_lines(skimmed, lines, "claude")
+    for line in lines:
+        with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
+            pitboss.fold_claude(read, line)
+    for name in ("session_id", "began", "open", "error", "text", "words"):
+        assert getattr(skimmed, name) == getattr(read, name), name
+    assert list(skimmed.running) == list(read.running)
+    assert skimmed.usage()[:1] + skimmed.usage()[2:] == read.usage()[:1] + read.usage()[2:]
+    assert abs(skimmed.usage().output - read.usage().output) <= read.usage().output // 4 + 4 * len(lines)
+
+
+def test_a_plain_message_is_skimmed():
+    talk = pitboss.Talk("claude-x")
+    talk.session_id = "s1"
+    for text, taken in {"plain": True, "two words": True, 'a "quoted" word': True, "naïve": True, " x": False}.items():
+        assert pitboss.skim_claude(talk, message_line(0, {"type": "text", "text": text})) is taken, text
+        assert talk.unread or not taken
+    two = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert not pitboss.skim_claude(talk, message_line(0, *two))
 
 
 STRANGE = ["null", "true", "-1", "1e400", "NaN", "1" + "0" * 400, '""', '"x"', r'"\ud800"', "[]", "{}",
