@@ -2386,6 +2386,7 @@ class Repo(NamedTuple):
     top: str                   # top of the work tree
     prefix: str                # the folder's place below it; empty at the top
     head: str                  # commit
+    gitdir: str                # where the work tree's own HEAD is
 
 
 class Place(NamedTuple):
@@ -2410,7 +2411,8 @@ def git_env(env: Mapping[str, str], **more: str) -> dict[str, str]:
 def repo_query(folder: str) -> list[str]:
     """The git command that tells a Repo, one line a field."""
     return ["git", "-C", folder, "rev-parse", "--path-format=absolute", "--is-inside-work-tree",
-            "--git-common-dir", "--show-toplevel", "--show-prefix", "--verify", "-q", "HEAD^{commit}"]
+            "--git-common-dir", "--show-toplevel", "--show-prefix", "--git-dir", "--verify", "-q",
+            "HEAD^{commit}"]
 
 
 def parse_repo(code: int, out: str, err: str) -> Repo | str:
@@ -2418,16 +2420,23 @@ def parse_repo(code: int, out: str, err: str) -> Repo | str:
     lines = out.split("\n")
     if lines[0] == "false":
         return "a bare repository or a .git folder; allowed: a folder inside a git work tree"
-    if code and len(lines) >= 5:
+    if code and len(lines) >= 6:
         return "a repository without a commit; allowed: one with a commit to start from"
-    if not code and len(lines) > 6:
+    if not code and len(lines) > 7:
         return "a repository with a line break in its path; allowed: a path on one line"
-    if code or len(lines) < 6:
+    if code or len(lines) < 7:
         said = err.strip().splitlines()[0] if err.strip() else "git does not know it"
         if "not a git repository" in said:
             said = "it is not inside a git work tree"
         return f"{said}; allowed: a folder inside a git work tree, or use_worktree = false"
-    return Repo(lines[1], lines[2], lines[3].rstrip("/"), lines[4])
+    return Repo(lines[1], lines[2], lines[3].rstrip("/"), lines[5], lines[4])
+
+
+def read_head(repo: Repo) -> str:
+    """The commit of a work tree's HEAD now, where files tell it (gitrepository-layout(5)); else empty."""
+    name = read_text(os.path.join(repo.gitdir, "HEAD")).removeprefix("ref: ")
+    commit = read_text(os.path.join(repo.common, name)) if name.startswith("refs/heads/") else name
+    return commit if re.fullmatch(r"[0-9a-f]{40,64}", commit) else ""
 
 
 @functools.lru_cache(maxsize=None)
@@ -2477,6 +2486,7 @@ class Git:
         self.env = env
         self.umask = umask
         self.locks: dict[str, asyncio.Lock] = {}
+        self.repos: dict[str, Repo] = {}
 
     async def run(self, folder: str, *args: str, pass_fds: tuple = (), input: bytes | None = None,
                   **env: str) -> tuple[int, bytes, str]:
@@ -2507,11 +2517,15 @@ class Git:
         return out.decode("utf-8", "surrogateescape").strip("\n")
 
     async def look(self, folder: str) -> Repo:
-        """Where a folder stands in its repository.  Raises GitError."""
+        """Where a folder stands in its repository; git is asked once a folder.  Raises GitError."""
+        known = self.repos.get(folder)
+        if known and os.path.isdir(folder) and (head := read_head(known)):
+            return known._replace(head=head)
         code, out, err = await self.run(folder, *repo_query(folder)[3:])
         repo = parse_repo(code, out.decode("utf-8", "replace"), err)
         if isinstance(repo, str):
             raise GitError(f"{folder}: {repo}")
+        self.repos[folder] = repo
         return repo
 
     @contextlib.asynccontextmanager

@@ -635,6 +635,18 @@ def test_the_base_is_the_head_of_the_directory(home):
     assert (seen / "there").read_text().strip() == other
 
 
+@pytest.mark.parametrize("switch", ["true", "git checkout -q --detach", "git checkout -q -b side",
+                                    "git pack-refs --all"])
+def test_a_head_that_moves_meanwhile_is_the_base_of_those_that_start_later(home, switch):
+    """Each way in which a HEAD can name its commit."""
+    repo = home.repo()
+    move = f"cd {repo}; {switch}; git commit -q --allow-empty -m moved; {switch if 'pack' in switch else 'true'}"
+    tasks = [task(repo, move, id="a"), task(repo, f"git rev-parse HEAD >{home.root}/base", id="b")]
+    first = git(repo, "rev-parse", "HEAD").strip()
+    deal(home, tasks, max_parallel=1)
+    assert (home.root / "base").read_text().strip() == git(repo, "rev-parse", "HEAD").strip() != first
+
+
 @pytest.mark.parametrize("setup", ["always", "inherit", "simple"])
 def test_a_new_branch_tracks_nothing(home, setup):
     origin = home.repo("origin")
