@@ -640,7 +640,8 @@ def test_the_base_is_the_head_of_the_directory(home):
 def test_a_head_that_moves_meanwhile_is_the_base_of_those_that_start_later(home, switch):
     """Each way in which a HEAD can name its commit."""
     repo = home.repo()
-    move = f"cd {repo}; {switch}; git commit -q --allow-empty -m moved; {switch if 'pack' in switch else 'true'}"
+    commit = "git -c user.name=a -c user.email=a@b commit -q --allow-empty -m moved"
+    move = f"cd {repo}; {switch}; {commit}; {switch if 'pack' in switch else 'true'}"
     tasks = [task(repo, move, id="a"), task(repo, f"git rev-parse HEAD >{home.root}/base", id="b")]
     first = git(repo, "rev-parse", "HEAD").strip()
     deal(home, tasks, max_parallel=1)
