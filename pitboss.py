@@ -22,6 +22,7 @@ Street map.  Each section may name only the sections above it.
 Where do I add ...
     a manifest key      one row in RUN_FIELDS, TASK_FIELDS, ... (FIELDS does the rest)
     a check of values   one row in KINDS, or a check_ function called by read_manifest
+    a template of init  one row in STARTERS
     a status            one row in STATUSES
     an event            one handler and one row in EVENTS
     something to do     one effect and one row in EFFECTS; a handler of EVENTS owes it
@@ -399,6 +400,10 @@ class Field(NamedTuple):
     high: float | None = None
     pattern: str = ""
     shown: str = ""           # the default as people read it, where the value alone does not say it
+    example: Any = None       # a value for examples, where neither the default nor the kind has one
+    instead: tuple = ()       # exactly one of this key and these is given
+    needs: str = ""           # it is given beside this key only
+    schema: dict = {}         # what its JSON schema says beyond kind and bounds
 
 
 class Kind(NamedTuple):
@@ -407,21 +412,22 @@ class Kind(NamedTuple):
     types: tuple
     words: str
     schema: dict
+    sample: Any               # a value of it
 
 
+_TEXT = {"type": "string", "pattern": r"^[^\u0000]*$"}
 KINDS = {
-    #  kind         Python types          words                     JSON schema
-    "text":    Kind((str,),               "a text",                 {"type": "string"}),
-    "word":    Kind((str,),               "a text (not empty)",     {"type": "string", "minLength": 1}),
-    "path":    Kind((str,),               "a path",                 {"type": "string", "minLength": 1}),
-    "count":   Kind((int,),               "an integer",             {"type": "integer"}),
-    "number":  Kind((int, float),         "a number",               {"type": "number"}),
-    "flag":    Kind((bool,),              "true or false",          {"type": "boolean"}),
-    "texts":   Kind((list,),              "a list of texts",        {"type": "array",
-                                                                     "items": {"type": "string"}}),
-    "env":     Kind((dict,),              "a table of texts",       {"type": "object",
-                                                                     "additionalProperties":
-                                                                     {"type": "string"}}),
+    #  kind         Python types          words                     JSON schema                 sample
+    "text":    Kind((str,),               "a text",                 _TEXT,                      "text"),
+    "word":    Kind((str,),               "a text (not empty)",     {**_TEXT, "minLength": 1},  "word"),
+    "path":    Kind((str,),               "a path",                 {**_TEXT, "minLength": 1},  "path"),
+    "count":   Kind((int,),               "an integer",             {"type": "integer"},        1),
+    "number":  Kind((int, float),         "a number",               {"type": "number"},         1.5),
+    "flag":    Kind((bool,),              "true or false",          {"type": "boolean"},        True),
+    "texts":   Kind((list,),              "a list of texts",
+                    {"type": "array", "items": {"type": "string"}}, ["text"]),
+    "env":     Kind((dict,),              "a table of texts",
+                    {"type": "object", "additionalProperties": {"type": "string"}}, {"NAME": "text"}),
 }
 
 
@@ -510,31 +516,84 @@ def show_value(value: Any) -> str:
 
 
 def schema_of(fields: tuple[Field, ...]) -> dict:
-    """The JSON schema of a field table, as an object."""
+    """The JSON schema (draft 2020-12) of a field table, as an object."""
+    spellings = {f.name: [f.name, *f.also] for f in fields}
+    is_given = {name: {"required": [name]} if len(all_of) == 1 else
+                {"anyOf": [{"required": [n]} for n in all_of]} for name, all_of in spellings.items()}
+    rules = [is_given[f.name] for f in fields if f.default is REQUIRED and f.also]
+    groups = sorted({tuple(sorted((f.name, *f.instead))) for f in fields if f.instead})
+    rules += [{"oneOf": [is_given[name] for name in group if name in is_given]} for group in groups]
+    # taplo 0.9.0 takes no notice of dependentRequired (measured)
+    rules += [{"if": is_given[f.name], "then": is_given[f.needs]} for f in fields if f.needs in is_given]
     return {
         "type": "object", "additionalProperties": False,
-        "required": [f.name for f in fields if f.default is REQUIRED],
-        "properties": {name: {
-            **KINDS[f.kind].schema, "description": f.help,
-            **({"enum": list(f.choices)} if f.choices else {}),
-            **({"minimum": f.low} if f.low is not None else {}),
-            **({"exclusiveMinimum": f.above} if f.above is not None else {}),
-            **({"maximum": f.high} if f.high is not None else {}),
-            **({"pattern": f"^{f.pattern}$"} if f.pattern else {}),
-        } for f in fields for name in (f.name, *f.also)},
+        "required": [f.name for f in fields if f.default is REQUIRED and not f.also],
+        **({"allOf": rules} if rules else {}),
+        "properties": {name: {**value_schema(f), "description": f.help if name == f.name else
+                              f"the same as `{f.name}`: {f.help}"}
+                       for f in fields for name in spellings[f.name]},
     }
+
+
+def value_schema(f: Field) -> dict:
+    """The JSON schema of a field's value."""
+    return {
+        **KINDS[f.kind].schema,
+        **({"enum": list(f.choices)} if f.choices else {}),
+        **({"minimum": f.low} if f.low is not None else {}),
+        **({"exclusiveMinimum": f.above} if f.above is not None else {}),
+        **({"maximum": f.high} if f.high is not None else {}),
+        **({"pattern": f"^{f.pattern}$"} if f.pattern else {}),
+        **({"default": list(f.default) if isinstance(f.default, tuple) else f.default}
+           if f.default not in (None, REQUIRED) else {}),
+        **f.schema,
+    }
+
+
+def reference_row(f: Field) -> tuple[str, str, str, str]:
+    """A field for people: key with its other spellings, type, default, meaning; code stands in backticks."""
+    default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None
+                                                                   else f"`{json.dumps(f.default)}`")
+    names = f"`{f.name}`" + "".join(f" (`{n}`)" for n in f.also)
+    return names, allowed_words(f).replace(" without NUL", ""), default, f.help
 
 
 def reference_of(fields: tuple[Field, ...]) -> str:
     """Markdown table of a field table, as it stands in the README."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for f in fields:
-        default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None
-                                                                       else f"`{json.dumps(f.default)}`")
-        names = f"`{f.name}`" + "".join(f" (`{n}`)" for n in f.also)
-        kind = allowed_words(f).replace(" without NUL", "").replace("|", "\\|")
-        rows.append(f"| {names} | {kind} | {default} | {f.help} |")
+        names, kind, default, meaning = reference_row(f)
+        rows.append("| " + " | ".join((names, kind.replace("|", "\\|"), default, meaning)) + " |")
     return "\n".join(rows)
+
+
+def sample_of(f: Field) -> Any:
+    """A value that `f` takes: its example, its default, else one that its kind and bounds allow."""
+    ready = next((v for v in (f.example, f.default) if v not in (None, REQUIRED, {}, (), [])), None)
+    if ready is not None:
+        return ready
+    if f.choices:
+        return f.choices[0]
+    sample = KINDS[f.kind].sample
+    if f.low is not None or f.above is not None:
+        return f.low if f.low is not None else f.above + 1
+    return sample
+
+
+def render_toml(value: Any) -> str:
+    """A value as TOML: texts of several lines over several lines, tables inline."""
+    if isinstance(value, str):
+        lines = [json.dumps(line, ensure_ascii=False).replace("\x7f", r"\u007f")
+                 for line in value.split("\n")]
+        return lines[0] if len(lines) == 1 else '"""\n' + "\n".join(line[1:-1] for line in lines) + '"""'
+    if isinstance(value, dict):
+        bare = "[A-Za-z0-9_-]+"
+        pairs = [f"{k if re.fullmatch(bare, k) else json.dumps(k)} = {render_toml(v)}"
+                 for k, v in value.items()]
+        return "{ " + ", ".join(pairs) + " }" if pairs else "{}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(render_toml(v) for v in value) + "]"
+    return json.dumps(value)
 
 
 # ======================================================================================
@@ -543,28 +602,33 @@ def reference_of(fields: tuple[Field, ...]) -> str:
 # Reading a manifest finds everything that is wrong with it in one go.  What needs the
 # file system (folders, repositories) is checked by check_places in GIT, with the same
 # kind of problems.  To add a key: one row; to add a table: its rows and one entry in
-# TABLES.
+# TABLES; to add a template of `init`: one row in STARTERS.
 
 MAX_MANIFEST = 8 << 20     # bytes
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 CLEANUPS = ("always", "on_success", "never")
 
+_BAD_BRANCH = (r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$|^@$")
+_SPACE_FREE = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"          # some text without NUL that is not all space
+
 RUN_FIELDS = (
     Field("name", "word", None, "label that groups runs", shown="the manifest's file name without "
-                                                                "extension, `stdin` for `-`"),
+                                                                "extension, `stdin` for `-`",
+          example="nightly"),
     Field("max_parallel", "count", None, "hands at once; it beats the environment",
           also=("max_parallel_tasks",), low=1,
-          shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`"),
+          shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`", example=4),
     Field("halt_on_failure", "flag", False, "after any status but Success start nothing more"),
-    Field("run_dir", "path", None, "where run folders go", shown="`$XDG_DATA_HOME/pitboss/runs`"),
+    Field("run_dir", "path", None, "where run folders go", shown="`$XDG_DATA_HOME/pitboss/runs`",
+          example="runs"),
     Field("worktree_dir", "path", None, "where worktrees go, for example another disk",
-          shown="the run folder's `worktrees/`"),
+          shown="the run folder's `worktrees/`", example="/mnt/fast/worktrees"),
     Field("keep_children", "flag", False,
           "leave a successful agent's leftover processes alone and list them"),
     Field("secret_env", "texts", (), "names or globs of further variables whose values are masked in all "
                                      "that pitboss writes "
-          "or shows; names that look like keys always are"),
+          "or shows; names that look like keys always are", example=("DEPLOY_*",)),
     Field("worktree_cleanup", "text", "on_success", "when a settled actor's worktree may go; never one with "
                                                     "unsaved work "
           "that is not saved first", choices=CLEANUPS),
@@ -592,16 +656,21 @@ ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
           shown="`Read Write Edit Bash Glob Grep`"),
     Field("timeout_secs", "count", 3600, "seconds until a running actor is stopped", low=1),
     Field("use_worktree", "flag", True, "work in a git worktree of its own"),
-    Field("env", "env", {}, "environment variables; tables are merged, the nearer wins", shown="–"),
+    Field("env", "env", {}, "environment variables; tables are merged, the nearer wins", shown="–",
+          example={"LANG": "C.UTF-8"}, schema={"propertyNames": {"pattern": r"^[^=\u0000]+$"},
+                                               "additionalProperties": KINDS["text"].schema}),
 )
 
 TASK_FIELDS = (
     Field("id", "text", REQUIRED, "name of the task, unique in the run", pattern=r"[A-Za-z0-9_-]{1,64}"),
-    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree"),
-    Field("prompt", "text", None, "what the agent is asked to do; this or `template`"),
-    Field("template", "text", None, "id of the `[[template]]` that makes the prompt"),
-    Field("vars", "env", None, "values for the places of the template"),
-    Field("branch", "text", None, "branch of its worktree", shown="`pitboss/<run8>/<id>`"),
+    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree",
+          example="."),
+    Field("prompt", "text", None, "what the agent is asked to do; this or `template`",
+          instead=("template",), schema={"pattern": _SPACE_FREE}),
+    Field("template", "text", None, "id of the `[[template]]` that makes the prompt", instead=("prompt",)),
+    Field("vars", "env", None, "values for the places of the template", needs="template"),
+    Field("branch", "text", None, "branch of its worktree", shown="`pitboss/<run8>/<id>`",
+          example="feat/types", schema={"not": {"pattern": f"{_BAD_BRANCH}|^(HEAD)?$"}}),
     *ACTOR_FIELDS,
 )
 
@@ -612,16 +681,17 @@ TEMPLATE_FIELDS = (
 
 SERVER_FIELDS = (
     Field("id", "text", REQUIRED, "name of the server, as in `mcp__ID__tool`",
-          pattern=r"[A-Za-z0-9_-]{1,64}"),
+          pattern=r"[A-Za-z0-9_-]{1,64}", schema={"not": {"const": "pitboss"}}),
     Field("command", "word", REQUIRED, "the program that speaks MCP on its standard streams"),
-    Field("args", "texts", (), "its arguments", shown="none"),
-    Field("env", "env", {}, "environment variables of the server", shown="–"),
+    Field("args", "texts", (), "its arguments", shown="none", example=("--read-only",)),
+    Field("env", "env", {}, "environment variables of the server", shown="–", example={"LANG": "C.UTF-8"}),
 )
 
 COMMAND_FIELDS = (
     Field("command", "texts", REQUIRED, "argv with the places `{prompt_file}` `{model}` `{session_id}` "
                                         "`{mcp_config}`; without "
-          "`{prompt_file}` the prompt is its standard input"),
+          "`{prompt_file}` the prompt is its standard input",
+          schema={"minItems": 1, "prefixItems": [{"type": "string", "minLength": 1}]}),
     Field("format", "text", "text", "what it prints: claude's stream-json events, or text",
           choices=("claude", "text")),
 )
@@ -633,8 +703,17 @@ TABLES = {
     "task":       (TASK_FIELDS,     "list", "one actor of a flat run"),
     "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
     "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
-    "agent":      (COMMAND_FIELDS,  "named", "`[agent.NAME]`: a program of your own as agent"),
+    "agent":      (COMMAND_FIELDS,  "named", "a program of your own as agent"),
 }
+
+MANY = {
+    #  many     its header      its JSON schema around that of one table
+    "one":   ("[{}]",         lambda one: one),
+    "list":  ("[[{}]]",       lambda one: {"type": "array", "items": one}),
+    "named": ("[{}.NAME]",    lambda one: {"type": "object", "additionalProperties": one}),
+}
+
+MODES = {"flat": "task"}   # of a run, and the table that makes it so: a manifest has one of these
 
 NOT_HERE = {
     "container": "containers are not supported here; the table is ignored",
@@ -773,9 +852,6 @@ def bracket_depth(line: str) -> int:
     """Opened less closed brackets of a line, texts and comments left out."""
     bare = re.sub(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|#.*', "", line)
     return sum(bare.count(c) for c in "[{") - sum(bare.count(c) for c in "]}")
-
-
-_BAD_BRANCH = (r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$|^@$")
 
 
 def wrong_branch(name: str) -> str:
@@ -1030,6 +1106,152 @@ def fill_template(row: dict, templates: dict[str, str], path: str, where: tuple)
         problems.append(Problem(path + "prompt", f"template {name} makes an empty prompt",
                                 (*where, "template")))
     return prompt, problems
+
+
+def header_of(name: str) -> str:
+    """How a table is opened: `[run]`, `[[task]]`, `[agent.NAME]`."""
+    return MANY[TABLES[name][1]][0].format(name)
+
+
+def reference_tables() -> Iterator[tuple[str, str, tuple[Field, ...]]]:
+    """(headers, what it is, its keys) of each table; a key that an earlier table has is told there."""
+    told = list(HOUSE_FIELDS)
+    for name, (fields, _, what) in TABLES.items():
+        sharing = [other for other, (more, _, _) in TABLES.items() if other != name
+                   and all(f in more for f in fields)]
+        yield (", and each ".join(map(header_of, (name, *sharing))), what,
+               tuple(f for f in fields if f not in told))
+        told += fields
+
+
+def render_map() -> str:
+    """Every key of a manifest, a line each: key, type, default, meaning."""
+    lines = []
+    for header, what, fields in (*reference_tables(), (
+            header_of("run"), "house rules of runs with a lead; this version deals none, so that a key "
+                              "beside [[task]] gets a warning", HOUSE_FIELDS)):
+        rows = [[cell.replace("`", "") for cell in reference_row(f)] for f in fields]
+        lines += [f"{header}: {what}", *("  " + line for line in render_table(
+            [["KEY", "TYPE", "DEFAULT", "MEANING"], *rows])), ""]
+    return "\n".join(lines)
+
+
+def manifest_schema(taken: Mapping[str, Iterable[str]]) -> dict:
+    """The JSON schema (draft 2020-12) of a manifest; `taken` has the NAMEs that a table may not have."""
+    properties = {name: {"description": text} for name, text in NOT_HERE.items()}
+    for name, (fields, many, what) in TABLES.items():
+        properties[name] = {
+            **MANY[many][1](schema_of(fields)), "description": what,
+            **({"minItems": 1} if name in MODES.values() and many == "list" else {}),
+            **({"propertyNames": {"not": {"enum": sorted(taken[name])}}} if name in taken else {}),
+        }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A manifest of pitboss",
+        "$comment": "Written by `pitboss schema --format json-schema`. What compares two places, or needs "
+                    "the file system, only `pitboss validate` knows.",
+        "type": "object", "additionalProperties": False,
+        "oneOf": [{"required": [table]} for table in MODES.values()],
+        "properties": properties,
+    }
+
+
+class Starter(NamedTuple):
+    """A manifest to begin with: `sections` are (header without brackets, values) pairs, in order.
+
+    The first section of a table also tells its other keys, as comments; with `every` those
+    that have a default stand there as keys, and tables without a section are added.
+    """
+
+    name: str
+    about: str
+    sections: tuple
+    every: bool = False
+
+
+_PROMPT = "Add type annotations to the modules that have none, run the tests, and commit."
+_SHARED = "Read {path} and write what is missing in its documentation.\nCommit when it is done."
+_CLAUDE = {"agent": "claude", "model": "claude-sonnet-4-6", "timeout_secs": 1800}
+
+STARTERS = {s.name: s for s in (
+    Starter("simple", "one task for one agent; this version deals no runs with a lead", (
+        ("run", {}), ("defaults", _CLAUDE), ("task", {"id": "types", "directory": ".", "prompt": _PROMPT}))),
+    Starter("flat", "tasks side by side, two of them with a prompt that they share", (
+        ("run", {"max_parallel": 2}), ("defaults", _CLAUDE),
+        ("task", {"id": "types", "directory": ".", "prompt": _PROMPT, "branch": "feat/types"}),
+        ("task", {"id": "readme", "directory": ".", "template": "document", "vars": {"path": "README.md"}}),
+        ("task", {"id": "sources", "directory": ".", "template": "document", "vars": {"path": "src"},
+                  "timeout_secs": 3600}),
+        ("template", {"id": "document", "prompt": _SHARED}))),
+)}
+
+EXAMPLE = Starter("example", "every table and every key that there is", (
+    ("run", {"name": "nightly", "max_parallel": 4}), ("defaults", {}),
+    ("task", {"id": "types", "directory": ".", "prompt": _PROMPT, "branch": "feat/types"}),
+    ("task", {"id": "readme", "directory": ".", "template": "document", "vars": {"path": "README.md"}}),
+    ("task", {"id": "style", "directory": ".", "prompt": "The linter reads none.", "agent": "linter"}),
+    ("template", {"id": "document", "prompt": _SHARED}),
+    ("mcp_server", {"id": "tickets", "command": "tickets-mcp"}),
+    ("agent.linter", {"command": ("sh", "-c", "ruff check --fix . && git commit -qam 'Mend style'")}),
+), every=True)
+
+SCHEMA_FILE = "pitboss.schema.json"
+
+
+def render_starter(starter: Starter, with_schema: bool = False) -> str:
+    """A starter as TOML; `with_schema`: SCHEMA_FILE stands beside it, for editors that know `#:schema`.
+
+    Without it the line is a plain comment: taplo 0.9.0 refuses a manifest whose schema is missing (measured).
+    """
+    use, told = f"#:schema ./{SCHEMA_FILE}", set()
+    lines = [use] if with_schema else [
+        f"# {use}",
+        "# The line above, without its first two characters, lets editors that know taplo (Even Better TOML)",
+        f"# check this file, once that schema is there: pitboss schema --format json-schema > {SCHEMA_FILE}"]
+    lines += ["#", *comment_lines(f"A manifest of pitboss: {starter.about}."),
+              "# A line like #key = value is a key that may be given, with its default or a sample."]
+    own = {name: fields for name, (_, _, fields) in zip(TABLES, reference_tables())}
+    shown = {head.partition(".")[0] for head, _ in starter.sections}
+    more = [(header_of(name).strip("[]"), {}) for name in TABLES if starter.every and name not in shown]
+    for head, values in (*starter.sections, *more):
+        name = head.partition(".")[0]
+        fields, many, what = TABLES[name]
+        first = () if name in told else own[name]
+        lines += ["", *(comment_lines(what) if first else []), MANY[many][0].format(name).replace(
+            f"{name}.NAME", head)]
+        for f in fields:
+            given = f.name in values or f in first and (
+                f.default is REQUIRED or starter.every and f.default not in (None, (), {}))
+            beside = not any(n in values for n in f.instead) and (not f.needs or f.needs in values)
+            if given or f in first and beside:
+                lines += [] if (name, f.name) in told or f not in own[name] else ["", *explain_key(f)]
+                lines.append(("" if given else "#") + f"{f.name} = {render_toml(starter_value(f, values))}")
+                told.add((name, f.name))
+        told.add(name)
+    return "\n".join(lines) + "\n"
+
+
+def starter_value(f: Field, values: Mapping[str, Any]) -> Any:
+    """What a starter gives for a field: its own value, else the default, else a sample."""
+    if f.name in values:
+        return values[f.name]
+    return f.default if f.default not in (None, REQUIRED, (), {}) else sample_of(f)
+
+
+def explain_key(f: Field) -> list[str]:
+    """A field as comments of TOML: what it means, what it takes."""
+    _, kind, default, meaning = reference_row(f)
+    facts = [kind, *(f"also spelled {name}" for name in f.also)]
+    facts += [default if f.default is REQUIRED else f"default: {default}"] if default != "–" else []
+    return [*comment_lines(meaning), *comment_lines(f"({'; '.join(facts)})")]
+
+
+def comment_lines(text: str) -> list[str]:
+    """A text as comments of TOML."""
+    import textwrap
+
+    return textwrap.wrap(text.replace("`", ""), 100, initial_indent="# ", subsequent_indent="# ",
+                         break_long_words=False, break_on_hyphens=False)
 
 
 # ======================================================================================
@@ -1953,10 +2175,10 @@ def has_no_room(error: OSError) -> bool:
     return errno.errorcode.get(error.errno or 0, "") in NO_ROOM
 
 
-def write_file(path: str, data: bytes, durable: bool = False) -> None:
+def write_file(path: str, data: bytes, durable: bool = False, mode: int = 0o600) -> None:
     """Write a whole file beside its place and rename it there."""
     beside = f"{path}.{os.getpid()}.new"
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         try:
             write_all(fd, data)
@@ -5331,18 +5553,22 @@ def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None])
         raise InvalidInput("the current folder was removed, and paths are relative to it") from None
     label, base_dir = ("stdin", here) if path == "-" else (path,
                                                                   os.path.dirname(os.path.abspath(path)))
-    try:
-        if path == "-":
-            data = sys.stdin.buffer.read(MAX_MANIFEST + 1)
-        else:
-            with open(path, "rb") as f:
-                data = f.read(MAX_MANIFEST + 1)
-    except IsADirectoryError:
-        raise InvalidInput(f"{path} is a folder; allowed: a TOML file, or - for standard input") from None
-    except OSError as e:
-        raise InvalidInput(f"{path}: {e.strerror}", hint="name a manifest, or - for standard input") from None
+    data = read_given(path, "a TOML file", "a manifest")
     stem = "stdin" if path == "-" else os.path.splitext(os.path.basename(path))[0]
     return check_manifest(data, label, stem, base_dir, env, say)
+
+
+def read_given(path: str, kind: str, what: str) -> bytes:
+    """A file that the command line names (`-`: standard input), one byte more than MAX_MANIFEST at most."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read(MAX_MANIFEST + 1)
+        with open(path, "rb") as f:
+            return f.read(MAX_MANIFEST + 1)
+    except IsADirectoryError:
+        raise InvalidInput(f"{path} is a folder; allowed: {kind}, or - for standard input") from None
+    except OSError as e:
+        raise InvalidInput(f"{path}: {e.strerror}", hint=f"name {what}, or - for standard input") from None
 
 
 def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str],
@@ -6016,6 +6242,93 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
                   else "no pidfd: exits are found by kqueue or by looking")
 
 
+def cmd_init(options: Any) -> str:
+    """Write a commented manifest to begin with; it is valid as it is in a git repository with a commit."""
+    import shlex
+
+    starter, path = STARTERS[options.template], options.out
+    folder = os.path.dirname(os.path.abspath(path))
+    text = render_starter(starter, os.path.exists(os.path.join(folder, SCHEMA_FILE)))
+    if path == "-":
+        print(text, end="")
+        return "ok"
+    write_starter(path, text.encode(), options.force)
+    try:
+        check_manifest(text.encode(), path, starter.name, folder, {}, say_error)
+    except InvalidInput as e:
+        say_error(f"pitboss: note: as it is now, {e}")
+    print("\n".join((f"wrote {path}: {starter.about}", "next:",
+                     f"  edit {path}, above all its prompts",
+                     *render_table([[f"  pitboss {words.format(shlex.quote(path))}", f"# {why}"]
+                                    for words, why in NEXT_STEPS]))))
+    return "ok"
+
+
+NEXT_STEPS = (
+    ("validate {}", "every problem in one go; starts nothing"),
+    ("dispatch {} --dry-run", "each agent's command, folder and branch"),
+    ("dispatch {}", "deal the run; with agent = \"demo\" it costs nothing"),
+    ("schema", "every key there is"),
+)
+
+
+def write_starter(path: str, data: bytes, force: bool) -> None:
+    """Write a new file, or with `force` in place of a regular one.  Raises InvalidInput or Refused."""
+    folder, name = os.path.split(path)
+    wrong = ("it names no file" if not name else "it is a folder" if os.path.isdir(path) else
+             "it is no regular file" if os.path.lexists(path) and not os.path.isfile(path) else
+             f"there is no folder {folder}" if folder and not os.path.isdir(folder) else "")
+    if wrong:
+        raise InvalidInput(f"found {show_value(path)}: {wrong}; allowed: a file to write in a folder that is "
+                           "there, or - for standard output")
+    try:
+        if force:
+            write_file(os.path.realpath(path), data, mode=0o666)
+            return
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        raise Refused(f"{path} exists and is left as it is", hint="--force writes in its place") from None
+    try:
+        write_all(fd, data)
+    except OSError:
+        os.unlink(path)            # it was made here, and is not whole
+        raise
+    finally:
+        os.close(fd)
+
+
+def render_manifest_schema() -> str:
+    """The JSON schema of a manifest, as a file."""
+    return json.dumps(manifest_schema({"agent": AGENTS}), indent=2, ensure_ascii=False) + "\n"
+
+
+SCHEMA_FORMATS = {
+    #  name         what prints it                                   a saved copy ends in
+    "map":         (render_map,                                      ""),
+    "example":     (functools.partial(render_starter, EXAMPLE),      ".toml"),
+    "json-schema": (render_manifest_schema,                          ".json"),
+}
+
+
+def cmd_schema(options: Any) -> str:
+    """Print every key of a manifest: as a map, as a commented example, or as a JSON schema for editors."""
+    import difflib
+
+    saved = options.check and read_given(options.check, "a file", "a saved copy").decode("utf-8", "replace")
+    # the last row with a suffix that fits: the empty one of the map fits all
+    fits = [name for name, (_, suffix) in SCHEMA_FORMATS.items() if (options.check or "").endswith(suffix)]
+    name = options.format or (fits[-1] if options.check else "map")
+    text = SCHEMA_FORMATS[name][0]()
+    if options.check is None:
+        print(text, end="")
+        return "ok"
+    diff = list(difflib.unified_diff(saved.splitlines(True), text.splitlines(True), options.check,
+                                     f"pitboss schema --format {name}"))
+    print("".join(line if line.endswith("\n") else line + "\n\\ no newline at the end\n" for line in diff)
+          or f"OK: {options.check} is what pitboss schema --format {name} prints\n", end="")
+    return "failed" if diff else "ok"
+
+
 def cmd_version(options: Any) -> str:
     """Print the version."""
     print(f"pitboss {VERSION}")
@@ -6030,13 +6343,9 @@ def cmd_reference(options: Any) -> str:
 
 def render_reference() -> str:
     """Every table of the README that is derived from the code, as Markdown."""
-    heads = {"run": "[run]", "defaults": "[defaults], and each [[task]]", "task": "[[task]]",
-             "template": "[[template]]", "mcp_server": "[[mcp_server]]", "agent": "[agent.NAME]"}
     parts = []
-    for name, (fields, _, what) in TABLES.items():
-        shown = [f for f in fields if f not in HOUSE_FIELDS and not (name == "task" and f in ACTOR_FIELDS)]
-        parts += [f"#### `{heads[name]}`: {what.replace('`[agent.NAME]`: ', '')}", "",
-                  reference_of(tuple(shown)), ""]
+    for header, what, fields in reference_tables():
+        parts += [f"#### `{header}`: {what}", "", reference_of(fields), ""]
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
     parts += [f"| `{f'{c.name} {c.usage}'.strip()}` | {c.help} |" for c in COMMANDS.values() if c.help]
     parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
@@ -6110,6 +6419,20 @@ COMMANDS = {c.name: c for c in (
                                                              "repository", "demo"),
     Cli("doctor", cmd_doctor, "", (_JSON, _RUNS_DIR), "say what this machine has and what that means",
         "doctor"),
+    Cli("init", cmd_init, "[OUT]", (
+        (("out",), {"metavar": "OUT", "nargs": "?", "default": "pitboss.toml",
+                    "help": "the file to write (pitboss.toml), or - for standard output"}),
+        (("--template",), {"choices": tuple(STARTERS), "default": "simple",
+                           "help": "; ".join(f"{s.name}: {s.about}" for s in STARTERS.values())}),
+        (("--force",), {"action": "store_true", "help": "write in place of a file that is there"})),
+        "write a commented manifest to begin with", "init fix.toml --template flat"),
+    Cli("schema", cmd_schema, "", (
+        (("--format",), {"choices": tuple(SCHEMA_FORMATS),
+                         "help": "what to print (map); with --check, what FILE is, by default told by its "
+                                 "ending"}),
+        (("--check",), {"metavar": "FILE", "help": "compare a saved copy: print the difference, exit 1 when "
+                                                   "there is one"})),
+        "print every key of a manifest", "schema --format json-schema"),
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
@@ -6137,7 +6460,8 @@ def make_parser(prog: str, name: str) -> Any:
                         description=f"{about}\n\n{example}".rstrip(),
                         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
         for flags, settings in command.args:
-            parser.add_argument(*flags, **settings)
+            near = functools.partial(pick_choice, settings.get("choices", ()))
+            parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
         return parser
     listed = "\n".join(f"  {pad_cells(c.name + ' ' + c.usage, 22)} {c.help}" for c in COMMANDS.values()
                        if c.help)
@@ -6147,6 +6471,16 @@ def make_parser(prog: str, name: str) -> Any:
                     epilog=f"{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}")
     parser.add_argument("-V", "--version", action="store_true", help="print the version")
     return parser
+
+
+def pick_choice(choices: tuple, word: str) -> str:
+    """A word of `choices`.  Raises what argparse takes for a wrong one, with the nearest."""
+    import argparse
+
+    if word in choices:
+        return word
+    raise argparse.ArgumentTypeError(f"found {show_value(word)}; allowed: one of {', '.join(choices)}"
+                                     f"{did_you_mean(word, choices)}")
 
 
 def exit_codes_text() -> str:

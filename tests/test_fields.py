@@ -91,7 +91,7 @@ def test_a_schema_says_what_the_check_enforces():
     schema = pitboss.schema_of(SAMPLE)
     assert schema["required"] == ["name"] and schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"name", "size", "extent", "price", "colour", "parts"}
-    assert schema["properties"]["size"] == {"type": "integer", "description": "how big it is", "minimum": 1,
+    assert schema["properties"]["size"] == {"type": "integer", "description": "how big it is", "minimum": 1, "default": 3,
                                             "maximum": 9}
     assert json.loads(json.dumps(schema)) == schema
 
