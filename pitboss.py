@@ -459,7 +459,7 @@ def check_fields(fields: tuple[Field, ...], given: dict, path: str,
         values[f.name] = None if f.default is REQUIRED else f.default
         if not names and f.default is REQUIRED:
             problems.append(Problem(path + f.name, f"is required: {f.help}", where))
-        for name in names[:1]:
+        for name in reversed(names):       # the first spelling counts, but none may be wrong
             wrong = wrong_value(f, given[name])
             if wrong:
                 problems.append(Problem(path + name, f"found {show_value(given[name])}; allowed: {wrong}",
@@ -957,8 +957,8 @@ def check_unique(name: str, rows: list[dict]) -> list[Problem]:
     """A problem for each `id` that was there before."""
     seen, problems = {}, []
     for n, row in enumerate(rows):
-        first = seen.setdefault(row["id"], n)
-        if row["id"] is not None and first != n:
+        first = seen.setdefault(row.get("id"), n)
+        if row.get("id") is not None and first != n:
             problems.append(Problem(f"{name}[{n}].id",
                                     f"found {show_value(row['id'])} again, first in {name}[{first}]; "
                                     "allowed: ids that differ", (name, n, "id")))

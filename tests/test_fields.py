@@ -43,6 +43,9 @@ def test_every_problem_is_told_at_once_and_the_rest_goes_on_with_defaults():
 def test_two_spellings_mean_the_same():
     assert check({"name": "a", "extent": 5})[0]["size"] == 5
     assert check({"name": "a", "extent": 5, "size": 5})[1] == []
+    assert check({"name": "a", "extent": 3.0, "size": 3})[1] == [
+        "thing.extent: found 3.0; allowed: an integer from 1 to 9"]
+    assert check({"name": "a", "extent": 5, "size": 0})[0]["size"] == 5
     assert check({"name": "a", "extent": 5, "size": 4})[1] == [
         "thing.extent: found 5, but thing.size, which means the same, is 4; allowed: one of them"]
 
