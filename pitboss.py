@@ -5553,7 +5553,7 @@ def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None])
         raise InvalidInput("the current folder was removed, and paths are relative to it") from None
     label, base_dir = ("stdin", here) if path == "-" else (path,
                                                                   os.path.dirname(os.path.abspath(path)))
-    data = read_given(path, "a TOML file", "a manifest")
+    data = read_given(path, "a TOML file", "a manifest (pitboss init writes one)")
     stem = "stdin" if path == "-" else os.path.splitext(os.path.basename(path))[0]
     return check_manifest(data, label, stem, base_dir, env, say)
 

@@ -220,6 +220,17 @@ def test_samples_are_values_that_their_fields_take():
             assert pitboss.wrong_value(f, sample) == "", f"{table}.{f.name}"
 
 
+def test_keys_that_exclude_or_need_each_other_are_fields_and_say_so_both_ways():
+    said = 0
+    for table, (fields, _, _) in pitboss.TABLES.items():
+        rows = {f.name: f for f in fields}
+        for f in fields:
+            assert all(f.name in rows[other].instead for other in f.instead), f"{table}.{f.name}"
+            assert not f.needs or f.needs in rows, f"{table}.{f.name}"
+            said += bool(f.instead) + bool(f.needs)
+    assert said >= 3
+
+
 @pytest.mark.parametrize("value", [
     "", "a", 'q"uo\\te', "tab\t\x1b\x7f\x00", "two\nlines", '\n"""\n\\n\n', "ä→\u2028", True, False, 0, -5, 1.5, 1e30, [],
     ["a", 1], {}, {"a": {"b c": ["x\ny"]}, "": "e", "ä": 1}], ids=repr)
