@@ -1174,7 +1174,7 @@ _SHARED = "Read {path} and write what is missing in its documentation.\nCommit w
 _CLAUDE = {"agent": "claude", "model": "claude-sonnet-4-6", "timeout_secs": 1800}
 
 STARTERS = {s.name: s for s in (
-    Starter("simple", "one task for one agent; this version deals no runs with a lead", (
+    Starter("simple", "one task for one agent (this version deals no runs with a lead)", (
         ("run", {}), ("defaults", _CLAUDE), ("task", {"id": "types", "directory": ".", "prompt": _PROMPT}))),
     Starter("flat", "tasks side by side, two of them with a prompt that they share", (
         ("run", {"max_parallel": 2}), ("defaults", _CLAUDE),
@@ -5545,12 +5545,17 @@ class Loaded(NamedTuple):
     base_dir: str
 
 
-def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
-    """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError."""
+def current_folder() -> str:
+    """Where the caller stands, absolute.  Raises InvalidInput when that folder was removed."""
     try:
-        here = os.getcwd()
+        return os.getcwd()
     except OSError:
         raise InvalidInput("the current folder was removed, and paths are relative to it") from None
+
+
+def load_manifest(path: str, env: Mapping[str, str], say: Callable[[str], None]) -> Loaded:
+    """Read and check a manifest (`-`: standard input); warnings go to `say`.  Raises ManifestError."""
+    here = current_folder()
     label, base_dir = ("stdin", here) if path == "-" else (path,
                                                                   os.path.dirname(os.path.abspath(path)))
     data = read_given(path, "a TOML file", "a manifest (pitboss init writes one)")
@@ -6247,19 +6252,20 @@ def cmd_init(options: Any) -> str:
     import shlex
 
     starter, path = STARTERS[options.template], options.out
-    folder = os.path.dirname(os.path.abspath(path))
-    text = render_starter(starter, os.path.exists(os.path.join(folder, SCHEMA_FILE)))
+    text = render_starter(starter, os.path.exists(os.path.join(os.path.dirname(path), SCHEMA_FILE)))
     if path == "-":
         print(text, end="")
         return "ok"
+    folder = os.path.join(current_folder(), os.path.dirname(path))
     write_starter(path, text.encode(), options.force)
     try:
         check_manifest(text.encode(), path, starter.name, folder, {}, say_error)
     except InvalidInput as e:
         say_error(f"pitboss: note: as it is now, {e}")
+    named = shlex.quote(os.path.join(".", path) if path.startswith("-") else path)
     print("\n".join((f"wrote {path}: {starter.about}", "next:",
                      f"  edit {path}, above all its prompts",
-                     *render_table([[f"  pitboss {words.format(shlex.quote(path))}", f"# {why}"]
+                     *render_table([[f"  pitboss {words.format(named)}", f"# {why}"]
                                     for words, why in NEXT_STEPS]))))
     return "ok"
 
@@ -6423,7 +6429,8 @@ COMMANDS = {c.name: c for c in (
         (("out",), {"metavar": "OUT", "nargs": "?", "default": "pitboss.toml",
                     "help": "the file to write (pitboss.toml), or - for standard output"}),
         (("--template",), {"choices": tuple(STARTERS), "default": "simple",
-                           "help": "; ".join(f"{s.name}: {s.about}" for s in STARTERS.values())}),
+                           "help": "; ".join(f"{s.name}: {s.about}" for s in STARTERS.values())
+                           + "; simple where none is given"}),
         (("--force",), {"action": "store_true", "help": "write in place of a file that is there"})),
         "write a commented manifest to begin with", "init fix.toml --template flat"),
     Cli("schema", cmd_schema, "", (

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -311,6 +312,20 @@ def test_a_place_that_cannot_be_written_to_is_told(home, out, words, force):
     done = home.pitboss("init", out, *force, check=2)
     assert words in done.stderr and json.dumps(out) in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and sorted(home.root.iterdir()) == before
+
+
+def test_a_folder_that_was_removed_is_told(home):
+    script = f"mkdir gone && cd gone && rmdir ../gone && exec '{PYTHON}' '{ROOT / 'pitboss.py'}' init"
+    done = subprocess.run(["sh", "-c", script], env=home.env, cwd=home.root, text=True, capture_output=True, check=False)
+    assert done.returncode == 2 and "current folder was removed" in done.stderr, done.stderr
+
+
+def test_what_to_do_next_can_be_copied(home):
+    make_repo(home.root)
+    for name in ("a b's.toml", "-x.toml"):
+        shown = home.pitboss("init", "--", name, check=0).stdout
+        line = re.search(r"^  pitboss (validate .*?)  +#", shown, re.M)[1]
+        home.pitboss(*shlex.split(line), check=0)
 
 
 @pytest.mark.parametrize("args", [["new.toml"], ["old.toml", "--force"]], ids=str)
