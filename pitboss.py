@@ -1171,7 +1171,7 @@ class Starter(NamedTuple):
 
 _PROMPT = "Add type annotations to the modules that have none, run the tests, and commit."
 _SHARED = "Read {path} and write what is missing in its documentation.\nCommit when it is done."
-_CLAUDE = {"agent": "claude", "model": "claude-sonnet-4-6", "timeout_secs": 1800}
+_CLAUDE = {**{f.name: f.default for f in ACTOR_FIELDS if f.name in ("agent", "model")}, "timeout_secs": 1800}
 
 STARTERS = {s.name: s for s in (
     Starter("simple", "one task for one agent (this version deals no runs with a lead)", (
@@ -1214,21 +1214,28 @@ def render_starter(starter: Starter, with_schema: bool = False) -> str:
     shown = {head.partition(".")[0] for head, _ in starter.sections}
     more = [(header_of(name).strip("[]"), {}) for name in TABLES if starter.every and name not in shown]
     for head, values in (*starter.sections, *more):
-        name = head.partition(".")[0]
-        fields, many, what = TABLES[name]
-        first = () if name in told else own[name]
-        lines += ["", *(comment_lines(what) if first else []), MANY[many][0].format(name).replace(
-            f"{name}.NAME", head)]
-        for f in fields:
-            given = f.name in values or f in first and (
-                f.default is REQUIRED or starter.every and f.default not in (None, (), {}))
-            beside = not any(n in values for n in f.instead) and (not f.needs or f.needs in values)
-            if given or f in first and beside:
-                lines += [] if (name, f.name) in told or f not in own[name] else ["", *explain_key(f)]
-                lines.append(("" if given else "#") + f"{f.name} = {render_toml(starter_value(f, values))}")
-                told.add((name, f.name))
-        told.add(name)
+        lines += ["", *starter_section(head, values, own[head.partition(".")[0]], starter.every, told)]
     return "\n".join(lines) + "\n"
+
+
+def starter_section(head: str, values: Mapping[str, Any], own: tuple[Field, ...], every: bool,
+                    told: set) -> list[str]:
+    """One section of a starter; `told` grows by the table and the (table, key) pairs that it explains."""
+    name = head.partition(".")[0]
+    fields, many, what = TABLES[name]
+    first = name not in told
+    header = MANY[many][0].format(name).replace(f"{name}.NAME", head)
+    lines = [*(comment_lines(what) if first else []), header]
+    for f in fields:
+        given = f.name in values or f.default is REQUIRED or (
+            every and first and f in own and f.default not in (None, (), {}))
+        fits = not any(n in values for n in f.instead) and (not f.needs or f.needs in values)
+        if given or first and f in own and fits:
+            lines += ["", *explain_key(f)] if f in own and (name, f.name) not in told else []
+            lines.append(("" if given else "#") + f"{f.name} = {render_toml(starter_value(f, values))}")
+            told.add((name, f.name))
+    told.add(name)
+    return lines
 
 
 def starter_value(f: Field, values: Mapping[str, Any]) -> Any:

@@ -445,6 +445,17 @@ def test_a_new_key_shows_everywhere(edited, repo, table):
                 assert (known[name]["minimum"], known[name]["maximum"], known[name]["default"]) == (2, 9, 7)
 
 
+@pytest.mark.parametrize("table", ["TASK_FIELDS", "TEMPLATE_FIELDS", "SERVER_FIELDS", "COMMAND_FIELDS"])
+def test_a_new_key_that_is_required_stands_in_every_starter(edited, home, table):
+    anchor = re.search(rf"^{table} = \(.*\n", pitboss_source(), re.M)[0]
+    row = '    Field("shine", "count", REQUIRED, "how much it shines", low=2),\n'
+    make_repo(home.root)
+    for text in edited(anchor, row, VIEWS[1], INIT):
+        home.manifest(text)
+        assert edited(anchor, row, ("validate", "m.toml"))[0].startswith("OK")
+    assert "shine = 2" in text or table in ("SERVER_FIELDS", "COMMAND_FIELDS")
+
+
 def test_a_new_table_shows_everywhere(edited, home):
     row = '    "gadget": ((Field("name", "word", REQUIRED, "what it is called"), *SERVER_FIELDS[2:]), "list", ' \
           '"a thing that shines"),\n'
