@@ -138,7 +138,7 @@ def test_whatever_stands_where_is_judged_alike(repo):
     keys = [n for n, line in enumerate(lines) if " = " in line]
     names = sorted({name for fields, _, _ in pitboss.TABLES.values() for f in fields for name in (f.name, *f.also)})
     told = fine = 0
-    for _ in range(1500):
+    for _ in range(800):
         changed = list(lines)
         for n in chance.sample(keys, chance.randrange(1, 4)):
             name, value = changed[n].split(" = ", 1)
@@ -153,7 +153,7 @@ def test_whatever_stands_where_is_judged_alike(repo):
             continue
         assert compare(list(found.problems), faults(SCHEMA, document)) == "", text
         told, fine = told + bool(found.problems), fine + (not found.problems)
-    assert told > 500 and fine > 50
+    assert told > 250 and fine > 25
 
 
 def test_the_schema_holds_every_key_under_every_name_and_no_other():
