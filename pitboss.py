@@ -9,6 +9,7 @@ Street map.  Each section may name only the sections above it.
     MANIFEST   TOML text to a complete, checked, resolved manifest                 [pure]
     STREAM     an agent's output line to what it said; usage; price                [pure]
     FAILURES   exit status and log to status and reason                            [pure]
+    SHARED     key-value store and leases as functions of (table, now)             [pure]
     RUN        the run's state and its one reducer: step, fold                     [pure]
     FILES      atomic write, journal, lock, paths, pinned copy of this file        [io]
     GIT        worktrees, rescue refs                                              [async]
@@ -25,6 +26,8 @@ Where do I add ...
     a template of init  one row in STARTERS
     a status            one row in STATUSES
     an event            one handler and one row in EVENTS
+    a shared event      one handler and one row in SHARED_EVENTS
+    a part of the store one row in NAMESPACES
     something to do     one effect and one row in EFFECTS; a handler of EVENTS owes it
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
@@ -45,7 +48,7 @@ import math
 import os
 import re
 import time
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Container, Iterable, Iterator, Mapping, NamedTuple
 
 VERSION = "0.1.0"
 
@@ -1682,6 +1685,752 @@ def succeeded(talk: Talk, end: Ending, form: str) -> bool:
         return end.code == 0
     good = talk.result is not None and not talk.result.get("is_error")
     return good and (end.code == 0 or end.vanished)
+
+
+# ======================================================================================
+# SHARED: key-value store and leases as functions of (table, now)                 [pure]
+# ======================================================================================
+# What the actors of a run share: one store for each layer, leases for each layer and for
+# the whole tree.  A decide_ function changes nothing: it returns an event to record, or an
+# answer, or raises a refusal whose words tell an agent what to do next.  Only the handlers
+# of SHARED_EVENTS (and free_holder) change the tables, so that a journal makes the same ones.
+# A version never comes back: a path written again after a delete, and a lease taken again,
+# go on counting, so that nobody's old number can be mistaken for a new one.
+# Time does its part through decide_due: record what it returns until that is None, before
+# each request about leases and when next_due_at has come.
+# To add an event: one handler, one row in SHARED_EVENTS.  A part of the store: a row in
+# NAMESPACES.
+
+MAX_VALUE = 1 << 20        # bytes of one value
+MAX_STORE = 64 << 20       # bytes of all values of one store
+MAX_KEYS = 10_000          # paths of one store
+MAX_LISTED = 1000          # entries in one answer of kv_list
+MAX_PATH = 1024            # characters of a path or glob
+MAX_LEASES = 1000          # that one actor holds or waits for
+MAX_LEASE_S = 604_800.0    # a week, also of waiting
+RUN_WIDE = ""              # the scope of leases that count across the whole tree; else a layer
+LEADERS = ("lead", "sublead")
+_LEASE_NAME = r"[^\x00-\x1f\x7f]{1,200}"
+
+SHARED_FIELDS = {f.name: f for f in (
+    #     name                kind      default    help
+    Field("path",             "word",   REQUIRED,  "where it lies, such as /shared/x or /peer/self/x"),
+    Field("glob",             "word",   REQUIRED,  "which paths; * matches any text, also /, and ? one"),
+    Field("override_flag",    "flag",   False,     "a lead writes what belongs to an actor of its layer"),
+    Field("expected_version", "count",  REQUIRED,  "write only when this is its version; 0: when it does not "
+                                                   "exist", low=0),
+    Field("min_version",      "count",  1,         "wait for this version or a later one", low=1),
+    Field("name",             "word",   REQUIRED,  "what the lease guards", pattern=_LEASE_NAME),
+    Field("key",              "word",   REQUIRED,  "what the lease guards, in the whole tree",
+          pattern=_LEASE_NAME),
+    Field("lease_id",         "word",   REQUIRED,  "as the acquisition gave it"),
+    Field("ttl_secs",         "number", REQUIRED,  "how long it is held unless it is asked for again",
+          low=0.1, high=MAX_LEASE_S),
+    Field("wait_secs",        "number", 0,         "how long to wait in the queue when another holds it",
+          low=0, high=MAX_LEASE_S),
+)}
+
+
+class Caller(NamedTuple):
+    """Who asks: its identity comes from its token, never from what it says."""
+
+    id: str
+    role: str              # lead sublead worker
+    layer: str             # whose store and leases it uses; of a sub-lead: the layer it leads
+    # for a lead: the ids of the actors of that layer, itself and settled ones included
+    peers: Container[str] = ()
+    subs: tuple = ()       # for the root lead: the read_down sub-leads, each the id of its layer
+
+
+class Entry(NamedTuple):
+    """One value of a store."""
+
+    form: str              # how it went in: text bytes base64
+    value: Any             # as a text (bytes: their base64), or {"blob": sha256}
+    size_bytes: int
+    version: int
+    written_by: str
+    written_at: float
+
+
+class Lease(NamedTuple):
+    """A lease that is held."""
+
+    scope: str
+    name: str
+    id: str
+    holder: str
+    version: int           # a fencing number: one more for each acquisition of the name
+    acquired_at: float
+    expires_at: float
+    call: str              # the key of the call that acquired it
+
+
+class LeaseWait(NamedTuple):
+    """A place in the queue of a lease, kept by the key of the call that waits."""
+
+    scope: str
+    name: str
+    actor: str
+    lease_id: str          # what the lease will be called
+    ttl_s: float
+    until_at: float
+
+
+class Store:
+    """The values of one layer.  Only the handlers of SHARED_EVENTS change it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.deleted: dict[str, int] = {}         # path to its last version
+        self.size_bytes = 0                       # of all values
+
+
+class SharedTables:
+    """All that the actors of a run share.  Only the handlers of SHARED_EVENTS and free_holder change it.
+
+    A place is (scope, name).
+    """
+
+    def __init__(self) -> None:
+        self.stores: dict[str, Store] = {}                    # by layer
+        self.leases: dict[tuple, Lease] = {}                  # held ones, by place
+        self.lease_ids: dict[str, tuple] = {}                 # of held ones, to place
+        self.fences: dict[tuple, int] = {}                    # place to its last version, for ever
+        self.queues: dict[tuple, dict[str, None]] = {}        # place to calls, first come first
+        self.waits: dict[str, LeaseWait] = {}                 # by call
+        self.held_by: dict[str, dict[tuple, None]] = {}       # actor to places
+        self.waits_of: dict[str, dict[str, None]] = {}        # actor to calls
+        self.ready: dict[tuple, None] = {}                    # free places that somebody waits for
+        # a heap of (moment, rank, lease id or call); what is at its top is still true
+        self.due: list[tuple] = []
+
+
+class Verdict(NamedTuple):
+    """What a request comes to: an event to record, or an answer; neither: its call waits already."""
+
+    event: dict | None = None
+    result: dict | None = None
+
+
+class Spot(NamedTuple):
+    """Where a path lies."""
+
+    layer: str
+    path: str              # in that layer's store
+    shown: str             # as the caller reads it
+
+
+def check_argument(name: str, value: Any, argument: str = "") -> None:
+    """Raise InvalidInput, naming the argument and what is allowed, when `value` is not that."""
+    wrong = wrong_value(SHARED_FIELDS[name], value)
+    if wrong:
+        raise InvalidInput(f"{argument or name}: found {show_value(value)}; allowed: {wrong}")
+
+
+# ---- paths: who may read and write what
+
+class Namespace(NamedTuple):
+    """One part of a store.  `reads` and `writes` say why not; an empty text is leave."""
+
+    shape: str
+    depth: int             # segments that a path has at least, its first included
+    reads: Callable[[Caller, list], str]
+    writes: Callable[[Caller, list, bool], str]
+    owned: bool = False    # its second segment is an actor, where `self` means the caller
+    down: bool = False     # its second segment is a sub-lead, in whose store the path goes on
+    closed: str = ""       # why it is not for the kv_ tools at all
+
+
+def _anybody(caller: Caller, parts: list, override: bool = False) -> str:
+    return ""
+
+
+def _leads_write(caller: Caller, parts: list, override: bool) -> str:
+    return "" if caller.role in LEADERS else ("/ref/ is written by leads only; write to /shared/ or to "
+                                              "/peer/self/")
+
+
+def _peer_reads(caller: Caller, parts: list) -> str:
+    owner = parts[1]
+    if owner == caller.id:
+        return ""
+    if caller.role not in LEADERS:
+        return f"/peer/{owner}/ is read by {owner} and its lead only; what all may read stands in /shared/"
+    if owner in caller.peers:
+        return ""
+    if owner in caller.subs:
+        return f"{owner} works in a layer of its own; read /sub/{owner}/peer/{owner}/"
+    return f"no actor {owner} works in your layer; list_workers says who does"
+
+
+def _peer_writes(caller: Caller, parts: list, override: bool) -> str:
+    owner = parts[1]
+    if caller.role not in LEADERS and owner != caller.id:
+        return f"/peer/{owner}/ is written by {owner} and its lead only; write to /shared/ or to /peer/self/"
+    if owner == caller.id or override:
+        return _peer_reads(caller, parts)
+    return f"/peer/{owner}/ belongs to {owner}; write to /shared/, or set override_flag to write as its lead"
+
+
+def _sub_reads(caller: Caller, parts: list) -> str:
+    if parts[1] in caller.subs:
+        return ""
+    if caller.role != "lead":
+        return "/sub/ is for the root lead only"
+    return (f"{parts[1]} is not a sub-lead that was spawned with read_down; those whose store you may read: "
+            + (", ".join(caller.subs) or "none"))
+
+
+def _nobody_writes(caller: Caller, parts: list, override: bool) -> str:
+    return "a sub-lead's store is only read; give it what it needs with initial_ref or reprompt_worker"
+
+
+NAMESPACES = {
+    #                   shape                  depth  reads        writes
+    "ref":    Namespace("/ref/NAME",           2,     _anybody,    _leads_write),
+    "peer":   Namespace("/peer/ACTOR/NAME",    3,     _peer_reads, _peer_writes,   owned=True),
+    "shared": Namespace("/shared/NAME",        2,     _anybody,    _anybody),
+    "leases": Namespace("/leases/NAME",        2,     _anybody,    _nobody_writes,
+                        closed="leases are taken with lease_acquire and shown by lease_list"),
+    "sub":    Namespace("/sub/SUBLEAD/PATH",   4,     _sub_reads,  _nobody_writes, down=True),
+}
+
+
+def split_path(text: Any, argument: str) -> list[str]:
+    """The segments of a path or glob.  Raises InvalidInput."""
+    check_argument(argument, text)
+    parts = text.split("/")[1:]
+    open_spaces = [n.shape for n in NAMESPACES.values() if not n.closed]
+    allowed = "paths that begin with " + " or ".join(shape[:shape.index("/", 1) + 1] for shape in open_spaces)
+    if text[0] != "/" or not parts:
+        raise InvalidInput(f"{argument}: found {show_value(text)}; allowed: {allowed}")
+    if len(text) > MAX_PATH or re.search(r"[\x00-\x1f\x7f]", text):
+        raise InvalidInput(f"{argument}: found {show_value(text)}; allowed: at most {MAX_PATH} characters, "
+                           "none of them a control character")
+    if any(part in ("", ".", "..") for part in parts):
+        raise InvalidInput(f"{argument}: found {show_value(text)}; allowed: segments between / that are not "
+                           "empty and not . or ..")
+    row = NAMESPACES.get(parts[0])
+    if row is None and not (argument == "glob" and _literal(parts[0]) != parts[0]):
+        raise InvalidInput(f"{argument}: found {show_value(text)}; allowed: {allowed}")
+    if row and row.closed:
+        raise Refused(f"forbidden: {row.closed}")
+    if row and argument != "glob" and len(parts) < row.depth:
+        raise InvalidInput(f"{argument}: found {show_value(text)}; allowed: {row.shape}")
+    return parts
+
+
+def _literal(glob: str) -> str:
+    """What every match of a glob begins with."""
+    return re.split(r"[*?[]", glob, maxsplit=1)[0]
+
+
+def own_path(caller: Caller, parts: list[str]) -> list[str]:
+    """The segments with the caller's id where they say `self`."""
+    row = NAMESPACES.get(parts[0])
+    return [parts[0], caller.id, *parts[2:]] if row and row.owned and parts[1:2] == ["self"] else parts
+
+
+def refuse(why: str) -> None:
+    """Raise Refused unless `why` is empty."""
+    if why:
+        raise Refused("forbidden: " + why)
+
+
+def spot_to_read(caller: Caller, path: Any) -> Spot:
+    """Where a path lies that the caller may read.  Raises InvalidInput, Refused."""
+    parts = own_path(caller, split_path(path, "path"))
+    row = NAMESPACES[parts[0]]
+    refuse(row.reads(caller, parts))
+    shown = "/" + "/".join(parts)
+    if not row.down:
+        return Spot(caller.layer, shown, shown)
+    inner = "/" + "/".join(parts[2:])
+    if NAMESPACES[split_path(inner, "path")[0]].down:
+        raise InvalidInput(f"path: found {show_value(path)}; allowed: one /sub/SUBLEAD/ at its beginning")
+    return Spot(parts[1], inner, shown)
+
+
+def spot_to_write(caller: Caller, path: Any, override_flag: Any) -> Spot:
+    """Where a path lies that the caller may write.  Raises InvalidInput, Refused."""
+    check_argument("override_flag", override_flag)
+    parts = own_path(caller, split_path(path, "path"))
+    refuse(NAMESPACES[parts[0]].writes(caller, parts, override_flag))
+    shown = "/" + "/".join(parts)
+    return Spot(caller.layer, shown, shown)
+
+
+# ---- values
+
+def pack_value(value: Any, argument: str = "value") -> tuple[str, str, int]:
+    """(form, text, bytes) of a value: a text, a list of bytes, or {base64}.  Raises InvalidInput."""
+    import binascii
+
+    form, text, size = "", "", -1
+    with contextlib.suppress(ValueError):       # a number that is no byte, a text that is no base64
+        if isinstance(value, str):
+            form, text, size = "text", value, len(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, list) and set(map(type, value)) <= {int}:      # True is no byte
+            form, text, size = "bytes", binascii.b2a_base64(bytes(value), newline=False).decode(), len(value)
+        elif isinstance(value, dict) and list(value) == ["base64"] and isinstance(value["base64"], str):
+            size = len(binascii.a2b_base64(value["base64"], strict_mode=True))
+            form, text = "base64", value["base64"]
+    if not form:
+        raise InvalidInput(f'{argument}: found {show_value(value)}; allowed: a text, a list of '
+                           'bytes (0 to 255), or {"base64": text}; store anything else as its JSON text')
+    if size > MAX_VALUE:
+        raise InvalidInput(f"{argument}: found {size} bytes; allowed: at most {MAX_VALUE}; store it in "
+                           "parts, or write a file and store its path")
+    return form, text, size
+
+
+def unpack_value(form: str, text: str) -> Any:
+    """A value as it went in."""
+    import binascii
+
+    if form == "bytes":
+        return list(binascii.a2b_base64(text))
+    return {"base64": text} if form == "base64" else text
+
+
+# ---- requests about the store
+
+def find_entry(shared: SharedTables, spot: Spot, min_version: int = 1) -> Entry | None:
+    """What lies at a spot; None when nothing does, or none of that version yet: kv_wait goes on waiting."""
+    store = shared.stores.get(spot.layer)
+    entry = store.entries.get(spot.path) if store else None
+    return entry if entry and entry.version >= min_version else None
+
+
+def answer_entry(spot: Spot, entry: Entry | None, text: Any = None) -> dict:
+    """The result of kv_get; `text` is what stands in the blob, when the entry's value is one."""
+    if entry is None:
+        return {"entry": None}
+    value = unpack_value(entry.form, entry.value if text is None else text)
+    return {"entry": {"path": spot.shown, "value": value, "version": entry.version,
+                      "written_by": entry.written_by, "written_at": render_time(entry.written_at)}}
+
+
+def list_entries(shared: SharedTables, caller: Caller, glob: Any) -> dict:
+    """The result of kv_list: what matches among all that the caller may read, by path."""
+    import fnmatch
+
+    glob = "/" + "/".join(own_path(caller, split_path(glob, "glob")))
+    head, matches = _literal(glob), re.compile(fnmatch.translate(glob)).match
+    found = sorted((shown, entry) for shown, entry in readable_entries(shared, caller)
+                   if shown.startswith(head) and matches(shown))
+    rows = [{"path": shown, "version": entry.version, "written_by": entry.written_by,
+             "written_at": render_time(entry.written_at), "size_bytes": entry.size_bytes}
+            for shown, entry in found[:MAX_LISTED]]
+    return {"entries": rows, "truncated": len(found) > MAX_LISTED, "total_matched": len(found)}
+
+
+def readable_entries(shared: SharedTables, caller: Caller) -> Iterator[tuple[str, Entry]]:
+    """Every entry that the caller may read, with its path as the caller reads it."""
+    store = shared.stores.get(caller.layer, Store())
+    for path, entry in store.entries.items():
+        parts = path.split("/")[1:]
+        if not NAMESPACES[parts[0]].reads(caller, parts):
+            yield path, entry
+    for layer in caller.subs:
+        for path, entry in shared.stores.get(layer, Store()).entries.items():
+            yield f"/sub/{layer}{path}", entry
+
+
+def decide_set(shared: SharedTables, caller: Caller, path: Any, value: Any,
+               override_flag: Any = False) -> Verdict:
+    """kv_set.  Raises InvalidInput, Refused."""
+    spot = spot_to_write(caller, path, override_flag)
+    return Verdict(_written(shared, spot, caller.id, pack_value(value)))
+
+
+def decide_cas(shared: SharedTables, caller: Caller, path: Any, expected_version: Any, new_value: Any,
+               override_flag: Any = False) -> Verdict:
+    """kv_cas: write only over the version that the caller knows.  Raises InvalidInput, Refused."""
+    check_argument("expected_version", expected_version)
+    spot = spot_to_write(caller, path, override_flag)
+    packed = pack_value(new_value, "new_value")
+    entry = find_entry(shared, spot)
+    version = entry.version if entry else 0
+    if version != expected_version:
+        return Verdict(result={"version": version, "swapped": False})
+    return Verdict({**_written(shared, spot, caller.id, packed), "cas": True})
+
+
+def decide_delete(shared: SharedTables, caller: Caller, path: Any, override_flag: Any = False) -> Verdict:
+    """kv_delete.  Raises InvalidInput, Refused."""
+    spot = spot_to_write(caller, path, override_flag)
+    if find_entry(shared, spot) is None:
+        return Verdict(result={"existed": False})
+    return Verdict({"kind": "kv_deleted", "layer": spot.layer, "path": spot.path, "actor": caller.id})
+
+
+def decide_refs(shared: SharedTables, layer: str, refs: Mapping[str, Any], writer: str) -> list[dict]:
+    """The events of an initial_ref, for a layer that is about to begin.  Raises InvalidInput, Refused.
+
+    Record each in order.  A text is written as it is, anything else as its JSON text.
+    """
+    if len(refs) > MAX_KEYS:
+        raise Refused(f"initial_ref: found {len(refs)} keys; allowed: at most {MAX_KEYS}")
+    events = []
+    for key, value in refs.items():
+        argument = f"initial_ref.{key}"
+        try:
+            spot = spot_to_write(Caller(writer, "lead", layer), f"/ref/{key}", False)
+        except InvalidInput as e:
+            raise InvalidInput(f"{argument}: {e}") from None
+        text = value if isinstance(value, str) else json.dumps(value)
+        events.append(_written(shared, spot, writer, pack_value(text, argument)))
+    if sum(event["size_bytes"] for event in events) > MAX_STORE:
+        raise Refused(f"initial_ref: found more than {MAX_STORE} bytes; write files and name their paths")
+    return events
+
+
+def _written(shared: SharedTables, spot: Spot, writer: str, packed: tuple[str, str, int]) -> dict:
+    """The event of a write that is allowed.  Raises Refused when the store is full."""
+    form, text, size = packed
+    store = shared.stores.get(spot.layer) or Store()
+    old = store.entries.get(spot.path)
+    if old is None and len(store.entries) >= MAX_KEYS:
+        raise Refused(f"store full: it has {len(store.entries)} paths (max {MAX_KEYS}); kv_delete what is "
+                      "not needed, or keep several things in one value")
+    total = store.size_bytes - (old.size_bytes if old else 0) + size
+    if total > MAX_STORE:
+        raise Refused(f"store full: it has {store.size_bytes} bytes, {total} with this value (max "
+                      f"{MAX_STORE}); kv_delete what is not needed, or write files and store their paths")
+    version = (old.version if old else store.deleted.get(spot.path, 0)) + 1
+    return {"kind": "kv_written", "layer": spot.layer, "path": spot.path, "actor": writer, "form": form,
+            "value": text, "size_bytes": size, "version": version}
+
+
+# ---- requests about leases
+
+def decide_acquire(shared: SharedTables, caller: Caller, scope: str, name: Any, ttl_secs: Any, wait_secs: Any,
+                   lease_id: str, call: str) -> Verdict:
+    """lease_acquire, and run_lease_acquire with scope RUN_WIDE.  Raises InvalidInput, Refused.
+
+    `lease_id` is minted by the caller of this function; `call` is a key that no other call has.  A call that
+    is sent again finds its place in the queue, or the lease that it got.
+    """
+    check_argument(lease_argument(scope), name)
+    check_argument("ttl_secs", ttl_secs)
+    check_argument("wait_secs", wait_secs)
+    place = scope, name
+    lease = shared.leases.get(place)
+    if call in shared.waits:
+        return Verdict()
+    facts = {"scope": scope, "name": name, "actor": caller.id, "lease_id": lease_id, "ttl_s": float(ttl_secs),
+             "call": call}
+    if lease and lease.holder == caller.id:
+        if lease.call == call:
+            return Verdict(result=answer_lease(lease))
+        return Verdict({"kind": "lease_renewed", **facts, "lease_id": lease.id, "version": lease.version,
+                        "acquired_at": lease.acquired_at})
+    free = lease is None and place not in shared.queues
+    if not free and not wait_secs:
+        return Verdict(result=answer_refused(lease))
+    count = len(shared.held_by.get(caller.id, ())) + len(shared.waits_of.get(caller.id, ()))
+    if count >= MAX_LEASES:
+        raise Refused(f"too many leases: you hold or wait for {count} (max {MAX_LEASES}); release some first")
+    if free:
+        return Verdict({"kind": "lease_granted", **facts, "version": shared.fences.get(place, 0) + 1})
+    return Verdict({"kind": "lease_queued", **facts, "wait_s": float(wait_secs)})
+
+
+def lease_argument(scope: str) -> str:
+    """What the tools of a scope call the name of a lease."""
+    return "key" if scope == RUN_WIDE else "name"
+
+
+def decide_release(shared: SharedTables, caller: Caller, scope: str, lease_id: Any = None,
+                   name: Any = None) -> Verdict:
+    """lease_release, and run_lease_release by id or key.  Raises InvalidInput, Refused."""
+    if lease_id is None and name is None:
+        raise InvalidInput("lease_id: is required" + (", or key" if scope == RUN_WIDE else ""))
+    for argument, value in (("lease_id", lease_id), (lease_argument(scope), name)):
+        if value is not None:
+            check_argument(argument, value)
+    place = (scope, name) if lease_id is None else shared.lease_ids.get(lease_id)
+    lease = shared.leases.get(place)
+    again = "acquire it again before you go on with what it guards"
+    if lease is None or lease.scope not in (caller.layer, RUN_WIDE):
+        what = f"unknown lease_id: {lease_id}" if lease_id is not None else f"no lease {name} is held"
+        raise Refused(f"{what}; it was released, or its ttl_secs ran out: {again}")
+    if lease.holder != caller.id:
+        raise Refused(f"forbidden: lease {lease.name} is held by {lease.holder} until "
+                      f"{render_time(lease.expires_at)}; only its holder releases it")
+    if lease.scope != scope:
+        tool = "run_lease_release" if lease.scope == RUN_WIDE else "lease_release"
+        raise Refused(f"lease {lease.name} has another scope; release it with {tool}")
+    if name is not None and name != lease.name:
+        raise InvalidInput(f"{lease_argument(scope)}: found {show_value(name)}; allowed: {lease.name}, which "
+                           "lease_id names, or leave one of them out")
+    return Verdict(_lease_ended(lease, "released"))
+
+
+def decide_abandon(shared: SharedTables, scope: str, name: str, call: str) -> dict | None:
+    """The event of a call for a lease that was cancelled before it was answered: it gets none."""
+    if call in shared.waits:
+        return _wait_ended(shared, call, "cancelled")
+    lease = shared.leases.get((scope, name))
+    return _lease_ended(lease, "cancelled") if lease and lease.call == call else None
+
+
+def _lease_ended(lease: Lease, why: str) -> dict:
+    return {"kind": "lease_ended", "scope": lease.scope, "name": lease.name, "lease_id": lease.id,
+            "actor": lease.holder, "why": why}
+
+
+def _wait_ended(shared: SharedTables, call: str, why: str) -> dict:
+    wait = shared.waits[call]
+    return {"kind": "lease_wait_ended", "call": call, "actor": wait.actor, "scope": wait.scope,
+            "name": wait.name, "why": why}
+
+
+def decide_due(shared: SharedTables, now: float) -> dict | None:
+    """The next event that is due, by time or because a lease is free; None when nothing is.
+
+    What fell due earlier comes earlier, also when it is looked at late; at one moment a lease ends before
+    a wait for it does, so that who waited exactly long enough gets it.
+    """
+    for place in shared.ready:
+        call = next(iter(shared.queues[place]))
+        wait = shared.waits[call]
+        return {"kind": "lease_granted", "scope": wait.scope, "name": wait.name, "actor": wait.actor,
+                "lease_id": wait.lease_id, "ttl_s": wait.ttl_s, "call": call,
+                "version": shared.fences.get(place, 0) + 1}
+    if not shared.due or shared.due[0][0] > now:
+        return None
+    _, rank, name = shared.due[0]
+    if rank == _LEASE_ENDS:
+        return _lease_ended(shared.leases[shared.lease_ids[name]], "expired")
+    return _wait_ended(shared, name, "timed_out")
+
+
+def next_due_at(shared: SharedTables) -> float | None:
+    """When decide_due has something to say; 0.0: at once, None: not by time alone."""
+    if shared.ready:
+        return 0.0
+    return shared.due[0][0] if shared.due else None
+
+
+def answer_lease(lease: Lease) -> dict:
+    """The result of an acquisition for its holder."""
+    return {"acquired": True, "lease_id": lease.id, "version": lease.version, "holder": lease.holder,
+            "acquired_at": render_time(lease.acquired_at), "expires_at": render_time(lease.expires_at)}
+
+
+def answer_refused(lease: Lease | None) -> dict:
+    """The result of an acquisition that got nothing: who holds it, and until when."""
+    return {"acquired": False, "holder": lease.holder if lease else None,
+            "expires_at": render_time(lease.expires_at) if lease else None}
+
+
+def answer_wait(shared: SharedTables, caller: Caller, scope: str, name: str, call: str) -> dict | None:
+    """The result of a call that waited for a lease; None while it waits."""
+    if call in shared.waits:
+        return None
+    lease = shared.leases.get((scope, name))
+    return answer_lease(lease) if lease and lease.holder == caller.id else answer_refused(lease)
+
+
+def list_leases(shared: SharedTables, scope: str) -> dict:
+    """The result of lease_list: what is held or waited for in a scope, by name."""
+    names = sorted(name for s, name in shared.leases.keys() | shared.queues.keys() if s == scope)
+    rows = []
+    for name in names:
+        lease = shared.leases.get((scope, name))
+        rows.append({"name": name, "holder": lease.holder if lease else None,
+                     "version": shared.fences.get((scope, name), 0),
+                     "expires_at": render_time(lease.expires_at) if lease else None,
+                     "waiting": len(shared.queues.get((scope, name), ()))})
+    return {"leases": rows}
+
+
+def dump_shared(shared: SharedTables, text_of: Callable[[Any], str]) -> dict:
+    """`shared-store.json`; `text_of` gives the text of an entry's value, also where that is a blob."""
+    layers = {layer: {path: {"value": unpack_value(e.form, text_of(e.value)), "version": e.version,
+                             "written_by": e.written_by, "written_at": render_time(e.written_at)}
+                      for path, e in sorted(store.entries.items())} for layer, store in shared.stores.items()}
+    scopes = dict.fromkeys(scope for scope, _ in [*shared.leases, *shared.queues])
+    return {"layers": layers, "leases": [{"layer": scope or None, **row} for scope in scopes
+                                         for row in list_leases(shared, scope)["leases"]]}
+
+
+# ---- events
+
+_LEASE_ENDS, _WAIT_ENDS = 0, 1      # ranks in the heap: at one moment the lease ends first
+
+
+def apply_shared(shared: SharedTables, event: dict) -> None:
+    """Fold one event into the tables.  A kind that is none of these changes nothing."""
+    row = SHARED_EVENTS.get(event["kind"])
+    if row:
+        row.handler(shared, event)
+        _drop_stale(shared)
+
+
+def free_holder(shared: SharedTables, actor: str) -> None:
+    """An actor's hand has ended: its leases are free, and it waits for none.
+
+    For the handlers of events that end a hand.
+    """
+    for place in list(shared.held_by.get(actor, ())):
+        _drop_lease(shared, place)
+    for call in list(shared.waits_of.get(actor, ())):
+        _drop_wait(shared, call)
+    _drop_stale(shared)
+
+
+def on_kv_written(shared: SharedTables, event: dict) -> None:
+    """A value stands at a path."""
+    store = shared.stores.get(event["layer"])
+    if store is None:
+        store = shared.stores[event["layer"]] = Store()
+    old = store.entries.get(event["path"])
+    store.entries[event["path"]] = Entry(event["form"], event["value"], event["size_bytes"], event["version"],
+                                         event["actor"], event["at"])
+    store.size_bytes += event["size_bytes"] - (old.size_bytes if old else 0)
+    store.deleted.pop(event["path"], None)
+
+
+def on_kv_deleted(shared: SharedTables, event: dict) -> None:
+    """Nothing stands at a path; its last version is remembered."""
+    store = shared.stores[event["layer"]]
+    old = store.entries.pop(event["path"])
+    store.size_bytes -= old.size_bytes
+    store.deleted[event["path"]] = old.version
+
+
+def on_lease_granted(shared: SharedTables, event: dict) -> None:
+    """A lease has a new holder, whose other calls for it are answered by that."""
+    place, actor = (event["scope"], event["name"]), event["actor"]
+    shared.leases[place] = lease = _lease_of(event)
+    shared.lease_ids[lease.id] = place
+    shared.fences[place] = lease.version
+    shared.held_by.setdefault(actor, {})[place] = None
+    for call in list(shared.waits_of.get(actor, ())):
+        if shared.waits[call][:2] == place:
+            _drop_wait(shared, call)
+    shared.ready.pop(place, None)
+    _note_due(shared, lease.expires_at, _LEASE_ENDS, lease.id)
+
+
+def on_lease_renewed(shared: SharedTables, event: dict) -> None:
+    """The holder of a lease asked for it again: it ends later, or sooner, as was asked."""
+    place = event["scope"], event["name"]
+    shared.leases[place] = lease = _lease_of(event)._replace(call=shared.leases[place].call)
+    _note_due(shared, lease.expires_at, _LEASE_ENDS, lease.id)
+
+
+def on_lease_queued(shared: SharedTables, event: dict) -> None:
+    """A call waits for a lease, behind those that came before."""
+    place, call, actor = (event["scope"], event["name"]), event["call"], event["actor"]
+    wait = shared.waits[call] = LeaseWait(*place, actor, event["lease_id"], event["ttl_s"],
+                                          event["at"] + event["wait_s"])
+    shared.queues.setdefault(place, {})[call] = None
+    shared.waits_of.setdefault(actor, {})[call] = None
+    if place not in shared.leases:
+        shared.ready[place] = None
+    _note_due(shared, wait.until_at, _WAIT_ENDS, call)
+
+
+def on_lease_ended(shared: SharedTables, event: dict) -> None:
+    """A lease was released, or its time ran out."""
+    _drop_lease(shared, (event["scope"], event["name"]))
+
+
+def on_lease_wait_ended(shared: SharedTables, event: dict) -> None:
+    """A call waits for a lease no more, and got none."""
+    _drop_wait(shared, event["call"])
+
+
+def _lease_of(event: dict) -> Lease:
+    """The lease that a grant or a renewal makes."""
+    return Lease(event["scope"], event["name"], event["lease_id"], event["actor"], event["version"],
+                 event.get("acquired_at", event["at"]), event["at"] + event["ttl_s"], event["call"])
+
+
+def _drop_lease(shared: SharedTables, place: tuple) -> None:
+    """Nobody holds a lease; who waits for it is ready to get it."""
+    lease = shared.leases.pop(place)
+    del shared.lease_ids[lease.id]
+    _discard(shared.held_by, lease.holder, place)
+    if place in shared.queues:
+        shared.ready[place] = None
+
+
+def _drop_wait(shared: SharedTables, call: str) -> None:
+    """A call leaves the queue that it stands in."""
+    wait = shared.waits.pop(call)
+    place = wait.scope, wait.name
+    _discard(shared.waits_of, wait.actor, call)
+    _discard(shared.queues, place, call)
+    if place not in shared.queues:
+        shared.ready.pop(place, None)
+
+
+def _discard(index: dict, key: Any, member: Any) -> None:
+    """Take a member out of an index of ordered sets; an empty set goes, too."""
+    del index[key][member]
+    if not index[key]:
+        del index[key]
+
+
+def _note_due(shared: SharedTables, at: float, rank: int, name: str) -> None:
+    """Note when something will be due; what renewals and releases made untrue is swept out now and then."""
+    import heapq
+
+    if len(shared.due) > 2 * (len(shared.leases) + len(shared.waits)) + 64:
+        shared.due[:] = [row for row in shared.due if _is_due(shared, row)]
+        heapq.heapify(shared.due)
+    heapq.heappush(shared.due, (at, rank, name))
+
+
+def _drop_stale(shared: SharedTables) -> None:
+    """Take what is not true any more from the top of the heap."""
+    import heapq
+
+    while shared.due and not _is_due(shared, shared.due[0]):
+        heapq.heappop(shared.due)
+
+
+def _is_due(shared: SharedTables, row: tuple) -> bool:
+    """Whether a row of the heap still says when a lease or a wait ends."""
+    at, rank, name = row
+    if rank == _LEASE_ENDS:
+        lease = shared.leases.get(shared.lease_ids.get(name))
+        return lease is not None and lease.expires_at == at
+    wait = shared.waits.get(name)
+    return wait is not None and wait.until_at == at
+
+
+class SharedKind(NamedTuple):
+    """One kind of event: its handler, the answer of the call that it came from, whether it is fsynced.
+
+    `answer` takes the recorded event, so that a call that is sent again is answered as it was.
+    """
+
+    handler: Callable[[SharedTables, dict], None]
+    answer: Callable[[dict], dict] | None = None      # None: that of answer_wait
+    durable: bool = False
+
+
+def _answer_written(event: dict) -> dict:
+    return {"version": event["version"], **({"swapped": True} if event.get("cas") else {})}
+
+
+SHARED_EVENTS = {
+    #                              handler              answer                                durable
+    "kv_written":       SharedKind(on_kv_written,       _answer_written,                      True),
+    "kv_deleted":       SharedKind(on_kv_deleted,       lambda event: {"existed": True},      True),
+    "lease_granted":    SharedKind(on_lease_granted,    lambda event: answer_lease(_lease_of(event))),
+    "lease_renewed":    SharedKind(on_lease_renewed,    lambda event: answer_lease(_lease_of(event))),
+    "lease_queued":     SharedKind(on_lease_queued),
+    "lease_ended":      SharedKind(on_lease_ended,      lambda event: {"ok": True}),
+    "lease_wait_ended": SharedKind(on_lease_wait_ended),
+}
 
 
 # ======================================================================================

@@ -295,7 +295,7 @@ def test_events_are_exactly_what_is_recorded():
     for kind, row in pitboss.EVENTS.items():
         assert row.handler is getattr(pitboss, f"on_{kind}")
         assert list(inspect.signature(row.handler).parameters) == ["run", "event"]
-    named = {f"on_{kind}" for kind in pitboss.EVENTS}
+    named = {f"on_{kind}" for kind in (*pitboss.EVENTS, *pitboss.SHARED_EVENTS)}
     assert {n for n in functions() if n.startswith("on_")} == named, "a handler without a row"
 
 
