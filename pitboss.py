@@ -3801,8 +3801,9 @@ class Bridge:
         while True:
             if self.sock is None and not self.over:
                 self.connect()
-            self.offer()
-            if self.is_done():
+            if self.held:
+                self.offer()
+            if self.ended_at is not None and self.is_done():
                 return 0
             readers = [] if self.ended_at is not None or self.is_full() else [0]
             writers = [1] if self.to_agent else []
@@ -3816,6 +3817,9 @@ class Bridge:
                 self.write_server()
             if self.sock is not None and self.sock in readable:
                 self.read_server()
+                at_once = self.to_agent and select.select([], [1], [], 0)[1]
+                if at_once and not self.write_agent(select.PIPE_BUF):
+                    return 0
             if 0 in readable:
                 self.read_agent()
 
@@ -3827,9 +3831,7 @@ class Bridge:
         return max(0.0, min(waits)) if waits else None
 
     def is_done(self) -> bool:
-        """Whether the agent has closed its side and there is nothing to wait for, or a second has passed."""
-        if self.ended_at is None:
-            return False
+        """Whether an agent that has closed its side is owed nothing more, or a second has passed since."""
         waiting = self.sent or self.held or self.to_agent or self.to_server
         return not waiting or time.monotonic() >= self.ended_at + 1.0
 
@@ -4070,7 +4072,7 @@ class Bridge:
 
     def hear(self, line) -> None:
         """One line of the dispatcher."""
-        message = json.loads(line) if line is not None else {}
+        message = strict_json().decode(line.decode()) if line is not None else {}
         ids = request_ids(message)
         if not self.greeted:
             self.hear_greeting(message)
