@@ -4278,7 +4278,10 @@ class Link:
         self.regulate()
 
     def regulate(self) -> None:
-        """Read only while what was read has been taken up."""
+        """Read only while what was read has been taken up; a connection that is ending takes up nothing."""
+        if self.transport.is_closing():
+            self.waiting.clear()
+            return
         if self.waiting and not self.choked and not self.turn_due:
             self.turn_due = True
             asyncio.get_running_loop().call_soon(self.take_turn)

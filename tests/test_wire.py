@@ -637,19 +637,32 @@ def test_a_flood_of_one_client_leaves_the_others_their_turn(house):
     writer.join()
 
 
+class Transport:
+    """What a Link needs of asyncio; `seen` holds the names of what was asked of it."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def is_closing(self) -> bool:
+        return "close" in self.seen or "abort" in self.seen
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def __getattr__(self, name):
+        return lambda *args, **named: self.seen.append(name)
+
+
 def test_lines_are_taken_up_in_turns():
     """However much a client sends at once, what else the loop has to do comes between."""
-    class Transport:
-        def __getattr__(self, name):
-            return lambda *args, **named: seen.append(name) or (0 if name == "get_write_buffer_size" else None)
-
     class Session:
         def on_line(self, line):
             taken.append(line)
 
     async def flood():
-        link = pitboss.Link(lambda link: Session(), set(), seen.append, lambda connection: os.geteuid())
+        link = pitboss.Link(lambda link: Session(), set(), taken.append, lambda connection: os.geteuid())
         link.connection_made(Transport())
+        seen = link.transport.seen
         link.data_received(b"x\n" * 1000)
         assert len(taken) == pitboss.LINES_A_TURN and "pause_reading" in seen
         others = []
@@ -659,7 +672,30 @@ def test_lines_are_taken_up_in_turns():
         steps = [b - a for a, b in zip(others, others[1:])]
         assert max(steps) == pitboss.LINES_A_TURN and len(taken) == 1000 and "resume_reading" in seen
 
-    taken, seen = [], []
+    taken = []
+    asyncio.run(flood())
+
+
+@pytest.mark.parametrize("end", ["close", "breaks"])
+def test_what_lies_behind_the_end_of_a_connection_is_not_taken_up(end):
+    class Session:
+        def __init__(self, link):
+            self.link = link
+
+        def on_line(self, line):
+            taken.append(line)
+            if end == "breaks":
+                raise ZeroDivisionError
+            self.link.close()
+
+    async def flood():
+        reports = []
+        link = pitboss.Link(Session, set(), reports.append, lambda connection: os.geteuid())
+        link.connection_made(Transport())
+        link.data_received(b"x\n" * 1000)
+        assert len(taken) == 1 and not link.waiting and not link.turn_due and len(reports) == (end == "breaks")
+
+    taken = []
     asyncio.run(flood())
 
 
@@ -991,7 +1027,8 @@ def test_a_run_that_somebody_holds_is_not_over(house):
         fcntl.flock(lock, fcntl.LOCK_EX)
         id = agent.start_call("echo", text="still there")
         house.serve()
-        assert agent.hear()["id"] == id
+        answer = agent.hear()
+        assert answer["id"] == id and answer["result"]["structuredContent"] == {"text": "still there"}
 
 
 def test_an_id_names_one_request_of_a_session(house):
@@ -1025,6 +1062,7 @@ def test_the_bridge_is_a_command_too(house, home):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=home.env)
     agent = Agent(process)
     agent.initialize()
+    process.send_signal(signal.SIGINT)
     assert agent.value("whoami")["actor"] == "lead"
 
 
