@@ -23,6 +23,7 @@ import pytest
 
 import pitboss
 import wire_desk
+from test_claude import LONG_S, a_claude_home, check_success, manifest, prompt, real, say, section
 from tools import PITBOSS, PYTHON, program, wait_for
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -350,7 +351,8 @@ def test_nothing_that_is_said_later_changes_who_a_client_is(house):
     again = client.ask("hello", hello_of("lead"))
     assert again["error"]["code"] == -32601
     assert client.value("whoami")["actor"] == "w1"
-    assert [t["name"] for t in client.ask("tools/list")["result"]["tools"]] == ["echo", "deal", "of_worker"]
+    assert [t["name"] for t in client.ask("tools/list")["result"]["tools"]] == ["echo", "wait", "deal_and_die",
+                                                                                 "of_worker"]
 
 
 def test_an_actor_may_have_several_connections(house):
@@ -1064,6 +1066,36 @@ def test_the_bridge_is_a_command_too(house, home):
     agent.initialize()
     process.send_signal(signal.SIGINT)
     assert agent.value("whoami")["actor"] == "lead"
+
+
+@real
+def test_a_real_claude_calls_through_the_bridge_and_outlives_two_dispatchers(house, tmp_path):
+    """Two calls of one turn wait together over a death; one that was done and not answered is not done again."""
+    def call(tool: str, **arguments) -> dict:
+        return {"tool": f"mcp__wire__{tool}", "input": arguments}
+
+    house.serve()
+    command, *args = pitboss.bridge_argv(str(house.run), "lead", "lead", str(house.run / "token-lead"))
+    with a_claude_home(tmp_path) as place:
+        steps = [{"tools": [call("wait", gate="gate", text="one"), call("wait", gate="gate", text="two")]},
+                 call("deal_and_die", text="three"), call("echo", text="four"), say("${4}")]
+        text = manifest(place.task("a", prompt(*steps), tools=["Read"]))
+        text += section("[[mcp_server]]", {"id": "wire", "command": command, "args": args})
+        process = place.home.start("dispatch", place.home.manifest(text))
+        wait_for(lambda: house.notes().count("waits") == 2 or process.poll() is not None, LONG_S, "both calls")
+        assert process.poll() is None, process.stderr.read()
+        house.kill()
+        house.serve()
+        house.gate()
+        house.server.wait(LONG_S)                      # it died of deal_and_die
+        house.serve()
+        assert process.wait(LONG_S) == 0, process.stderr.read()
+        run = place.newest()
+        check_success(run)
+        results = run.tool_results()
+    assert all(word in results for word in ("one", "two", "three", "four")) and "Connection closed" not in results
+    assert sorted(answer["said"] for _, answer in house.done()) == ["one", "three", "two"]
+    assert house.notes().count("admitted") == 3        # one bridge, one hello to each dispatcher
 
 
 @pytest.mark.parametrize("argv", [[], ["s"], ["s", "--actor-id", "a"], ["s", "--actor-id", "a", "--actor-role"],

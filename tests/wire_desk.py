@@ -46,7 +46,8 @@ class TestDesk:
         return hello.actor, role
 
     def tools(self, caller):
-        return [{"name": name, "inputSchema": {"type": "object"}} for name in ("echo", "deal", f"of_{caller[1]}")]
+        return [{"name": name, "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": True}}
+                for name in ("echo", "wait", "deal_and_die", f"of_{caller[1]}")]
 
     def dropped(self, caller, key) -> None:
         self.note("dropped", key[2])
