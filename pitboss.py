@@ -4366,8 +4366,9 @@ def socket_places(run_dir: str, env: Mapping[str, str], names: Iterable[str]) ->
         return {name: os.path.join(folder, f"{prefix}{name}.sock") for name in names}
 
     names = tuple(names)
-    shared = os.path.join(env.get("XDG_RUNTIME_DIR") or "", "pitboss")
-    if shared.startswith("/"):
+    base = env.get("XDG_RUNTIME_DIR") or ""
+    if base.startswith("/") and is_private_folder(base):       # under sudo it may be another user's
+        shared = os.path.join(base, "pitboss")
         with contextlib.suppress(OSError):
             os.mkdir(shared, 0o700)
         if is_private_folder(shared) and os.access(shared, os.W_OK | os.X_OK):

@@ -772,6 +772,11 @@ def test_a_runtime_folder_that_is_not_ours_alone_is_not_used(house):
     house.serve(env={"XDG_RUNTIME_DIR": str(runtime)})
     assert pitboss.read_sockets(str(house.run))["mcp"] == str(house.run / "mcp.sock")
     assert os.listdir(runtime / "pitboss") == []
+    house.kill()
+    runtime.chmod(0o777)
+    os.rmdir(runtime / "pitboss")
+    house.serve(env={"XDG_RUNTIME_DIR": str(runtime)})
+    assert pitboss.read_sockets(str(house.run))["mcp"] == str(house.run / "mcp.sock") and os.listdir(runtime) == []
 
 
 def test_a_path_too_long_for_a_socket_gets_a_short_one_and_a_link(tmp_path, pinned):
