@@ -476,7 +476,7 @@ def wire_places() -> Iterator[tuple[list[str], list[str]]]:
         (run / "tokens.json").write_text('{"lead": ["token", "lead"]}')
         (run / "token").write_text("token")
         servers = [subprocess.Popen([PYTHON, wire_desk.__file__, name]),
-                   subprocess.Popen([PYTHON, "-c", BARE_SERVER, f"{name}/bare.sock"])]
+                   subprocess.Popen([PYTHON, "-c", BARE_SERVER, f"{name}/bare.sock"], **QUIET)]
         try:
             wait_for(lambda: (run / "sockets.json").exists() and (run / "bare.sock").exists(), 30, "the servers")
             yield (pitboss.bridge_argv(name, "lead", "lead", f"{name}/token"),
