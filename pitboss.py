@@ -14,6 +14,7 @@ Street map.  Each section may name only the sections above it.
     FILES      atomic write, journal, lock, paths, pinned copy of this file        [io]
     GIT        worktrees, rescue refs                                              [async]
     PROCESS    shim, adoption, signals, process trees, log tail                    [async]
+    WIRE       JSON lines and JSON-RPC over a unix socket; the stdio bridge        [async]
     AGENTS     adapter table: argv, environment, input, resume                     [pure]
     DISPATCH   Dispatcher: the only owner of tasks; does what is owed; resume      [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
@@ -29,6 +30,7 @@ Where do I add ...
     a shared event      one handler and one row in SHARED_EVENTS
     a part of the store one row in NAMESPACES
     something to do     one effect and one row in EFFECTS; a handler of EVENTS owes it
+    a method of MCP     one method of McpSession and one row in METHODS or NOTIFICATIONS
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
     an exit code        one row in EXIT_CODES
@@ -4438,6 +4440,1177 @@ def open_input(data: bytes) -> tuple[int, int, bytes]:
 
 
 # ======================================================================================
+# WIRE: JSON lines and JSON-RPC over a unix socket; the stdio bridge             [async]
+# ======================================================================================
+# A line is one JSON document.  A Link is one connection: whole lines in, lines out, both in
+# bounded memory, so that a client which floods, stalls or talks nonsense harms itself alone.
+# What the lines mean is a session's matter: McpSession speaks MCP for a Desk, which knows the
+# callers and the tools; nothing here does.  Who a client is follows from its token for good.
+# To add a method of MCP: one function and one row in METHODS or NOTIFICATIONS.
+
+# ---- the bridge: up to its end only the standard library is named, for pin_bridge takes this text alone
+
+WIRE_PROTOCOL = 1              # of hello, the first line on a socket
+WIRE_LINE = 16 << 20           # bytes of the longest line that is taken
+WIRE_ANSWER = 64 << 20         # bytes of the longest answer, and of all that a client lets lie unread
+MAX_OUTSTANDING = 64           # requests of one bridge whose answers are still to come
+INVALID_REQUEST, INTERNAL_ERROR = -32600, -32603
+BATCHES_IN = "2025-03-26"      # the one version of MCP with JSON-RPC batches
+
+
+class Lines:
+    """Bytes in, whole lines out, in bounded memory.  A line above `limit` bytes comes out as None."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.part = bytearray()      # of the line that has not ended yet
+        self.size = 0                # bytes of that line, also of those that were dropped
+
+    def feed(self, data: bytes) -> list:
+        """The lines that `data` ends, without their ends."""
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        if lines and self.size:
+            lines[0] = None if self.size > self.limit else bytes(self.part + lines[0])
+            self.part, self.size = bytearray(), 0
+        if rest:
+            self.size += len(rest)
+            if self.size > self.limit:
+                self.part.clear()
+            else:
+                self.part += rest
+        return [None if line is None or len(line) > self.limit else line for line in lines]
+
+
+@functools.lru_cache(maxsize=1)
+def strict_json() -> json.JSONDecoder:
+    """JSON as its standard has it: without NaN and without infinities, however they are spelt."""
+    def refuse(text):
+        raise ValueError(f"{text} is not a number of JSON")
+
+    def finite(text):
+        value = float(text)
+        return value if -1.8e308 < value < 1.8e308 else refuse(text)
+
+    return json.JSONDecoder(parse_constant=refuse, parse_float=finite)
+
+
+def parse_message(line: bytes):
+    """The document of a line.  Raises ValueError; RecursionError for one that is nested too deeply."""
+    return strict_json().decode(line.decode("utf-8"))
+
+
+def is_request_id(value) -> bool:
+    """Whether a value may name a request: a text of 1 to 200 characters, or an integer of 64 bits."""
+    return (type(value) is str and 0 < len(value) <= 200
+            or type(value) is int and -1 << 63 <= value < 1 << 63)
+
+
+def request_ids(message) -> list:
+    """The ids of the requests in a message, or of the answers in one."""
+    rows = message if type(message) is list else [message]
+    return [row["id"] for row in rows if type(row) is dict and is_request_id(row.get("id"))]
+
+
+class Bridge:
+    """An agent's standard streams on one side, the dispatcher's socket on the other.
+
+    Lines pass as they are.  A request is kept until its answer has come: when the dispatcher goes away, it is
+    sent again to the next one, with the same nonce and id, which together name a call for good.  An answer
+    goes to the agent once; one that nothing asked for is dropped.
+    """
+
+    def __init__(self, socket_path: str, actor: str, role: str, token_file: str, run_dir: str) -> None:
+        self.socket_path, self.run_dir, self.token_file = socket_path, run_dir, token_file
+        self.actor, self.role = actor, role
+        self.nonce = os.urandom(12).hex()
+        self.sock = None
+        self.greeted = False           # the dispatcher has taken our hello
+        self.retry_at, self.pause_s = 0.0, 0.02
+        self.from_agent, self.from_server = Lines(WIRE_LINE), Lines(WIRE_ANSWER)
+        self.to_agent, self.to_server = bytearray(), bytearray()
+        self.held: list = []           # (line, ids of its requests) that were not sent yet
+        self.held_bytes = 0
+        self.sent: dict = {}           # number: (line, ids) of what was sent and not answered, in order
+        self.sent_bytes = 0
+        self.owner: dict = {}          # id: its number in `sent`
+        self.numbers = 0
+        self.counted = range(0)        # integer ids that were used, one after the other
+        self.others: set = set()       # all other ids that were used
+        self.initialize = None         # the agent's own, as it was parsed
+        self.initialized = b""         # and its notification
+        self.version = ""              # of MCP, as it was agreed
+        self.over = ""                 # why no answer will come any more
+        self.ended_at = None           # when the agent closed its side
+
+    def serve(self) -> int:
+        """Carry lines until the agent closes its side; returns the exit status."""
+        import select
+
+        while True:
+            if self.sock is None and not self.over:
+                self.connect()
+            if self.held:
+                self.offer()
+            if self.ended_at is not None and self.is_done():
+                return 0
+            readers = [] if self.ended_at is not None or self.is_full() else [0]
+            writers = [1] if self.to_agent else []
+            if self.sock is not None:
+                readers += [self.sock] if len(self.to_agent) < 1 << 20 else []
+                writers += [self.sock] if self.to_server else []
+            readable, writable, _ = select.select(readers, writers, [], self.patience_s())
+            if 1 in writable and not self.write_agent(select.PIPE_BUF):
+                return 0
+            if self.sock is not None and self.sock in writable:
+                self.write_server()
+            if self.sock is not None and self.sock in readable:
+                self.read_server()
+                at_once = self.to_agent and select.select([], [1], [], 0)[1]
+                if at_once and not self.write_agent(select.PIPE_BUF):
+                    return 0
+            if 0 in readable:
+                self.read_agent()
+
+    def patience_s(self):
+        """How long to wait for something to happen; None: for ever."""
+        waits = [] if self.sock is not None or self.over else [self.retry_at - time.monotonic()]
+        if self.ended_at is not None:
+            waits.append(self.ended_at + 1.0 - time.monotonic())
+        return max(0.0, min(waits)) if waits else None
+
+    def is_done(self) -> bool:
+        """Whether an agent that has closed its side is owed nothing more, or a second has passed since."""
+        waiting = self.sent or self.held or self.to_agent or self.to_server
+        return not waiting or time.monotonic() >= self.ended_at + 1.0
+
+    def is_full(self) -> bool:
+        """Whether the agent has said more than can be passed on now."""
+        return self.held_bytes > WIRE_LINE or len(self.held) >= 1000
+
+    # ---- the agent's side
+
+    def read_agent(self) -> None:
+        """Take what the agent says."""
+        try:
+            data = os.read(0, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.ended_at = time.monotonic()
+        for line in self.from_agent.feed(data):
+            self.take(line)
+
+    def take(self, line) -> None:
+        """One line of the agent; None stands for one that is too long."""
+        if line is None:
+            self.tell_fault(None, f"a line may have {WIRE_LINE} bytes; a longer one was skipped")
+            return
+        if not line.strip():
+            return
+        try:
+            message = parse_message(line)
+        except (ValueError, RecursionError):
+            message = None             # goes on as it is: the dispatcher says what is wrong
+        ids = self.ids_of(message)
+        if len(set(ids)) < len(ids) or any(map(self.was_used, ids)):
+            self.tell_fault(ids[0], "this id was used before; each request of a session needs its own")
+            return
+        for number in ids:
+            self.remember(number)
+        method = message.get("method") if type(message) is dict else None
+        if method == "initialize" and ids:
+            self.initialize = message
+        elif method == "notifications/initialized":
+            self.initialized = line
+        elif method == "notifications/cancelled" and self.forget_cancelled(message):
+            return
+        if self.over:
+            self.answer_for_nobody(message, ids)
+        else:
+            self.hold(line, ids)
+
+    def ids_of(self, message) -> list:
+        """The ids of the requests that an answer will come for."""
+        if type(message) is list and self.version != BATCHES_IN:
+            return []
+        rows = message if type(message) is list else [message]
+        return request_ids([row for row in rows if type(row) is dict and "method" in row])
+
+    def was_used(self, number) -> bool:
+        """Whether the agent has given this id to a request before."""
+        return number in self.others or type(number) is int and number in self.counted
+
+    def remember(self, number) -> None:
+        """An id is taken.  Ids that count upwards cost no memory."""
+        if type(number) is int and not self.counted:
+            self.counted = range(number, number + 1)
+        elif number == self.counted.stop and type(number) is int:
+            self.counted = range(self.counted.start, number + 1)
+        else:
+            self.others.add(number)
+
+    def hold(self, line: bytes, ids: list) -> None:
+        """Keep a line until it can be sent."""
+        self.held.append((line, ids))
+        self.held_bytes += len(line)
+
+    def forget_cancelled(self, message: dict) -> bool:
+        """The agent gives up a request: nothing is sent again for it.  True: nobody else need know."""
+        params = message.get("params")
+        given = params.get("requestId") if type(params) is dict else None
+        for n, (line, ids) in enumerate(self.held):
+            if len(ids) == 1 and type(ids[0]) is type(given) and ids[0] == given:
+                del self.held[n]
+                self.held_bytes -= len(line)
+                return True
+        number = self.owner.get(given) if is_request_id(given) else None
+        if number is None:
+            return True                # answered already, or never asked
+        del self.owner[given]
+        self.sent[number][1].remove(given)
+        if not self.sent[number][1]:
+            self.forget(number)
+        if self.sock is not None:      # past the lines that are held: those may wait for room
+            self.to_server += json.dumps(message).encode() + b"\n"
+        return True
+
+    def tell(self, answer) -> None:
+        """A line of our own to the agent."""
+        self.to_agent += json.dumps(answer, separators=(",", ":")).encode() + b"\n"
+
+    def tell_fault(self, number, text: str, code: int = INVALID_REQUEST) -> None:
+        """A fault of our own finding, or of nobody being there."""
+        self.tell({"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": text}})
+
+    def write_agent(self, most: int) -> bool:
+        """Give the agent what it will take without waiting.  False: it has gone."""
+        try:
+            del self.to_agent[:os.write(1, self.to_agent[:most])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    # ---- the dispatcher's side
+
+    def connect(self) -> None:
+        """Try to reach the dispatcher of now, wherever its socket is; give up when the run is over."""
+        import socket
+
+        if time.monotonic() < self.retry_at:
+            return
+        self.retry_at = time.monotonic() + self.pause_s
+        self.pause_s = min(0.5, self.pause_s * 1.6)
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.setblocking(False)
+        try:
+            link.connect(self.find_socket())
+        except OSError:
+            link.close()
+            if self.is_run_over():
+                self.give_up("the run has ended, so pitboss cannot answer any more")
+            return
+        self.sock, self.greeted = link, False
+        self.from_server, self.to_server = Lines(WIRE_ANSWER), bytearray()
+        self.greet()
+
+    def greet(self) -> None:
+        """Say who we are, then everything again that was not answered."""
+        def say(number, method, params):
+            self.to_server += json.dumps({"jsonrpc": "2.0", "id": f"{self.nonce}.{number}", "method": method,
+                                          "params": params}).encode() + b"\n"
+
+        say("hello", "hello", {"protocol": WIRE_PROTOCOL, "actor_id": self.actor, "role": self.role,
+                               "token": self.read_token(), "nonce": self.nonce,
+                               "outstanding": list(self.owner)})
+        if self.initialize is not None and self.initialize["id"] not in self.owner and self.version:
+            say("initialize", "initialize", self.initialize.get("params", {}))
+            if self.initialized:
+                self.to_server += self.initialized + b"\n"
+        for line, _ in self.sent.values():
+            self.to_server += line + b"\n"
+
+    def find_socket(self) -> str:
+        """Where the socket is now: RUN/sockets.json knows, else it is where we were told."""
+        try:
+            with open(os.path.join(self.run_dir, "sockets.json"), "rb") as f:
+                return str(json.loads(f.read())["mcp"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.socket_path
+
+    def read_token(self) -> str:
+        """The actor's token, from its file; nothing without one, and the dispatcher says what that means."""
+        try:
+            with open(self.token_file, encoding="ascii", errors="replace") as f:
+                return f.read(4096).strip()
+        except OSError:
+            return ""
+
+    def is_run_over(self) -> bool:
+        """Whether the run is settled and nobody holds it, or its folder is gone."""
+        import fcntl
+
+        if not os.path.isdir(self.run_dir):
+            return True
+        if not os.path.exists(os.path.join(self.run_dir, "summary.json")):
+            return False
+        try:
+            fd = os.open(os.path.join(self.run_dir, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def offer(self) -> None:
+        """Send what is held, as far as there is room for its answers; what was sent already comes first."""
+        taken = 0
+        for line, ids in self.held if self.sock is not None and self.greeted else ():
+            if len(self.to_server) > 1 << 18 or ids and self.sent and (
+                    len(self.owner) + len(ids) > MAX_OUTSTANDING or self.sent_bytes > WIRE_LINE):
+                break
+            taken += 1
+            self.held_bytes -= len(line)
+            self.to_server += line + b"\n"
+            if ids:
+                self.numbers += 1
+                self.sent[self.numbers] = (line, ids)
+                self.sent_bytes += len(line)
+                self.owner.update(dict.fromkeys(ids, self.numbers))
+        del self.held[:taken]
+        if taken:
+            self.write_server()
+
+    def write_server(self) -> None:
+        """Give the dispatcher what it will take without waiting."""
+        try:
+            del self.to_server[:self.sock.send(self.to_server)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.lose()
+
+    def read_server(self) -> None:
+        """Take what the dispatcher says."""
+        try:
+            data = self.sock.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        for line in self.from_server.feed(data):
+            self.hear(line)
+        if not data:
+            self.lose()
+
+    def lose(self) -> None:
+        """The dispatcher has gone: look for the next one."""
+        if self.sock is not None:
+            self.sock.close()
+        self.sock = None
+        self.to_server.clear()
+        self.retry_at = time.monotonic() + self.pause_s
+
+    def hear(self, line) -> None:
+        """One line of the dispatcher."""
+        message = strict_json().decode(line.decode()) if line is not None else {}
+        ids = request_ids(message)
+        if not self.greeted:
+            self.hear_greeting(message)
+        elif type(message) is dict and ("method" in message or message.get("id") is None):
+            self.to_agent += line + b"\n"
+        else:
+            number = next((self.owner[i] for i in ids if i in self.owner), None)
+            if number is not None:
+                if self.initialize is not None and self.initialize["id"] in ids and type(message) is dict:
+                    self.version = (message.get("result") or {}).get("protocolVersion", "")
+                self.forget(number)
+                self.to_agent += line + b"\n"
+
+    def hear_greeting(self, message: dict) -> None:
+        """The first line of a dispatcher: it takes us, or says why not."""
+        if "error" in message:
+            self.give_up(message["error"]["message"])
+        else:
+            self.greeted, self.pause_s = True, 0.02
+
+    def forget(self, number: int) -> None:
+        """A request was answered or given up."""
+        line, ids = self.sent.pop(number)
+        self.sent_bytes -= len(line)
+        for i in ids:
+            self.owner.pop(i, None)
+
+    def give_up(self, why: str) -> None:
+        """Answer all that waits, and from now on everything, with an error."""
+        self.over = why
+        self.lose()
+        waiting = [*self.sent.values(), *self.held]
+        self.sent, self.held, self.owner, self.sent_bytes, self.held_bytes = {}, [], {}, 0, 0
+        for line, ids in waiting:
+            self.answer_for_nobody(parse_message(line) if ids else None, ids)
+
+    def answer_for_nobody(self, message, ids: list) -> None:
+        """An error for each request of a message: a result of a tool's call, a fault of anything else."""
+        rows = [row for row in (message if type(message) is list else [message]) if ids]
+        answers = []
+        for row in rows:
+            if "method" in row and row.get("id") in ids:
+                error = {"error": {"code": INTERNAL_ERROR, "message": self.over}}
+                result = {"result": {"content": [{"type": "text", "text": self.over}], "isError": True}}
+                answers.append({"jsonrpc": "2.0", "id": row["id"],
+                                **(result if row["method"] == "tools/call" else error)})
+        if answers:
+            self.tell(answers if type(message) is list else answers[0])
+
+
+def run_bridge(socket_path: str, actor: str, role: str, token_file: str | None = None,
+               run_dir: str | None = None) -> int:
+    """Be the bridge of an actor until its agent closes our input; TERM ends us, INT does not.
+
+    claude ends its servers by INT, then TERM, and expects them to survive the first (measured with 2.1.197).
+    """
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run_dir = run_dir or os.path.dirname(os.path.abspath(socket_path))
+    return Bridge(socket_path, actor, role, token_file or os.path.join(run_dir, "tasks", actor, "token"),
+                  run_dir).serve()
+
+
+def bridge_main(argv: list) -> int:
+    """The command line of the pinned bridge: as of the command mcp-bridge."""
+    flags = {"--actor-id": "actor", "--actor-role": "role", "--token-file": "token_file",
+             "--run-dir": "run_dir"}
+    given = {flags[f]: value for f, value in zip(argv[1::2], argv[2::2]) if f in flags}
+    if len(argv) % 2 == 0 or len(given) != len(argv) // 2 or not {"actor", "role"} <= set(given):
+        sys.stderr.write("usage: mcp-bridge SOCKET --actor-id I --actor-role R [--token-file F] "
+                         "[--run-dir D]\n")
+        return 2
+    return run_bridge(argv[0], **given)
+
+# ---- the end of the bridge
+
+
+def bridge_source(text: str) -> str:
+    """The bridge as a program of its own, out of the text of this file."""
+    begin, end = ("\n# ---- the " + word for word in ("bridge: ", "end of the bridge\n"))
+    body = text.partition(begin)[2].partition(end)[0].partition("\n")[2]
+    return ("from __future__ import annotations\n\nimport functools\nimport json\nimport os\nimport sys\n"
+            "import time\n" + body)
+
+
+def pin_bridge(run_dir: str) -> None:
+    """Put the bridge, compiled, beside the run's pinned copy of this file: it starts faster than that."""
+    import py_compile
+
+    here = os.path.join(run_dir, "self")
+    with open(os.path.join(here, "pitboss.py"), encoding="utf-8") as f:
+        source = bridge_source(f.read())
+    path = os.path.join(here, "pitboss_bridge.py")
+    write_file(path, source.encode())
+    py_compile.compile(path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    write_file(os.path.join(here, "bridge"), b"import _signal\n"
+               b"_signal.signal(_signal.SIGINT, _signal.SIG_IGN)\n"
+               b"import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
+               b"from pitboss_bridge import bridge_main\nsys.exit(bridge_main(sys.argv[1:]))\n")
+
+
+def bridge_argv(run_dir: str, actor: str, role: str, token_file: str) -> list[str]:
+    """The command that starts the pinned bridge of an actor; it finds the socket by RUN/sockets.json."""
+    return [sys.executable, "-I", "-S", os.path.join(run_dir, "self", "bridge"),
+            os.path.join(run_dir, "mcp.sock"), "--actor-id", actor, "--actor-role", role, "--token-file",
+            token_file, "--run-dir", run_dir]
+
+
+def mint_token() -> str:
+    """What an actor shows to be believed: 128 random bits."""
+    return os.urandom(16).hex()
+
+
+def same_token(given: str, known: str) -> bool:
+    """Whether two tokens are one, in a time that says nothing of where they differ."""
+    import hmac
+
+    return bool(known) and hmac.compare_digest(given.encode("utf-8", "replace"), known.encode())
+
+
+# ------------------------------------------------------------------ connections
+
+OUT_HIGH = 256 << 10       # bytes unsent to a client, above which it is not read from
+LINES_A_TURN = 64          # of one connection, before the others get theirs
+BACKLOG = 256              # connections that wait to be accepted
+
+
+def peer_uid(connection: Any) -> int:
+    """The user at the other end of a unix socket.
+
+    Linux: SO_PEERCRED gives pid, uid, gid.  macOS and the BSDs: LOCAL_PEERCRED (1) of SOL_LOCAL (0) gives a
+    struct xucred (<sys/ucred.h>), which begins with a version and the uid; getpeereid asks the same.
+    """
+    import socket
+    import struct
+
+    if sys.platform == "linux":
+        return struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    return struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
+
+
+class Link:
+    """One connection: whole lines in, lines out, both in bounded memory.  A protocol of asyncio.
+
+    `open_session(link)` gives what takes the lines up: on_line(line), with None for a line that is too long,
+    and on_end().  A client that does not read its answers is not read from until it does; one that lets
+    WIRE_ANSWER bytes of what it is told unasked lie is dropped.
+    """
+
+    def __init__(self, open_session: Callable, links: set, report: Callable, uid_of: Callable) -> None:
+        from collections import deque
+
+        self.open_session, self.links, self.report, self.uid_of = open_session, links, report, uid_of
+        self.session: Any = None
+        self.transport: Any = None
+        self.lines = Lines(WIRE_LINE)
+        self.waiting: Any = deque()    # lines that were not taken up yet
+        self.out: list[str] = []
+        self.out_chars = 0             # everything that is sent is ASCII: also bytes
+        self.choked = False            # the client does not read
+        self.reading = True
+        self.in_turn = False           # what is sent now goes out together, at the turn's end
+        self.flush_due = self.turn_due = False
+
+    def connection_made(self, transport: Any) -> None:
+        """A client is there: it must be of our own user."""
+        self.transport = transport
+        transport.set_write_buffer_limits(high=OUT_HIGH)
+        self.links.add(self)
+        uid = self.uid_of(transport.get_extra_info("socket"))
+        if uid != os.geteuid():
+            self.send(render_fault(None, INVALID_REQUEST, f"refused: this socket is user {os.geteuid()}'s "
+                                                          f"alone, and you are user {uid}"))
+            self.close()
+            return
+        self.session = self.open_session(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if self.session is not None:
+            self.waiting.extend(self.lines.feed(data))
+            self.take_turn()
+
+    def take_turn(self) -> None:
+        """Take up some of the lines; those that are left wait until the other connections had their turn."""
+        self.turn_due, self.in_turn = False, True
+        try:
+            for _ in range(LINES_A_TURN):
+                if self.choked or not self.waiting or self.transport.is_closing():
+                    break
+                line = self.waiting.popleft()
+                if line is None or line.strip():
+                    self.session.on_line(line)
+                if self.out_chars > OUT_HIGH:
+                    self.flush()
+        except Exception as e:  # boundary: one client's line must not end what the others do
+            self.report(e)
+            self.transport.abort()
+        self.in_turn = False
+        self.flush()
+        self.regulate()
+
+    def regulate(self) -> None:
+        """Read only while what was read has been taken up; a connection that is ending takes up nothing."""
+        if self.transport.is_closing():
+            self.waiting.clear()
+            return
+        if self.waiting and not self.choked and not self.turn_due:
+            self.turn_due = True
+            asyncio.get_running_loop().call_soon(self.take_turn)
+        wanted = not self.waiting and not self.choked
+        if wanted != self.reading:
+            self.reading = wanted
+            (self.transport.resume_reading if wanted else self.transport.pause_reading)()
+
+    def send(self, text: str) -> None:
+        """Send one line of ASCII, together with others where there are any."""
+        self.out.append(text)
+        self.out_chars += len(text) + 1
+        if self.out_chars + self.transport.get_write_buffer_size() > WIRE_ANSWER + OUT_HIGH:
+            self.drop()
+        elif not self.in_turn and not self.flush_due:
+            self.flush_due = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Hand over what is to be sent."""
+        self.flush_due = False
+        if self.out and not self.transport.is_closing():
+            data = "\n".join(self.out).encode("ascii") + b"\n"
+            self.out, self.out_chars = [], 0
+            self.transport.write(data)
+
+    def drop(self) -> None:
+        """End a connection whose client does not read."""
+        self.out, self.out_chars = [], 0
+        self.transport.abort()
+
+    def close(self) -> None:
+        """Send what is to be sent, then end the connection."""
+        self.flush()
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is told."""
+        self.choked = True
+        self.regulate()
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        self.choked = False
+        self.regulate()
+
+    def eof_received(self) -> None:
+        """It will say no more: asyncio ends the connection, and half a line with it."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It has gone."""
+        self.links.discard(self)
+        self.waiting.clear()
+        if self.session is not None:
+            try:
+                self.session.on_end()
+            except Exception as e:  # boundary: as in take_turn
+                self.report(e)
+
+
+# ------------------------------------------------------------------ where the sockets are
+
+def max_socket_path() -> int:
+    """Bytes that a path may have to be bound: sun_path of <sys/un.h> without its final NUL."""
+    return 107 if sys.platform == "linux" else 103
+
+
+def is_private_folder(path: str) -> bool:
+    """Whether a folder is ours, and nobody else can put anything in it."""
+    try:
+        there = os.lstat(path)
+    except OSError:
+        return False
+    import stat
+
+    return stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid() and not there.st_mode & 0o022
+
+
+def socket_places(run_dir: str, env: Mapping[str, str], names: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Where the sockets of a run may be: name to path, the best place first; each folder is made in turn."""
+    def in_folder(folder: str, prefix: str = "") -> dict[str, str]:
+        return {name: os.path.join(folder, f"{prefix}{name}.sock") for name in names}
+
+    names = tuple(names)
+    base = env.get("XDG_RUNTIME_DIR") or ""
+    if base.startswith("/") and is_private_folder(base):       # under sudo it may be another user's
+        shared = os.path.join(base, "pitboss")
+        with contextlib.suppress(OSError):
+            os.mkdir(shared, 0o700)
+        if is_private_folder(shared) and os.access(shared, os.W_OK | os.X_OK):
+            yield in_folder(shared, f"{os.path.basename(run_dir)}.")
+    yield in_folder(run_dir)
+    import tempfile
+
+    for path in (read_sockets(run_dir) or {}).values():
+        former = os.path.dirname(path)       # of a dispatcher that died
+        if os.path.basename(former).startswith("pitboss-") and is_private_folder(former):
+            yield in_folder(former)
+    for base in (tempfile.gettempdir(), "/tmp"):
+        with contextlib.suppress(OSError):
+            yield in_folder(tempfile.mkdtemp(prefix="pitboss-", dir=base))
+
+
+def choose_places(run_dir: str, env: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Name to path of a run's sockets.  Raises EnvironmentFault when no folder is fit for them."""
+    for places in socket_places(run_dir, env, names):
+        if all(len(os.fsencode(path)) + len(".new") <= max_socket_path() for path in places.values()):
+            return places
+        folder = os.path.dirname(next(iter(places.values())))
+        if os.path.basename(folder).startswith("pitboss-"):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+    raise EnvironmentFault(f"no folder has a path that is short enough for the sockets of {run_dir}",
+                           hint="set XDG_RUNTIME_DIR or TMPDIR to a folder of your own with a short path")
+
+
+def read_sockets(run_dir: str) -> dict[str, str] | None:
+    """Where a run's sockets are now, by RUN/sockets.json; None when it says nothing."""
+    found = read_json(os.path.join(run_dir, "sockets.json"))
+    ok = isinstance(found, dict) and found and all(isinstance(path, str) for path in found.values())
+    return found if ok else None
+
+
+class Sockets:
+    """The sockets of a run: bound, told of in RUN/sockets.json, and bound again when they vanish.
+
+    `openers` has a row for each: its name, and what makes a session of a Link.  `report` is told of every
+    exception that is not a client's fault.
+    """
+
+    def __init__(self, run_dir: str, env: Mapping[str, str], openers: Mapping[str, Callable],
+                 report: Callable[[Exception], None], uid_of: Callable = peer_uid) -> None:
+        self.run_dir, self.env, self.openers = run_dir, env, openers
+        self.report, self.uid_of = report, uid_of
+        self.places: dict[str, str] = {}
+        self.marks: dict[str, tuple] = {}      # name: device and inode of what we bound
+        self.servers: list = []
+        self.links: set[Link] = set()
+
+    async def open(self) -> None:
+        """Bind, and say where.  Raises EnvironmentFault."""
+        try:
+            self.places = choose_places(self.run_dir, self.env, self.openers)
+            for name, path in self.places.items():
+                await self._bind(name, path)
+                self._link_from_run(name, path)
+            write_file(os.path.join(self.run_dir, "sockets.json"), render_json(self.places).encode())
+        except OSError as e:
+            raise fault_of(e, f"opening the sockets of {self.run_dir}") from None
+
+    async def _bind(self, name: str, path: str) -> None:
+        """Listen under another name first, so that the path leads to a socket of mode 0600 or to nothing."""
+        import socket
+
+        beside = f"{path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(beside)
+            os.chmod(beside, 0o600)
+            listener.setblocking(False)
+            listener.listen(BACKLOG)
+            os.replace(beside, path)
+            self.marks[name] = file_mark(path)
+            server = await asyncio.get_running_loop().create_unix_server(
+                lambda: Link(self.openers[name], self.links, self.report, self.uid_of), sock=listener,
+                backlog=BACKLOG)
+        except BaseException:  # boundary: whatever ends this, the descriptor is given back
+            listener.close()
+            raise
+        self.servers.append(server)
+
+    def _link_from_run(self, name: str, path: str) -> None:
+        """Let RUN/NAME.sock lead there, for those who only know the folder."""
+        link = os.path.join(self.run_dir, f"{name}.sock")
+        if link != path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{link}.new")
+            os.symlink(path, f"{link}.new")
+            os.replace(f"{link}.new", link)
+
+    def are_there(self) -> bool:
+        """Whether every path still leads to what we bound, and the file still says so."""
+        return (all(file_mark(path) == self.marks.get(name) for name, path in self.places.items())
+                and read_sockets(self.run_dir) == self.places)
+
+    async def watch(self, every_s: float = 1.0) -> None:
+        """Bind again whatever vanishes, until cancelled.  Connections that stand are left alone."""
+        said = ""
+        while True:
+            await asyncio.sleep(every_s)
+            if self.are_there():
+                continue
+            for server in self.servers:
+                server.close()
+            self.servers = []
+            try:
+                await self.open()
+            except EnvironmentFault as e:       # tried again; said once
+                if str(e) != said:
+                    said = str(e)
+                    self.report(e)
+
+    def close(self) -> None:
+        """Stop listening, end the connections, and take away what is ours."""
+        for server in self.servers:
+            server.close()
+        for link in tuple(self.links):
+            link.close()
+        for name, path in self.places.items():
+            mine = [path] if file_mark(path) == self.marks.get(name) else []
+            link_path = os.path.join(self.run_dir, f"{name}.sock")
+            if os.path.islink(link_path) and os.readlink(link_path) == path:
+                mine.append(link_path)
+            for one in mine:
+                with contextlib.suppress(OSError):
+                    os.unlink(one)
+        if read_sockets(self.run_dir) == self.places:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.run_dir, "sockets.json"))
+        for folder in {os.path.dirname(path) for path in self.places.values()}:
+            if os.path.basename(folder).startswith("pitboss-"):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+
+def file_mark(path: str) -> tuple | None:
+    """Device and inode of what lies at a path; None for nothing."""
+    try:
+        there = os.lstat(path)
+    except OSError:
+        return None
+    return there.st_dev, there.st_ino
+
+
+# ------------------------------------------------------------------ MCP
+
+MCP_VERSIONS = ("2024-11-05", BATCHES_IN, "2025-06-18", "2025-11-25")     # the newest last
+PARSE_ERROR, METHOD_NOT_FOUND, INVALID_PARAMS = -32700, -32601, -32602
+HEARTBEAT_S = 15.0         # between two signs of life of a call that waits
+NONCE = r"[0-9A-Za-z_-]{8,64}"
+
+
+class Hello(NamedTuple):
+    """How a client introduces itself; only the token proves anything."""
+
+    actor: str
+    role: str
+    token: str
+    nonce: str                 # of this client: with a request's id it names a call for good
+    outstanding: tuple         # ids of requests that it still wants answered
+
+
+class Desk(NamedTuple):
+    """What a session of MCP must be told: who may talk, which tools there are, what a call is answered.
+
+    `admit(Hello)` gives the caller, any object, or raises PitbossError: refused.  `tools(caller)` is what
+    tools/list shows.  `call(caller, name, arguments, key)` gives a dict (structuredContent, and the same as
+    text), a text (one block of text alone), or an awaitable of one; a PitbossError becomes a result with
+    isError.  The key (actor, nonce, request id) comes again when a client asks again for what was not
+    answered: the desk does once what a key asks for.  `dropped(caller, key)`: the client has cancelled that
+    call; a client that merely goes away may come back for it.  `report(exception)`: a bug.
+    """
+
+    server: dict               # name, title, version
+    admit: Callable
+    tools: Callable
+    call: Callable
+    dropped: Callable
+    report: Callable
+
+
+@functools.lru_cache(maxsize=1)
+def compact_json() -> Callable[[Any], str]:
+    """What makes JSON of one line of ASCII; raises ValueError for NaN and infinities."""
+    return json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def render_answer(request_id: Any, result: str) -> str:
+    """The line that answers a request; `result` is JSON."""
+    return f'{{"jsonrpc":"2.0","id":{compact_json()(request_id)},"result":{result}}}'
+
+
+def render_fault(request_id: Any, code: int, message: str) -> str:
+    """The line that tells of a fault of the protocol."""
+    return compact_json()({"jsonrpc": "2.0", "id": request_id, "error": {"code": code, "message": message}})
+
+
+def render_tool_result(value: Any) -> str:
+    """A result of a tool: an object as structuredContent and as text, a text as one block alone."""
+    encode = compact_json()
+    if isinstance(value, str):
+        return f'{{"content":[{{"type":"text","text":{encode(value)}}}],"isError":false}}'
+    text = encode(value)
+    return (f'{{"content":[{{"type":"text","text":{encode(text)}}}],"structuredContent":{text},'
+            '"isError":false}')
+
+
+def render_refusal(error: PitbossError) -> str:
+    """A result that says what to do instead."""
+    text = f"{error}\n{error.hint}" if error.hint else str(error)
+    return f'{{"content":[{{"type":"text","text":{compact_json()(text)}}}],"isError":true}}'
+
+
+def parse_hello(message: Any) -> Hello:
+    """The first line of a client.  Raises InvalidInput that says what it must be."""
+    params = message.get("params") if isinstance(message, dict) and message.get("method") == "hello" else None
+    if not isinstance(params, dict) or not is_request_id(message.get("id")):
+        raise InvalidInput("refused: the first line must be a request with the method hello; agents connect "
+                           "through `pitboss mcp-bridge`")
+    protocol = params.get("protocol")
+    if type(protocol) is not int or protocol != WIRE_PROTOCOL:
+        raise InvalidInput(f"refused: hello.protocol is {show_value(protocol)}; this dispatcher knows "
+                           f"{WIRE_PROTOCOL}")
+    for name in ("actor_id", "role", "token", "nonce"):
+        if not isinstance(params.get(name), str):
+            raise InvalidInput(f"refused: hello.{name} is missing or no text")
+    if not re.fullmatch(NONCE, params["nonce"]):
+        raise InvalidInput("refused: hello.nonce must be 8 to 64 letters and digits")
+    outstanding = params.get("outstanding", [])
+    if (not isinstance(outstanding, list) or len(outstanding) > MAX_OUTSTANDING
+            or not all(map(is_request_id, outstanding))):
+        raise InvalidInput(f"refused: hello.outstanding must be a list of at most {MAX_OUTSTANDING} ids")
+    return Hello(params["actor_id"], params["role"], params["token"], params["nonce"], tuple(outstanding))
+
+
+class McpBatch:
+    """The answers to one JSON-RPC batch: sent as one line when the last is there."""
+
+    def __init__(self, send: Callable[[str], None], count: int) -> None:
+        self.send, self.count = send, count
+        self.parts: list[str] = []
+
+    def reply(self, text: str | None) -> None:
+        """One answer; None for a request that gets none."""
+        self.count -= 1
+        if text is not None:
+            self.parts.append(text)
+        if not self.count and self.parts:
+            self.send(f"[{','.join(self.parts)}]")
+
+
+class McpSession:
+    """One connection of MCP: lines to requests, requests to the desk, answers to lines.
+
+    What the desk answers at once costs no task; what waits has one, in `group`.  Its caller is who the token
+    says: nothing that a later line holds is looked at for that.
+    """
+
+    def __init__(self, link: Link, desk: Desk, group: Any, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self.link, self.desk, self.group, self.heartbeat_s = link, desk, group, heartbeat_s
+        self.hello: Hello | None = None
+        self.caller: Any = None
+        self.version = MCP_VERSIONS[-1]
+        self.waits: dict[Any, Any] = {}        # request id: the task of a call that waits
+        self.beats: dict[Any, Any] = {}        # request id: the timer of its signs of life
+
+    def on_line(self, line: bytes | None) -> None:
+        """One line of the client; None stands for one that was too long."""
+        send = self.link.send
+        if line is None:
+            send(render_fault(None, INVALID_REQUEST, f"a line may have {WIRE_LINE} bytes; a longer one was "
+                                                     "skipped"))
+            return
+        try:
+            message = parse_message(line)
+        except (ValueError, RecursionError) as e:
+            send(render_fault(None, PARSE_ERROR, f"not a line of JSON in UTF-8: {e}"))
+            return
+        if self.hello is None:
+            self.greet(message)
+        elif type(message) is list:
+            self.take_batch(message)
+        else:
+            self.take(message, self.reply)
+
+    def on_end(self) -> None:
+        """The client has gone: nobody waits here any more."""
+        for timer in self.beats.values():
+            timer.cancel()
+        waits, self.waits, self.beats = self.waits, {}, {}
+        for task in waits.values():
+            task.cancel()
+
+    def reply(self, text: str | None) -> None:
+        """Answer one request, or not."""
+        if text is not None:
+            self.link.send(text)
+
+    def greet(self, message: Any) -> None:
+        """The first line fixes who the client is; one that is not believed is told so and let go."""
+        try:
+            hello = parse_hello(message)
+            self.caller = self.desk.admit(hello)
+            self.hello = hello
+        except PitbossError as e:
+            known = isinstance(message, dict) and is_request_id(message.get("id"))
+            self.link.send(render_fault(message["id"] if known else None, INVALID_REQUEST, str(e)))
+            self.link.close()
+            return
+        self.link.send(render_answer(message["id"], compact_json()({"protocol": WIRE_PROTOCOL,
+                                                                    "server": self.desk.server})))
+
+    def take_batch(self, messages: list) -> None:
+        """Several messages in one line, answered in one."""
+        fault = (f"batches are of MCP {BATCHES_IN} alone, and {self.version} was agreed"
+                 if self.version != BATCHES_IN else "a batch must not be empty" if not messages else
+                 f"a batch may have {MAX_OUTSTANDING} messages" if len(messages) > MAX_OUTSTANDING else "")
+        if fault:
+            self.link.send(render_fault(None, INVALID_REQUEST, fault))
+            return
+        batch = McpBatch(self.link.send, len(messages))
+        for message in messages:
+            if isinstance(message, dict) and message.get("method") == "initialize":
+                known = is_request_id(message.get("id"))
+                batch.reply(render_fault(message["id"] if known else None, INVALID_REQUEST,
+                                         "initialize stands in a line of its own"))
+            else:
+                self.take(message, batch.reply)
+
+    def take(self, message: Any, reply: Callable[[str | None], None]) -> None:
+        """One message; `reply` gets its answer exactly once, None where it gets none."""
+        if type(message) is not dict:
+            reply(render_fault(None, INVALID_REQUEST, "a message is a JSON object"))
+            return
+        request_id, method = message.get("id"), message.get("method")
+        if "id" in message and not is_request_id(request_id):
+            reply(render_fault(None, INVALID_REQUEST, "an id is a text of 1 to 200 characters or an integer"))
+        elif method is None and ("result" in message or "error" in message):
+            reply(None)                    # an answer: we asked nothing
+        elif message.get("jsonrpc") != "2.0" or type(method) is not str:
+            reply(render_fault(request_id, INVALID_REQUEST, 'a message has "jsonrpc": "2.0" and a method'))
+        elif "id" not in message:
+            self.take_notification(method, message.get("params"))
+            reply(None)
+        elif request_id in self.waits:
+            reply(render_fault(request_id, INVALID_REQUEST, "a request with this id is still being answered"))
+        else:
+            self.take_request(request_id, method, message.get("params", {}), reply)
+
+    def take_notification(self, method: str, params: Any) -> None:
+        """What wants no answer; what is not known is nothing to us."""
+        handler = NOTIFICATIONS.get(method)
+        if handler is not None and isinstance(params, dict):
+            handler(self, params)
+
+    def take_request(self, request_id: Any, method: str, params: Any, reply: Callable) -> None:
+        """What wants an answer."""
+        handler = METHODS.get(method)
+        if handler is None:
+            reply(render_fault(request_id, METHOD_NOT_FOUND, f"unknown method {show_value(method)}; known: "
+                                                             f"{', '.join(METHODS)}"))
+            return
+        try:
+            if type(params) is not dict:
+                raise InvalidInput("params must be an object")
+            text = handler(self, request_id, params, reply)
+        except InvalidInput as e:
+            text = render_fault(request_id, INVALID_PARAMS, f"{method}: {e}")
+        except Exception as e:  # boundary: a bug in one call must not end the others of this connection
+            text = self.tell_bug(request_id, e)
+        if text is not None:
+            reply(text)
+
+    def tell_bug(self, request_id: Any, error: Exception) -> str:
+        """A bug: reported where it helps, and told to the client without its inside."""
+        self.desk.report(error)
+        return render_fault(request_id, INTERNAL_ERROR, f"a bug in pitboss: {type(error).__name__}; "
+                                                        "the connection goes on")
+
+    def initialize(self, request_id: Any, params: dict, reply: Callable) -> str:
+        """The client's version where it is known, else the newest."""
+        asked = params.get("protocolVersion")
+        self.version = asked if asked in MCP_VERSIONS else MCP_VERSIONS[-1]
+        return render_answer(request_id, compact_json()({
+            "protocolVersion": self.version, "capabilities": {"tools": {}}, "serverInfo": self.desk.server}))
+
+    def ping(self, request_id: Any, params: dict, reply: Callable) -> str:
+        """A sign of life."""
+        return render_answer(request_id, "{}")
+
+    def list_tools(self, request_id: Any, params: dict, reply: Callable) -> str:
+        """The tools that this caller may use, all at once."""
+        if params.get("cursor") is not None:
+            raise InvalidInput("cursor is of no list of ours; leave it out, the list comes whole")
+        return render_answer(request_id, compact_json()({"tools": self.desk.tools(self.caller)}))
+
+    def call_tool(self, request_id: Any, params: dict, reply: Callable) -> str | None:
+        """Ask the desk; None when the answer is still to come."""
+        name, arguments = params.get("name"), params.get("arguments", {})
+        if type(name) is not str:
+            raise InvalidInput("name must be a text")
+        if type(arguments) is not dict:
+            raise InvalidInput("arguments must be an object")
+        try:
+            if len(self.waits) >= MAX_OUTSTANDING:
+                raise Refused(f"{len(self.waits)} calls of this connection are waiting for their answers",
+                              hint="wait until one is answered, or cancel one")
+            value = self.desk.call(self.caller, name, arguments, self.key_of(request_id))
+            if isinstance(value, (dict, str)):
+                return self.bounded(request_id, render_tool_result(value))
+        except PitbossError as e:
+            return render_answer(request_id, render_refusal(e))
+        self.wait_for(request_id, value, params.get("_meta"), reply)
+        return None
+
+    def key_of(self, request_id: Any) -> tuple:
+        """What names a call for good."""
+        return self.hello.actor, self.hello.nonce, request_id
+
+    def bounded(self, request_id: Any, result: str) -> str:
+        """The line of a result, or a fault in its place when it is too long for a client."""
+        if len(result) > WIRE_ANSWER - 1024:
+            return render_fault(request_id, INTERNAL_ERROR, f"the answer has {len(result)} bytes; at most "
+                                                            f"{WIRE_ANSWER} can be sent")
+        return render_answer(request_id, result)
+
+    def wait_for(self, request_id: Any, value: Any, meta: Any, reply: Callable) -> None:
+        """Answer when the desk has; until then give signs of life where the client wants them."""
+        task = self.group.create_task(self._settle(request_id, value), name=f"call {request_id}")
+        self.waits[request_id] = task
+        token = meta.get("progressToken") if isinstance(meta, dict) else None
+        if is_request_id(token):
+            self._beat_later(request_id, token, 1)
+
+        def done(task: Any) -> None:
+            if asyncio.iscoroutine(value):
+                value.close()              # one that was cancelled before it began
+            if self.waits.get(request_id) is task:
+                del self.waits[request_id]
+                self._stop_beat(request_id)
+            reply(None if task.cancelled() else task.result())
+
+        task.add_done_callback(done)
+
+    async def _settle(self, request_id: Any, value: Any) -> str:
+        """The line that answers a call which waits.  Raises nothing but CancelledError."""
+        try:
+            return self.bounded(request_id, render_tool_result(await value))
+        except PitbossError as e:
+            return render_answer(request_id, render_refusal(e))
+        except Exception as e:  # boundary: a bug in one call must not end the group, and so the run
+            return self.tell_bug(request_id, e)
+
+    def _beat_later(self, request_id: Any, token: Any, count: int) -> None:
+        self.beats[request_id] = asyncio.get_running_loop().call_later(
+            self.heartbeat_s, self._beat, request_id, token, count)
+
+    def _beat(self, request_id: Any, token: Any, count: int) -> None:
+        """One sign of life, in seconds waited so far; none to a client that does not read."""
+        if not self.link.choked:
+            self.link.send(compact_json()({
+                "jsonrpc": "2.0", "method": "notifications/progress",
+                "params": {"progressToken": token, "progress": round(count * self.heartbeat_s, 3),
+                           "message": "waiting"}}))
+        self._beat_later(request_id, token, count + 1)
+
+    def _stop_beat(self, request_id: Any) -> None:
+        timer = self.beats.pop(request_id, None)
+        if timer is not None:
+            timer.cancel()
+
+    def cancel(self, params: dict) -> None:
+        """The client gives up a call that waits: it gets no answer.  Any other id is nothing to us."""
+        request_id = params.get("requestId")
+        task = self.waits.pop(request_id, None) if is_request_id(request_id) else None
+        if task is not None:
+            self._stop_beat(request_id)
+            task.cancel()
+            self.desk.dropped(self.caller, self.key_of(request_id))
+
+
+METHODS = {"initialize": McpSession.initialize, "ping": McpSession.ping, "tools/list": McpSession.list_tools,
+           "tools/call": McpSession.call_tool}
+
+NOTIFICATIONS = {"notifications/cancelled": McpSession.cancel}
+
+
+# ======================================================================================
 # AGENTS: adapter table: argv, environment, input, resume                         [pure]
 # ======================================================================================
 # One row an agent says how it is driven; nothing else in this file knows an agent by name.
@@ -6932,6 +8105,12 @@ def cmd_demo_agent(options: Any) -> str:
     os._exit(code)
 
 
+def cmd_mcp_bridge(options: Any) -> str:
+    """Carry MCP between an agent's standard streams and a run's socket."""
+    run_bridge(options.socket, options.actor_id, options.actor_role, options.token_file, options.run_dir)
+    return "ok"
+
+
 class Finding(NamedTuple):
     """One line of `doctor`."""
 
@@ -7199,6 +8378,10 @@ COMMANDS = {c.name: c for c in (
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
+    Cli("mcp-bridge", cmd_mcp_bridge, "", (
+        (("socket",), {}), (("--actor-id",), {"required": True, "metavar": "I"}),
+        (("--actor-role",), {"required": True, "metavar": "R"}), (("--token-file",), {"metavar": "F"}),
+        (("--run-dir",), {"metavar": "DIR"})), ""),
     Cli("demo-agent", cmd_demo_agent, "", (
         (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}),
         (("--resume",), {})), ""),

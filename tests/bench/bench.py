@@ -16,6 +16,7 @@ import platform
 import py_compile
 import re
 import resource
+import select
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tools import PITBOSS, PYTHON, Home, read_events, wait_for  # noqa: E402
 
@@ -55,10 +57,13 @@ class Size(NamedTuple):
     idle_s: float
     runs: int
     starts: int
+    calls: int
 
 
-FULL = Size(rounds=5, tasks=400, worktrees=40, log_bytes=20 * MB, idle_s=20, runs=1000, starts=21)
-QUICK = Size(rounds=3, tasks=200, worktrees=12, log_bytes=5 * MB, idle_s=5, runs=100, starts=7)
+FULL = Size(rounds=5, tasks=400, worktrees=40, log_bytes=20 * MB, idle_s=20, runs=1000, starts=21,
+            calls=10_000)
+QUICK = Size(rounds=3, tasks=200, worktrees=12, log_bytes=5 * MB, idle_s=5, runs=100, starts=7,
+             calls=4_000)
 
 NOOP = '[agent.noop]\ncommand = ["true"]\nformat = "text"\n'
 SLEEPER = '[agent.sleeper]\ncommand = ["sleep", "600"]\nformat = "text"\n'
@@ -394,6 +399,150 @@ def python_s(home: Home, argv: list[str]) -> float:
     return seconds(lambda: subprocess.run(argv, env=home.env, stdout=subprocess.DEVNULL, check=True))
 
 
+# ---- 8. calls of tools
+
+BARE_SERVER = """\
+import json, socket, sys, threading
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(64)
+def serve(link):
+    part = b""
+    while data := link.recv(65536):
+        *lines, part = (part + data).split(b"\\n")
+        for line in lines:
+            message = json.loads(line)
+            link.sendall(json.dumps({"id": message["id"], "result": message["params"]}).encode() + b"\\n")
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+BARE_RELAY = """\
+import os, select, socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.connect(sys.argv[1])
+while True:
+    for ready in select.select([0, link], [], [])[0]:
+        data = os.read(0, 65536) if ready == 0 else link.recv(65536)
+        if not data: sys.exit()
+        link.sendall(data) if ready == 0 else os.write(1, data)
+"""
+
+
+class Caller:
+    """An agent's side of a bridge or a relay: one call at a time."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self.fd, self.part, self.number = self.process.stdout.fileno(), b"", 0
+
+    def send(self, method: str = "tools/call", params: dict | None = None) -> None:
+        self.number += 1
+        params = params or {"name": "echo", "arguments": {"text": "a value of a key-value store"}}
+        self.process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": self.number, "method": method,
+                                             "params": params}).encode() + b"\n")
+
+    def receive(self) -> None:
+        """The answer to the last call, which must be of that call."""
+        while not self.part.endswith(b"\n"):
+            data = os.read(self.fd, 65536)
+            assert data, "the other side has gone"
+            self.part += data
+        answer, self.part = json.loads(self.part), b""
+        assert answer["id"] == self.number and "result" in answer, answer
+
+    def call(self, *args) -> float:
+        began = time.perf_counter()
+        self.send(*args)
+        self.receive()
+        return time.perf_counter() - began
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def wire_places() -> Iterator[tuple[list[str], list[str]]]:
+    """(argv of a bridge, argv of a bare relay), each with a server that echoes behind it."""
+    import pitboss
+    import wire_desk
+
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as name:
+        run = Path(name)
+        pitboss.pin_self(name)
+        pitboss.pin_bridge(name)
+        (run / "tokens.json").write_text('{"lead": ["token", "lead"]}')
+        (run / "token").write_text("token")
+        servers = [subprocess.Popen([PYTHON, wire_desk.__file__, name]),
+                   subprocess.Popen([PYTHON, "-c", BARE_SERVER, f"{name}/bare.sock"], **QUIET)]
+        try:
+            wait_for(lambda: (run / "sockets.json").exists() and (run / "bare.sock").exists(), 30, "the servers")
+            yield (pitboss.bridge_argv(name, "lead", "lead", f"{name}/token"),
+                   [PYTHON, "-I", "-S", "-c", BARE_RELAY, f"{name}/bare.sock"])
+        finally:
+            for server in servers:
+                server.kill()
+                server.wait()
+
+
+def latencies(argv: list[str], count: int) -> tuple[float, float]:
+    """p50 and p99, in seconds, of calls that one caller makes one after the other."""
+    caller = Caller(argv)
+    for _ in range(200):
+        caller.call()
+    values = sorted(caller.call() for _ in range(count))
+    caller.end()
+    return values[count // 2], values[count * 99 // 100]
+
+
+def calls_a_second(argv: list[str], callers: int, count: int) -> float:
+    """How many calls `callers` get answered a second, each making one after the other."""
+    all_callers = [Caller(argv) for _ in range(callers)]
+    for caller in all_callers:
+        caller.call()
+    by_fd = {caller.fd: caller for caller in all_callers}
+    poll = select.poll()
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    began, answered = time.perf_counter(), 0
+    for caller in all_callers:
+        caller.send()
+    while answered < count:
+        for fd, _ in poll.poll():
+            by_fd[fd].receive()
+            by_fd[fd].send()
+            answered += 1
+    passed = time.perf_counter() - began
+    for caller in all_callers:
+        caller.end()
+    return answered / passed
+
+
+def first_answer_s(argv: list[str]) -> float:
+    """From the start of a bridge to its first answer."""
+    began = time.perf_counter()
+    caller = Caller(argv)
+    caller.call()
+    passed = time.perf_counter() - began
+    caller.end()
+    return passed
+
+
+def measure_wire(size: Size) -> list[Figure]:
+    with wire_places() as (bridge, relay):
+        rows = [(*latencies(bridge, size.calls // 10), *latencies(relay, size.calls // 10),
+                 calls_a_second(bridge, 16, size.calls), calls_a_second(relay, 16, size.calls),
+                 first_answer_s(bridge), first_answer_s(relay)) for _ in range(size.rounds)]
+    p50, p99, bare50, bare99, rate, bare_rate, start, bare_start = map(statistics.median, zip(*rows))
+    peer = "echo through a bare relay"
+    return [Figure("call through the bridge, p50", p50 * 1e3, "ms", bare50 * 1e3, peer),
+            Figure("call through the bridge, p99", p99 * 1e3, "ms", bare99 * 1e3, peer),
+            Figure("calls of 16 callers at once", rate, "a second", bare_rate, peer),
+            Figure("bridge, from its start to an answer", start * 1e3, "ms", bare_start * 1e3, peer)]
+
+
 # ---- the table
 
 ROWS = {
@@ -404,6 +553,7 @@ ROWS = {
     "takeover": measure_takeover,
     "reading": measure_reading,
     "start": measure_start,
+    "wire": measure_wire,
 }
 
 
