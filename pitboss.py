@@ -17,6 +17,8 @@ Street map.  Each section may name only the sections above it.
     WIRE       JSON lines and JSON-RPC over a unix socket; the stdio bridge        [async]
     AGENTS     adapter table: argv, environment, input, resume                     [pure]
     DISPATCH   Dispatcher: the only owner of tasks; does what is owed; resume      [async]
+    TOOLS      MCP tool table and handlers                                         [async]
+    CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
     DEMO       a scripted agent and a demonstration run                            [cli]
     COMMANDS   command table, handlers, main                                       [cli]
@@ -128,6 +130,10 @@ class Refused(PitbossError):
     code = "refused"
 
 
+class ToolRefusal(Refused):
+    """A lead, a worker or an operator asked for what cannot be; the message says what to do next."""
+
+
 class EnvironmentFault(PitbossError):
     """The machine cannot do it now: no space, no permission.  The run can be resumed."""
 
@@ -141,23 +147,29 @@ class Bug(PitbossError):
 
 
 class Status(NamedTuple):
-    """How an actor ended: the word of every record, and how people see it."""
+    """How an actor ended: the word of every record, and how people, tools and control clients see it."""
 
     name: str
     glyph: str
     colour: str
     good: bool
+    tool: str                  # its state in the answers of tools
+    wire: str                  # its state on the control socket
     meaning: str
 
 
 STATUSES = {s.name: s for s in (
-    #      name          glyph  colour    good   meaning
-    Status("Success",     "✓", "green",   True,  "a result that is not an error, exit status 0, and nobody "
-                                                 "stopped it"),
-    Status("Failed",      "✗", "red",     False, "the agent ended otherwise; failure_reason says how"),
-    Status("TimedOut",    "⧗", "yellow",  False, "stopped when its timeout_secs had passed"),
-    Status("Cancelled",   "⊘", "yellow",  False, "stopped by an operator"),
-    Status("SpawnFailed", "!", "red",     False, "its worktree or process could not be made"),
+    #      name          glyph  colour    good   tool           wire                 meaning
+    Status("Success",     "✓", "green",   True,  "Completed",   "done_success",      "a result that is not "
+           "an error, exit status 0, and nobody stopped it"),
+    Status("Failed",      "✗", "red",     False, "Failed",      "done_failed",       "the agent ended "
+           "otherwise; failure_reason says how"),
+    Status("TimedOut",    "⧗", "yellow",  False, "TimedOut",    "done_timed_out",    "stopped when its "
+           "timeout_secs had passed"),
+    Status("Cancelled",   "⊘", "yellow",  False, "Cancelled",   "done_cancelled",    "stopped by an operator "
+           "or its lead, or because its lead ended"),
+    Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
+           "process could not be made"),
 )}
 
 
@@ -166,18 +178,21 @@ class State(NamedTuple):
 
     name: str
     live: bool
+    tool: str                  # as tools tell it; control clients get it in small letters
     meaning: str
 
 
 STATES = {s.name: s for s in (
-    #     name        live   meaning
-    State("waiting",  False, "no free slot yet"),
-    State("placing",  True,  "its worktree is being made"),
-    State("dealing",  True,  "a hand of it is about to start"),
-    State("running",  True,  "its process is alive"),
-    State("stopping", True,  "its process is being stopped"),
-    State("closing",  False, "it has ended; leftovers and its worktree are being dealt with"),
-    State("settled",  False, "its record is final"),
+    #     name        live   tool       meaning
+    State("waiting",  False, "Pending", "no free slot yet"),
+    State("placing",  True,  "Pending", "its worktree is being made"),
+    State("dealing",  True,  "Pending", "a hand of it is about to start"),
+    State("running",  True,  "Running", "its process is alive"),
+    State("stopping", True,  "Running", "its process is being stopped"),
+    State("paused",   True,  "Paused",  "its process was ended, its session is kept until it is continued"),
+    State("frozen",   True,  "Frozen",  "its processes are stopped by SIGSTOP until it is continued"),
+    State("closing",  False, "Running", "it has ended; leftovers and its worktree are being dealt with"),
+    State("settled",  False, "Running", "its record is final"),
 )}
 
 FAILURE_KINDS = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument",
@@ -346,7 +361,7 @@ class Mask(NamedTuple):
 # Keys whose values are words of agents, operators and manifests, wherever they stand in a JSON value.
 FREE_TEXTS = frozenset(("final", "final_message", "final_message_preview", "head", "message", "reason",
                         "prompt", "prompt_preview", "leftovers", "kept", "worktree_kept", "restore",
-                        "stop_reason", "args", "words"))
+                        "stop_reason", "args", "words", "told"))
 
 
 # Shapes of well known keys: Anthropic and OpenAI, GitHub, GitLab, Slack, AWS, Google, JSON web tokens.
@@ -433,6 +448,8 @@ KINDS = {
                     {"type": "array", "items": {"type": "string"}}, ["text"]),
     "env":     Kind((dict,),              "a table of texts",
                     {"type": "object", "additionalProperties": {"type": "string"}}, {"NAME": "text"}),
+    "any":     Kind((str, list, dict),    "a text, a list or a table",
+                    {"type": ["string", "array", "object"]}, "text"),
 }
 
 
@@ -485,7 +502,7 @@ def wrong_value(f: Field, value: Any) -> str:
               and (f.above is None or value > f.above) and (f.high is None or value <= f.high))
     if ok and f.kind in ("texts", "env"):
         ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
-    if ok and isinstance(value, str):
+    if ok and isinstance(value, str) and f.kind != "any":
         ok = (not f.choices or value in f.choices) and (not f.pattern or bool(re.fullmatch(f.pattern, value)))
         ok = ok and "\0" not in value and (value or f.kind == "text")
     if ok:
@@ -641,10 +658,11 @@ RUN_FIELDS = (
                                               "on"),
 )
 
-HOUSE_FIELDS = (           # for runs with a lead; beside [[task]] they get a warning
+HOUSE_FIELDS = (           # of [run] or [lead], for runs with a lead; beside [[task]] they get a warning
     Field("max_workers", "count", None, "live workers of a layer", low=1, high=16),
     Field("budget_usd", "number", None, "what the run may spend", above=0),
-    Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1),
+    Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1,
+          shown="`timeout_secs`, else `3600`"),
     Field("approval_policy", "text", None, "what happens to an approval that no rule matches",
           also=("default_approval_policy",),
           choices=("block", "auto_approve", "auto_reject")),
@@ -679,6 +697,13 @@ TASK_FIELDS = (
     *ACTOR_FIELDS,
 )
 
+LEAD_FIELDS = (
+    Field("id", "text", REQUIRED, "name of the lead", pattern=r"[A-Za-z0-9_-]{1,64}"),
+    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree"),
+    *TASK_FIELDS[2:],
+    *HOUSE_FIELDS,
+)
+
 TEMPLATE_FIELDS = (
     Field("id", "text", REQUIRED, "name of the template, unique", pattern=r"[A-Za-z0-9_-]{1,64}"),
     Field("prompt", "text", REQUIRED, "text with `{name}` places; `{{name}}` gives `{name}`"),
@@ -706,6 +731,8 @@ TABLES = {
     "run":        (RUN_FIELDS + HOUSE_FIELDS, "one",  "the run as a whole"),
     "defaults":   (ACTOR_FIELDS,    "one",  "what every task has unless it says otherwise"),
     "task":       (TASK_FIELDS,     "list", "one actor of a flat run"),
+    "lead":       (LEAD_FIELDS,     "sole", "`[lead]` or `[[lead]]`: the actor that spawns workers; never "
+                                            "beside `[[task]]`"),
     "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
     "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
     "agent":      (COMMAND_FIELDS,  "named", "a program of your own as agent"),
@@ -715,10 +742,20 @@ MANY = {
     #  many     its header      its JSON schema around that of one table
     "one":   ("[{}]",         lambda one: one),
     "list":  ("[[{}]]",       lambda one: {"type": "array", "items": one}),
+    "sole":  ("[{}]",         lambda one: {"anyOf": [one, {"type": "array", "items": one, "minItems": 1,
+                                                           "maxItems": 1}]}),
     "named": ("[{}.NAME]",    lambda one: {"type": "object", "additionalProperties": one}),
 }
 
-MODES = {"flat": "task"}   # of a run, and the table that makes it so: a manifest has one of these
+MODES = {"flat": "task", "hierarchical": "lead"}   # of a run, and the one table that makes it so
+
+NOT_YET = {
+    "sublead_defaults": "sub-leads",
+    "approval_policy":  "approvals",
+    "require_plan_approval": "approvals",
+    "notification":     "notifications",
+    "lifecycle":        "notifications",
+}
 
 NOT_HERE = {
     "container": "containers are not supported here; the table is ignored",
@@ -737,10 +774,13 @@ class Rules(NamedTuple):
     secret_env: tuple
     worktree_cleanup: str
     emit_event_stream: bool
+    max_workers: int           # house rules: 0 and None in a flat run
+    budget_usd: float | None
+    dump_shared_store: bool
 
 
 class Task(NamedTuple):
-    """One task, resolved: nothing is left to defaults."""
+    """One task, lead or worker, resolved: nothing is left to defaults."""
 
     id: str
     directory: str             # absolute
@@ -753,7 +793,8 @@ class Task(NamedTuple):
     timeout_s: int
     use_worktree: bool
     env: dict
-    index: int                 # place in the manifest, counted from 0
+    index: int = -1            # place in the manifest, counted from 0; -1: it is the lead, or a worker
+    role: str = "task"         # task lead worker
 
 
 class Server(NamedTuple):
@@ -776,8 +817,8 @@ class Manifest(NamedTuple):
     """A manifest as far as it could be read, and everything wrong with it."""
 
     rules: Rules
-    mode: str
-    tasks: tuple
+    mode: str                  # flat hierarchical
+    tasks: tuple               # of a hierarchical run: its lead alone
     servers: tuple
     agents: dict               # NAME to Command
     problems: tuple
@@ -806,8 +847,9 @@ def render_problem(problem: Problem, lines: Mapping[tuple, int], ids: Mapping[tu
 def find_line(where: tuple, lines: Mapping[tuple, int]) -> int | None:
     """The line of a key, or of the nearest table around it."""
     while where:
-        if where in lines:
-            return lines[where]
+        for key in (where, (where[0], 0, *where[1:])):      # [lead] or [[lead]]
+            if key in lines:
+                return lines[key]
         where = where[:-1]
     return None
 
@@ -883,22 +925,23 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     for name, value in doc.items():
         if name in NOT_HERE:
             warnings.append(Problem(name, NOT_HERE[name], (name,)))
-        elif name in ("lead", "sublead_defaults", "approval_policy", "notification", "lifecycle"):
-            problems.append(Problem(name,
-                                    "runs with a lead are not supported by this version; allowed: [[task]]",
-                                    (name,)))
+        elif name in NOT_YET:
+            problems.append(Problem(name, f"{NOT_YET[name]} are not supported by this version", (name,)))
         elif name not in TABLES:
             problems.append(Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)))
     for name, (fields, many, _) in TABLES.items():
         tables[name], wrong = read_table(name, doc.get(name), fields, many)
         problems += wrong
-    rules, wrong, more = resolve_rules(tables["run"], doc.get("run", {}), stem, env, expand)
+    house, wrong = resolve_house(tables) if "lead" in doc else ({}, [])
+    problems += wrong
+    rules, wrong, more = resolve_rules(tables, house, stem, env, expand)
     problems, warnings = problems + wrong, warnings + more
     servers, wrong = resolve_servers(tables["mcp_server"])
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
     problems += wrong + check_commands(tables["agent"], agents)
-    tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand)
-    return Manifest(rules, "flat", tuple(tasks), tuple(servers), own, tuple(problems + wrong),
+    tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand, house)
+    mode = "hierarchical" if "lead" in doc else "flat"
+    return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong),
                     tuple(warnings + more))
 
 
@@ -932,10 +975,14 @@ def read_table(name: str, given: Any, fields: tuple[Field, ...], many: str) -> t
     `one`: a pair of one dict and what was given; `list`: such dicts with `_at`; `named`: pairs.
     """
     problems = []
-    if many == "one":
+    if many == "sole" and isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    if many in ("one", "sole"):
         if given is not None and not isinstance(given, dict):
             return ({}, {}), [Problem(name, f"found {show_value(given)}; allowed: one table [{name}]",
                                       (name,))]
+        if given is None and many == "sole":
+            return ({}, {}), []
         values, problems = check_fields(fields, given or {}, f"{name}.", (name,))
         return (values, given or {}), problems
     if many == "list":
@@ -970,14 +1017,14 @@ def check_unique(name: str, rows: list[dict]) -> list[Problem]:
     return problems
 
 
-def resolve_rules(checked: tuple[dict, dict], given: Any, stem: str, env: Mapping[str, str],
+def resolve_rules(tables: dict, house: dict, stem: str, env: Mapping[str, str],
                   expand: Callable[[str], str]) -> tuple[Rules, list[Problem], list[Problem]]:
-    """`[run]` with its defaults filled in, its problems, and its warnings."""
-    values, _ = checked
-    given = given if isinstance(given, dict) else {}
-    house = {name for f in HOUSE_FIELDS for name in (f.name, *f.also)}
-    warnings = [Problem(f"run.{k}", "a house rule of runs with a lead; beside [[task]] it has no effect",
-                        ("run", k)) for k in given if k in house]
+    """`[run]` with its defaults filled in, its problems, and its warnings; `house`: empty without a lead."""
+    values, given = tables["run"]
+    useless = ("max_parallel", "halt_on_failure") if house else tuple(f.name for f in HOUSE_FIELDS)
+    why = "of flat runs; beside a lead" if house else "a house rule of runs with a lead; beside [[task]]"
+    warnings = [Problem(f"run.{name}", f"{why} it has no effect", ("run", name)) for f in TABLES["run"][0]
+                if f.name in useless for name in (f.name, *f.also) if name in given]
     parallel, problems = values.get("max_parallel"), []
     if parallel is None:
         text = env.get("ANTHROPIC_MAX_CONCURRENT", "")
@@ -991,7 +1038,30 @@ def resolve_rules(checked: tuple[dict, dict], given: Any, stem: str, env: Mappin
                  if values.get("worktree_dir") else None, keep_children=bool(values.get("keep_children")),
                  secret_env=tuple(values.get("secret_env") or ()),
                  worktree_cleanup=values.get("worktree_cleanup") or "on_success",
-                 emit_event_stream=bool(values.get("emit_event_stream"))), problems, warnings
+                 emit_event_stream=bool(values.get("emit_event_stream")),
+                 max_workers=house.get("max_workers") or 0, budget_usd=house.get("budget_usd"),
+                 dump_shared_store=bool(house.get("dump_shared_store"))), problems, warnings
+
+
+def resolve_house(tables: dict) -> tuple[dict, list[Problem]]:
+    """The house rules, from [run] or [lead], and what is wrong with them."""
+    (in_run, run_given), (in_lead, lead_given) = tables["run"], tables["lead"]
+    house, problems = {}, []
+    for f in HOUSE_FIELDS:
+        places = [(f"{table}.{name}", values.get(f.name), (table, name))
+                  for table, values, given in (("run", in_run, run_given), ("lead", in_lead, lead_given))
+                  for name in (f.name, *f.also) if name in given]
+        house[f.name] = places[0][1] if places else None
+        if len(places) > 1 and places[0][1] != places[-1][1]:
+            problems.append(Problem(places[-1][0], f"found {show_value(places[-1][1])}, but {places[0][0]}, "
+                                                   f"which means the same, is {show_value(places[0][1])}; "
+                                                   "allowed: one of them", places[-1][2]))
+        if not places and f.name in ("max_workers", "budget_usd"):
+            problems.append(Problem(f"run.{f.name}", f"is required beside a lead: {f.help}", ("lead",)))
+        if places and f.name in NOT_YET and places[0][1]:
+            problems.append(Problem(places[0][0], f"{NOT_YET[f.name]} are not supported by this version",
+                                    places[0][2]))
+    return house, problems
 
 
 def resolve_servers(rows: list[dict]) -> tuple[list[Server], list[Problem]]:
@@ -1016,46 +1086,62 @@ def check_commands(rows: list[tuple[str, dict]], builtin: Iterable[str]) -> list
     return problems
 
 
-def resolve_tasks(tables: dict, doc: dict, agents: list[str],
-                  expand: Callable[[str], str]) -> tuple[list[Task], list[Problem], list[Problem]]:
-    """The tasks with templates filled in and defaults merged, their problems, and warnings."""
+def resolve_tasks(tables: dict, doc: dict, agents: list[str], expand: Callable[[str], str],
+                  house: dict) -> tuple[list[Task], list[Problem], list[Problem]]:
+    """The tasks, or the lead, with templates filled in and defaults merged; their problems; warnings."""
     defaults, _ = tables["defaults"]
     templates = {t["id"]: t["prompt"] for t in tables["template"] if t["id"] and t["prompt"] is not None}
     given = doc.get("task") if isinstance(doc.get("task"), list) else []
+    lead, lead_given = tables["lead"]
     tasks, problems, warnings = [], [], []
-    if not tables["task"] and not (doc.keys() & {"lead"}):
-        problems.append(Problem("task", "there is none; allowed: one or more [[task]]"))
-    for n, row in enumerate(tables["task"]):
-        path, where = f"task[{n}].", ("task", n)
-        spelled = {f.name for f in ACTOR_FIELDS if any(name in given[n] for name in (f.name, *f.also))}
-        merged = {f.name: row[f.name] if f.name in spelled else defaults.get(f.name, f.default)
-                  for f in ACTOR_FIELDS}
-        merged["env"] = {**(defaults.get("env") or {}), **(row["env"] or {})}
-        prompt, wrong = resolve_prompt(row, given[n], templates, path, where)
-        problems += wrong
-        agent_where = (*where, "agent") if "agent" in spelled else ("defaults", "agent")
-        if merged["agent"] not in agents:
-            problems.append(Problem(("task[%d]." % n if "agent" in spelled else "defaults.") + "agent",
-                                    f"found "
-                                    f"{show_value(merged['agent'])}; allowed: one of {', '.join(agents)}"
-                                    f"{did_you_mean(merged['agent'], agents)}", agent_where))
-        if row["branch"] is not None and wrong_branch(row["branch"]):
-            problems.append(Problem(path + "branch", f"found {show_value(row['branch'])}; allowed: "
-                                                     f"{wrong_branch(row['branch'])}",
-                                    (*where, "branch")))
-        problems += check_env(merged["env"], row["env"] or {}, path, where)
-        warnings += [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own "
-                                             f"permission gate is off",
-                             (*where, "tools")) for t in merged["tools"] if "(" in t]
-        tasks.append(Task(row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt,
-                          row["branch"], merged["agent"], merged["model"], merged["effort"],
-                          tuple(merged["tools"]), merged["timeout_secs"], merged["use_worktree"],
-                          merged["env"], n))
-    used = {row["template"] for row in tables["task"]}
+    if not tables["task"] and "lead" not in doc:
+        problems.append(Problem("task", "there is none; allowed: one or more [[task]], or one [lead]"))
+    if given and "lead" in doc:
+        problems.append(Problem("lead", "found beside [[task]]; allowed: one or more [[task]], or one "
+                                        "[lead]", ("lead",)))
+    rows = [(row, given[n], f"task[{n}].", ("task", n)) for n, row in enumerate(tables["task"])]
+    rows += [(lead, lead_given, "lead.", ("lead",))] if lead else []
+    for row, own, path, where in rows:
+        task, wrong, more = resolve_actor(row, own, path, where, (defaults, templates, agents, expand))
+        problems, warnings = problems + wrong, warnings + more
+        tasks.append(task)
+    used = {row.get("template") for row, *_ in rows}
     warnings += [Problem(f"template[{n}]", f"no task uses the template {show_value(t['id'])}",
                          ("template", n)) for n, t in enumerate(tables["template"]) if t["id"] not in used]
+    if lead:
+        limit = house.get("lead_timeout_secs") or tasks[-1].timeout_s
+        tasks = [tasks[-1]._replace(timeout_s=limit, role="lead")]
     unique = {(p.path, p.message): p for p in problems}
     return tasks, list(unique.values()), warnings
+
+
+def resolve_actor(row: dict, given: dict, path: str, where: tuple,
+                  known: tuple) -> tuple[Task, list[Problem], list[Problem]]:
+    """One `[[task]]` or `[lead]`; `known`: defaults, templates, agents, how a path is expanded."""
+    defaults, templates, agents, expand = known
+    problems = []
+    spelled = {f.name for f in ACTOR_FIELDS if any(name in given for name in (f.name, *f.also))}
+    merged = {f.name: row[f.name] if f.name in spelled else defaults.get(f.name, f.default)
+              for f in ACTOR_FIELDS}
+    merged["env"] = {**(defaults.get("env") or {}), **(row["env"] or {})}
+    prompt, wrong = resolve_prompt(row, given, templates, path, where)
+    problems += wrong
+    agent_where = (*where, "agent") if "agent" in spelled else ("defaults", "agent")
+    if merged["agent"] not in agents:
+        problems.append(Problem((path if "agent" in spelled else "defaults.") + "agent", f"found "
+                                f"{show_value(merged['agent'])}; allowed: one of {', '.join(agents)}"
+                                f"{did_you_mean(merged['agent'], agents)}", agent_where))
+    if row["branch"] is not None and wrong_branch(row["branch"]):
+        problems.append(Problem(path + "branch", f"found {show_value(row['branch'])}; allowed: "
+                                                 f"{wrong_branch(row['branch'])}", (*where, "branch")))
+    problems += check_env(merged["env"], row["env"] or {}, path, where)
+    warnings = [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own "
+                                        f"permission gate is off",
+                        (*where, "tools")) for t in merged["tools"] if "(" in t]
+    task = Task(row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt, row["branch"],
+                merged["agent"], merged["model"], merged["effort"], tuple(merged["tools"]),
+                merged["timeout_secs"], merged["use_worktree"], merged["env"], *where[1:])
+    return task, problems, warnings
 
 
 def check_env(env: dict, own: dict, path: str, where: tuple) -> list[Problem]:
@@ -1120,7 +1206,7 @@ def header_of(name: str) -> str:
 
 def reference_tables() -> Iterator[tuple[str, str, tuple[Field, ...]]]:
     """(headers, what it is, its keys) of each table; a key that an earlier table has is told there."""
-    told = list(HOUSE_FIELDS)
+    told: list[Field] = []
     for name, (fields, _, what) in TABLES.items():
         sharing = [other for other, (more, _, _) in TABLES.items() if other != name
                    and all(f in more for f in fields)]
@@ -1132,9 +1218,7 @@ def reference_tables() -> Iterator[tuple[str, str, tuple[Field, ...]]]:
 def render_map() -> str:
     """Every key of a manifest, a line each: key, type, default, meaning."""
     lines = []
-    for header, what, fields in (*reference_tables(), (
-            header_of("run"), "house rules of runs with a lead; this version deals none, so that a key "
-                              "beside [[task]] gets a warning", HOUSE_FIELDS)):
+    for header, what, fields in reference_tables():
         rows = [[cell.replace("`", "") for cell in reference_row(f)] for f in fields]
         lines += [f"{header}: {what}", *("  " + line for line in render_table(
             [["KEY", "TYPE", "DEFAULT", "MEANING"], *rows])), ""]
@@ -1176,10 +1260,13 @@ class Starter(NamedTuple):
 
 _PROMPT = "Add type annotations to the modules that have none, run the tests, and commit."
 _SHARED = "Read {path} and write what is missing in its documentation.\nCommit when it is done."
+_LEAD = ("Find the modules that have no tests. Spawn one worker for each with spawn_worker, wait for them "
+         "with "
+         "wait_for_any, read what they say, and write a summary to REPORT.md.")
 _CLAUDE = {**{f.name: f.default for f in ACTOR_FIELDS if f.name in ("agent", "model")}, "timeout_secs": 1800}
 
 STARTERS = {s.name: s for s in (
-    Starter("simple", "one task for one agent (this version deals no runs with a lead)", (
+    Starter("simple", "one task for one agent", (
         ("run", {}), ("defaults", _CLAUDE), ("task", {"id": "types", "directory": ".", "prompt": _PROMPT}))),
     Starter("flat", "tasks side by side, two of them with a prompt that they share", (
         ("run", {"max_parallel": 2}), ("defaults", _CLAUDE),
@@ -1188,6 +1275,9 @@ STARTERS = {s.name: s for s in (
         ("task", {"id": "sources", "directory": ".", "template": "document", "vars": {"path": "src"},
                   "timeout_secs": 3600}),
         ("template", {"id": "document", "prompt": _SHARED}))),
+    Starter("full", "a lead that spawns workers under a budget", (
+        ("run", {"max_workers": 4, "budget_usd": 5.0}), ("defaults", _CLAUDE),
+        ("lead", {"id": "lead", "directory": ".", "prompt": _LEAD}))),
 )}
 
 EXAMPLE = Starter("example", "every table and every key that there is", (
@@ -1576,11 +1666,12 @@ class Format(NamedTuple):
     skim: Callable            # (talk, line) -> whether it was counted, its text unread
     results: bool             # success needs a result event
     tells_cost: bool
+    echoes: bool              # a message that was taken up is echoed with its uuid
 
 
 FORMATS = {
-    "claude": Format(fold_claude, skim_claude, results=True, tells_cost=True),
-    "text":   Format(fold_text, lambda talk, line: False, results=False, tells_cost=False),
+    "claude": Format(fold_claude, skim_claude, results=True, tells_cost=True, echoes=True),
+    "text":   Format(fold_text, lambda talk, line: False, results=False, tells_cost=False, echoes=False),
 }
 
 
@@ -2456,6 +2547,8 @@ class Actor(NamedTuple):
     timeout_s: float
     branch: str | None             # wanted; None: one of the run's own
     parent: str | None = None
+    layer: str = ""                # the lead whose layer it works in: a lead its own; empty in a flat run
+    estimate: float = 0.0          # reserved in its layer's budget while it lives, USD
     prompt_preview: str = ""
     format: str = "claude"
     resumes: bool = True           # its agent can go on in a session
@@ -2475,7 +2568,14 @@ class Actor(NamedTuple):
     hand_at: float = 0.0           # when this hand started
     log_at: int = 0                # size of its log then, bytes
     lived_s: float = 0.0           # by earlier hands
-    stop: str = ""                 # why it is being stopped: timeout, cancel, linger; empty: it is not
+    frozen_at: float | None = None
+    frozen_s: float = 0.0          # of this hand's life
+    inbox: tuple = ()              # messages that no echo has proved delivered: Message, oldest first
+    carried: int = 0               # how many of them this hand's first message holds
+    pauses: int = 0
+    reprompts: int = 0
+    # why it is being stopped: timeout, cancel, linger, lead_ended, pause, redirect; empty: it is not
+    stop: str = ""
     stop_reason: str = ""
     stop_done: bool = False        # its work was done before that
     started_at: float | None = None
@@ -2492,6 +2592,25 @@ class Actor(NamedTuple):
     closed: dict | None = None     # {path, rescue_ref, kept, restore, leftovers}
 
 
+class Message(NamedTuple):
+    """Something that an actor is told while it runs, or on its next hand."""
+
+    # uuid; its echo proves the delivery, and a file of that name holds its text
+    id: str
+    shown: str                     # the beginning of its text
+    interrupts: bool               # its turn is interrupted first
+
+
+class Layer(NamedTuple):
+    """A lead's purse and pool.  Money in USD; a worker counts as live until it has ended."""
+
+    budget_usd: float | None = None
+    max_workers: int = 0
+    live: int = 0
+    reserved: float = 0.0          # the estimates of live workers
+    spent: float = 0.0             # by workers that have ended; the lead's own is not in it
+
+
 class RunState:
     """The tables of a run.  Only the handlers of EVENTS change them."""
 
@@ -2500,6 +2619,10 @@ class RunState:
         self.opened_at = self.last_at = 0.0
         self.facts: dict = {}                     # of run_opened: what does not change
         self.actors: dict[str, Actor] = {}        # in the order they were added
+        self.layers: dict[str, Layer] = {}        # by the lead
+        self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
+        self.shared = SharedTables()
+        self.answers: dict[str, dict] = {}        # the key of a call to what it was answered, oldest first
         self.waiting: dict[str, None] = {}        # an ordered set
         self.live = 0                             # actors that hold a slot
         self.closing = 0                          # actors that have ended and are not settled
@@ -2515,6 +2638,9 @@ class RunState:
         self.fresh: list[tuple] = []              # keys owed since a dispatcher last looked
 
 
+KEPT_ANSWERS = 8192      # 17 bridges with 64 outstanding requests each, several times over
+
+
 class JournalError(EnvironmentFault):
     """A journal that cannot be read as it is."""
 
@@ -2525,6 +2651,13 @@ def step(run: RunState, event: dict) -> None:
     row = EVENTS.get(event["kind"])
     if row:
         row.handler(run, event)
+    shared = SHARED_EVENTS.get(event["kind"])
+    if "call" in event:
+        answer = event.get("answer") or (shared.answer(event) if shared and shared.answer else None)
+        if answer:
+            run.answers[event["call"]] = answer
+        if len(run.answers) > KEPT_ANSWERS:
+            run.answers.pop(next(iter(run.answers)))
 
 
 def fold(events: Iterable[dict]) -> RunState:
@@ -2562,7 +2695,14 @@ def on_run_opened(run: RunState, event: dict) -> None:
 def on_actor_added(run: RunState, event: dict) -> None:
     """An actor waits for a slot."""
     facts = {k: v for k, v in event.items() if k in Actor._fields}
-    run.actors[event["actor"]] = Actor(id=event["actor"], **facts)
+    actor = run.actors[event["actor"]] = Actor(id=event["actor"], **facts)
+    if actor.role == "lead":
+        run.layers[actor.id] = Layer(event["budget_usd"], event["max_workers"])
+        run.costs[actor.id] = []
+    elif actor.layer:
+        layer = run.layers[actor.layer]
+        run.layers[actor.layer] = layer._replace(live=layer.live + 1,
+                                                 reserved=layer.reserved + actor.estimate)
     run.waiting[event["actor"]] = None
     fill_slots(run)
 
@@ -2579,7 +2719,7 @@ def on_placed(run: RunState, event: dict) -> None:
     run.owed.pop(("place", event["actor"]), None)
     actor = change(run, event["actor"], place=event["place"], state="dealing")
     if actor.stop:
-        end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
+        leave_unstarted(run, actor, event["at"])
     else:
         owe(run, "deal", actor.id)
 
@@ -2595,7 +2735,7 @@ def on_hand_dealt(run: RunState, event: dict) -> None:
     """A hand has its number and session; it may start from now on."""
     run.owed.pop(("deal", event["actor"]), None)
     change(run, event["actor"], hand=event["hand"], session_id=event["session_id"], how=event["how"],
-           log_at=event["log_at"], message_id=event["message_id"])
+           log_at=event["log_at"], message_id=event["message_id"], carried=event.get("carried", 0))
     owe(run, "spawn", event["actor"])
 
 
@@ -2611,6 +2751,7 @@ def on_hand_started(run: RunState, event: dict) -> None:
     run.owed.pop(("spawn", actor.id), None)
     change(run, actor.id, handle=event["handle"], hand_at=event["at"], hands=actor.hands + 1,
            state="stopping" if actor.stop else "running", hand_usage=Usage(), hand_usd=0.0,
+           frozen_at=None, frozen_s=0.0,
            started_at=event["at"] if actor.started_at is None else actor.started_at)
     owe(run, "watch", actor.id)
     if actor.stop:
@@ -2628,8 +2769,15 @@ def on_hand_skipped(run: RunState, event: dict) -> None:
     """An actor was stopped before its next hand had started."""
     for verb in ("deal", "spawn"):
         run.owed.pop((verb, event["actor"]), None)
-    actor = run.actors[event["actor"]]
-    end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
+    leave_unstarted(run, run.actors[event["actor"]], event["at"])
+
+
+def leave_unstarted(run: RunState, actor: Actor, at: float) -> None:
+    """An actor was stopped before its hand started: it is paused, or has ended."""
+    if actor.stop == "pause":
+        change(run, actor.id, state="paused", stop="")
+    else:
+        end_actor(run, actor.id, "Cancelled", at, reason=stop_reason(actor))
 
 
 def on_usage(run: RunState, event: dict) -> None:
@@ -2638,23 +2786,100 @@ def on_usage(run: RunState, event: dict) -> None:
 
 
 def on_stop_decided(run: RunState, event: dict) -> None:
-    """An actor is to be stopped, wherever it stands."""
-    actor = change(run, event["actor"], stop=event["why"], stop_reason=event.get("reason", ""),
-                   stop_done=event.get("done", False))
+    """An actor is to be stopped, wherever it stands; its lead is told where that was not the lead's doing."""
+    actor = run.actors[event["actor"]]
+    stop_actor(run, actor, event["why"], event.get("reason", ""), event.get("done", False), event["at"])
+    if event.get("told") and STATES[run.actors[actor.parent].state].live:
+        post(run, actor.parent, Message(*event["told"]))
+
+
+def stop_actor(run: RunState, actor: Actor, why: str, reason: str, done: bool, at: float) -> None:
+    """Stop an actor that has not ended: it ends here, or when its process has."""
+    change(run, actor.id, stop=why, stop_reason=reason, stop_done=done)
     if actor.state == "waiting":
         run.waiting.pop(actor.id, None)
         run.live += 1            # end_actor gives back what it never had
-        end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
-    elif actor.state == "running":
+    if actor.state in ("waiting", "paused"):
+        end_actor(run, actor.id, "Cancelled", at, reason=stop_reason(run.actors[actor.id]))
+    elif actor.state in ("running", "frozen"):
+        run.owed.pop(("freeze", actor.id), None)
         change(run, actor.id, state="stopping")
         owe(run, "stop", actor.id)
+
+
+def on_pause_decided(run: RunState, event: dict) -> None:
+    """An actor rests: its process is ended and its session kept, or all of it is stopped where it stands."""
+    actor = run.actors[event["actor"]]
+    change(run, actor.id, pauses=actor.pauses + 1)
+    if event["mode"] == "freeze":
+        change(run, actor.id, state="frozen", frozen_at=event["at"])
+        owe(run, "freeze", actor.id)
+    else:
+        stop_actor(run, actor, "pause", "", False, event["at"])
+
+
+def on_frozen(run: RunState, event: dict) -> None:
+    """All processes of an actor are stopped."""
+    run.owed.pop(("freeze", event["actor"]), None)
+
+
+def on_continue_decided(run: RunState, event: dict) -> None:
+    """A paused actor gets its next hand; a frozen one goes on where it stood."""
+    actor = run.actors[event["actor"]]
+    if event.get("message"):
+        change(run, actor.id, inbox=(*actor.inbox, Message(*event["message"])))
+    if actor.state == "frozen":
+        run.owed.pop(("freeze", actor.id), None)
+        change(run, actor.id, state="running", frozen_at=None,
+               frozen_s=actor.frozen_s + event["at"] - (actor.frozen_at or event["at"]))
+        owe(run, "thaw", actor.id)
+    else:
+        deal_again(run, actor.id)
+
+
+def deal_again(run: RunState, actor: str) -> None:
+    """A paused actor gets its next hand."""
+    change(run, actor, state="dealing", stop="", stop_reason="")
+    owe(run, "place" if run.actors[actor].use_worktree and run.actors[actor].place is None else "deal", actor)
+
+
+def on_thawed(run: RunState, event: dict) -> None:
+    """A frozen actor's processes run again."""
+    run.owed.pop(("thaw", event["actor"]), None)
+    if run.actors[event["actor"]].inbox:
+        owe(run, "deliver", event["actor"])
+
+
+def on_reprompted(run: RunState, event: dict) -> None:
+    """An actor is to do something else, wherever it stands."""
+    actor = change(run, event["actor"], reprompts=run.actors[event["actor"]].reprompts + 1)
+    post(run, actor.id, Message(*event["message"]))
+    if actor.state == "paused":
+        deal_again(run, actor.id)
+
+
+def post(run: RunState, actor: str, message: Message) -> None:
+    """Put a message into an actor's inbox; a running one is given it at once, others on their next hand."""
+    change(run, actor, inbox=(*run.actors[actor].inbox, message))
+    if run.actors[actor].state == "running":
+        owe(run, "deliver", actor)
+
+
+def on_delivered(run: RunState, event: dict) -> None:
+    """Messages reached an actor: it echoed them, or the first message of its hand that held them."""
+    actor = run.actors[event["actor"]]
+    ids = set(event["ids"])
+    change(run, actor.id, carried=0, inbox=tuple(m for m in actor.inbox if m.id not in ids))
+    if not run.actors[actor.id].inbox:
+        run.owed.pop(("deliver", actor.id), None)
 
 
 def on_hand_ended(run: RunState, event: dict) -> None:
     """A hand's process is gone: the actor gets another hand, or has ended."""
     actor = run.actors[event["actor"]]
-    for verb in ("watch", "stop", "spawn"):
+    for verb in ("watch", "stop", "spawn", "freeze", "thaw", "deliver"):
         run.owed.pop((verb, actor.id), None)
+    free_holder(run.shared, actor.id)
     spent = event.get("cost_usd")
     change(run, actor.id, hand_usage=Usage(), hand_usd=0.0, lived_s=actor.lived_s + event["lived_s"],
            usage=actor.usage.plus(Usage(*event["usage"])), exit_code=event["code"],
@@ -2662,7 +2887,9 @@ def on_hand_ended(run: RunState, event: dict) -> None:
            session_id=event.get("session_id") or actor.session_id,
            final=event["final"] if event.get("final") is not None else actor.final)
     again = event.get("again")
-    if again:
+    if again and event["cause"] == "pause":
+        change(run, actor.id, state="paused", how=again, stop="", stop_done=False)
+    elif again:
         change(run, actor.id, state="dealing", how=again, stop="", stop_done=False,
                lost=actor.lost + (event["cause"] == "lost"),
                afresh=actor.afresh or event["cause"] == "unbegun")
@@ -2691,13 +2918,15 @@ def on_cancelled(run: RunState, event: dict) -> None:
     """Every living actor is stopped; those that wait never start and get no record."""
     run.cancelled, run.signal = event["why"], run.signal or event.get("signal", "")
     for actor in list(run.actors.values()):
-        if STATES[actor.state].live and not actor.stop:
-            change(run, actor.id, stop="cancel", stop_reason=event.get("reason", ""),
-                   stop_done=actor.id in event.get("done", ()))
-            if actor.state == "running":
-                change(run, actor.id, state="stopping")
-                owe(run, "stop", actor.id)
+        if STATES[run.actors[actor.id].state].live and actor.stop in ("", "pause", "redirect"):
+            stop_actor(run, actor, "cancel", event.get("reason", ""), actor.id in event.get("done", ()),
+                       event["at"])
     finish_when_done(run)
+
+
+def on_shared(run: RunState, event: dict) -> None:
+    """The store or a lease changed."""
+    apply_shared(run.shared, event)
 
 
 def on_run_finished(run: RunState, event: dict) -> None:
@@ -2727,8 +2956,15 @@ EVENTS = {
     "spawn_failed":       EventKind(on_spawn_failed,       True),
     "usage":              EventKind(on_usage),
     "stop_decided":       EventKind(on_stop_decided),
+    "pause_decided":      EventKind(on_pause_decided),
+    "frozen":             EventKind(on_frozen),
+    "continue_decided":   EventKind(on_continue_decided),
+    "thawed":             EventKind(on_thawed),
+    "reprompted":         EventKind(on_reprompted),
+    "delivered":          EventKind(on_delivered),
     "hand_ended":         EventKind(on_hand_ended,         True),
     "closed":             EventKind(on_closed),
+    **{kind: EventKind(on_shared, row.durable) for kind, row in SHARED_EVENTS.items()},
     "drained":            EventKind(on_drained),
     "cancelled":          EventKind(on_cancelled),
     "run_finished":       EventKind(on_run_finished,       True),
@@ -2755,11 +2991,37 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
            started_at=at if old.started_at is None else old.started_at)
     run.live -= 1
     run.closing += 1
-    if not STATUSES[status].good:
+    if old.layer and old.role == "worker":
+        book_worker(run, run.actors[actor])
+    if old.layer == actor:
+        end_layer(run, actor, at)
+    # what a lead that succeeded did not need any more is no failure
+    needless = old.stop == "lead_ended" and STATUSES[run.actors[old.layer].status].good
+    if not STATUSES[status].good and not needless:
         run.failed += 1
         run.halted = run.halted or bool(run.facts.get("halt_on_failure"))
     owe(run, "close", actor)
     fill_slots(run)
+
+
+def book_worker(run: RunState, actor: Actor) -> None:
+    """A worker has ended: its estimate is released and its real cost booked."""
+    import bisect
+
+    layer, cost = run.layers[actor.layer], actor.cost_usd or 0.0
+    reserved = layer.reserved - actor.estimate if layer.live > 1 else 0.0
+    run.layers[actor.layer] = layer._replace(live=layer.live - 1, spent=layer.spent + cost, reserved=reserved)
+    if actor.hands:
+        bisect.insort(run.costs[actor.layer], cost)
+
+
+def end_layer(run: RunState, lead: str, at: float) -> None:
+    """A lead has ended: everything below it is stopped."""
+    for actor in list(run.actors.values()):
+        present = run.actors[actor.id]
+        if actor.layer == lead != actor.id and (STATES[present.state].live or present.state == "waiting"):
+            if present.stop in ("", "pause", "redirect"):
+                stop_actor(run, present, "lead_ended", "the lead ended", False, at)
 
 
 def finish_when_done(run: RunState) -> None:
@@ -2785,6 +3047,10 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     """
     form = actor.format
     was_done = actor.stop_done and FORMATS[form].results
+    if actor.stop in ("pause", "redirect") and not was_done:
+        kept = actor.resumes and (talk.began or talk.seen or actor.how in ("resume", "again"))
+        again = "resume" if kept else "afresh" if actor.resumes else "prompt"
+        return {"again": again, "cause": actor.stop}
     if actor.stop and not was_done:
         status, words = "Cancelled", actor.stop_reason
         if actor.stop == "timeout":
@@ -2833,7 +3099,8 @@ def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
             "token_usage": actor.usage.plus(actor.hand_usage)._asdict(), "claude_session_id": actor.session_id
             or None, "final_message": actor.final, "final_message_preview": preview(actor.final),
             "parent_task_id": actor.parent, "role": actor.role, "agent": actor.agent, "model": actor.model,
-            "cost_usd": round(cost, 10) if cost is not None else None, "pause_count": 0, "reprompt_count": 0,
+            "cost_usd": round(cost, 10) if cost is not None else None, "pause_count": actor.pauses,
+            "reprompt_count": actor.reprompts,
             "approvals_requested": 0, "approvals_approved": 0, "approvals_rejected": 0,
             "failure_reason": public_reason(actor.reason), "rescue_ref": closed.get("rescue_ref"),
             "worktree_kept": closed.get("kept"), "hands": actor.hands,}
@@ -2865,6 +3132,93 @@ def summary_of(run: RunState, records: list[dict], meta: dict, ended: float) -> 
             "tasks_failed": run.failed, "was_interrupted": bool(run.signal or run.cancelled),
             "total_cost_usd": round(sum(costs), 10) if costs else None, "tasks_not_started": len(run.waiting),
             "tasks": records,}
+
+
+class Books(NamedTuple):
+    """What a layer may spend and has, USD, and its workers."""
+
+    budget_usd: float | None
+    spent_usd: float               # by ended workers, and by the lead so far
+    reserved_usd: float
+    workers_live: int
+    max_workers: int
+
+
+def books_of(run: RunState, lead: str, lead_usd: float) -> Books:
+    """The books of a lead's layer; `lead_usd`: what the lead itself has spent so far."""
+    layer = run.layers[lead]
+    return Books(layer.budget_usd, layer.spent + lead_usd, layer.reserved, layer.live, layer.max_workers)
+
+
+ESTIMATES_USD = {"opus": 2.00, "sonnet": 0.50}     # of a worker, before one of its layer has ended
+ESTIMATE_USD = 0.10
+
+
+def estimate_usd(costs: list[float], model: str) -> float:
+    """What a worker will cost: the upper median of its layer's workers so far, else by its model."""
+    if costs:
+        return costs[len(costs) // 2]
+    return next((usd for name, usd in ESTIMATES_USD.items() if name in model.lower()), ESTIMATE_USD)
+
+
+def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float) -> float:
+    """What is reserved for a new worker of a layer, USD.  Raises ToolRefusal."""
+    if run.draining or run.cancelled or run.actors[lead].stop:
+        raise ToolRefusal("run is draining: no new workers accepted; finish with what the workers have done")
+    books = books_of(run, lead, lead_usd)
+    if books.workers_live >= books.max_workers:
+        raise ToolRefusal(f"worker cap reached: {books.workers_live} active (max {books.max_workers}); "
+                          "wait for one with wait_for_any, or cancel one")
+    estimate = estimate_usd(run.costs[lead], model)
+    if books.budget_usd is not None and books.spent_usd + books.reserved_usd + estimate > books.budget_usd:
+        raise ToolRefusal(f"budget exceeded: ${books.spent_usd:.4f} spent + ${books.reserved_usd:.4f} "
+                          f"reserved + ${estimate:.4f} estimated > ${books.budget_usd:.4f} budget; wait for "
+                          "workers to end, which releases what they do not use, or go on with what you have")
+    return estimate
+
+
+def state_word(actor: Actor, wire: bool = False) -> str:
+    """An actor's state as tools tell it; `wire`: as the control socket does."""
+    if actor.status:
+        row = STATUSES[actor.status]
+        return row.wire if wire else row.tool
+    word = STATES[actor.state].tool
+    return word.lower() if wire else word
+
+
+def decide_pause(actor: Actor, mode: str) -> dict:
+    """The facts of a `pause_decided`.  Raises ToolRefusal."""
+    allowed = ("running",) if mode == "freeze" else ("running", "placing", "dealing")
+    if actor.state not in allowed or actor.stop:
+        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: only a running actor can be "
+                          f"{'frozen' if mode == 'freeze' else 'paused'}")
+    return {"actor": actor.id, "mode": mode}
+
+
+def decide_continue(actor: Actor, message: Message | None) -> dict:
+    """The facts of a `continue_decided`.  Raises ToolRefusal."""
+    if actor.state not in ("paused", "frozen"):
+        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: only a paused or frozen actor can "
+                          "be continued")
+    return {"actor": actor.id, "message": message}
+
+
+def decide_reprompt(actor: Actor, message: Message) -> dict:
+    """The facts of a `reprompted`.  Raises ToolRefusal."""
+    if actor.status or actor.stop not in ("", "redirect"):
+        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: it takes no more messages; spawn "
+                          "another worker")
+    if actor.state == "frozen":
+        raise ToolRefusal(f"{actor.id} is Frozen: continue it first")
+    return {"actor": actor.id, "message": message}
+
+
+def decide_stop(actor: Actor, reason: str, done: bool, told: Message | None) -> dict:
+    """The facts of a `stop_decided` that cancels an actor.  Raises ToolRefusal."""
+    if actor.status or actor.stop == "cancel":
+        raise ToolRefusal(f"{actor.id} is {state_word(actor)} already: nothing is left to cancel")
+    return {"actor": actor.id, "why": "cancel", "reason": reason, "done": done,
+            **({"told": told} if told else {})}
 
 
 def exit_code_of(run: RunState) -> str:
@@ -3002,6 +3356,17 @@ def put_blob(run_dir: str, text: str) -> dict:
     return {"blob": name, "head": text[:200]}
 
 
+EXACT = frozenset(("value",))      # facts that come back as they went in, or not at all
+
+
+def read_exact(run_dir: str, value: Any) -> str:
+    """The text that an exact value stands for.  Raises EnvironmentFault when its blob cannot be read."""
+    text = get_blob(run_dir, value)
+    if isinstance(value, dict) and text == value.get("head"):
+        raise EnvironmentFault(f"{run_dir}/blobs/{value['blob']}: a stored value cannot be read")
+    return text
+
+
 def get_blob(run_dir: str, value: Any) -> Any:
     """The text that a value stands for; a value that is no blob is itself."""
     if not (isinstance(value, dict) and "blob" in value):
@@ -3042,10 +3407,10 @@ class Journal:
         other error, EnvironmentFault is raised and the journal is as it was.
         """
         try:
-            facts = {k: put_blob(self.run_dir, self.mask.text(v)) if is_long(v) else v for k,
-                     v in facts.items()}
+            facts = {k: put_blob(self.run_dir, v if k in EXACT else self.mask.text(v)) if is_long(v) else v
+                     for k, v in facts.items()}
         except OSError as e:
-            if not has_no_room(e):
+            if not has_no_room(e) or EXACT & facts.keys():
                 raise fault_of(e, "writing a blob") from None
             self.give_up_reserve()       # its beginning is kept; the whole of it is in the agent's log
             facts = {k: {"blob": "0" * 64, "head": self.mask.text(v)[:2000]} if is_long(v) else v
@@ -3433,29 +3798,35 @@ def look_at_folder(folder: str) -> Repo | str:
     return parse_repo(done.returncode, done.stdout, done.stderr)
 
 
+def place_of_task(task: Task) -> tuple[str, tuple]:
+    """Where a task stands in its manifest: as people write it, and as keys and indexes."""
+    return ("lead.", ("lead",)) if task.role == "lead" else (f"task[{task.index}].", ("task", task.index))
+
+
 def check_places(manifest: Manifest) -> list[Problem]:
     """What is wrong with the folders and branches of the tasks."""
     problems, taken = [], {}
     for task in manifest.tasks:
-        where, path = ("task", task.index, "directory"), f"task[{task.index}]."
+        path, where = place_of_task(task)
         if not task.directory:
             continue
         if not os.path.isdir(task.directory):
             there = "it is not a folder" if os.path.exists(task.directory) else "there is no such folder"
             problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {there}",
-                                    where))
+                                    (*where, "directory")))
             continue
         if not task.use_worktree:
             continue
         repo = look_at_folder(task.directory)
         if isinstance(repo, str):
-            problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {repo}", where))
+            problems.append(Problem(path + "directory", f"found {show_value(task.directory)}: {repo}",
+                                    (*where, "directory")))
         elif task.branch:
             first = taken.setdefault((os.path.realpath(repo.common), task.branch), task.index)
             if first != task.index:
                 problems.append(Problem(path + "branch", f"found {show_value(task.branch)}, which "
                                                          f"task[{first}] has in the same repository; "
-                                        "allowed: branches that differ", ("task", task.index, "branch")))
+                                        "allowed: branches that differ", (*where, "branch")))
     return problems
 
 
@@ -5630,6 +6001,8 @@ class Deal(NamedTuple):
     mcp_config: str            # path; empty: no servers
     sessions: str              # a folder beside the runs, for agents that keep sessions there
     superuser: bool
+    told: tuple = ()           # what it is told with its first message
+    max_workers: int = 0       # of its layer: as many calls of one turn may wait at once
 
 
 class Agent(NamedTuple):
@@ -5682,13 +6055,17 @@ def env_claude(deal: Deal) -> dict:
     """Variables that claude needs: root is refused without IS_SANDBOX, servers are waited for."""
     return {"CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD": "1", "MCP_CONNECTION_NONBLOCKING": "0",
             "MCP_CONNECT_TIMEOUT_MS": "30000", "CLAUDE_CODE_ENTRYPOINT": "sdk-ts", "DISABLE_AUTOUPDATER": "1",
+            **({"CLAUDE_CODE_MAX_TOOL_USE_CONCURRENCY": str(max(10, deal.max_workers + 2))}
+               if deal.max_workers else {}),
             **({"IS_SANDBOX": "1"} if deal.superuser else {}),}
 
 
 def argv_demo(deal: Deal) -> list:
     """The scripted agent in this file."""
+    servers = ["--mcp-config", deal.mcp_config] if deal.mcp_config else []
     session = ["--resume" if deal.how in ("resume", "again") else "--session-id", deal.session_id]
-    return [*deal.program, "demo-agent", "--model", deal.task.model, "--sessions", deal.sessions, *session]
+    return [*deal.program, "demo-agent", "--model", deal.task.model, "--sessions", deal.sessions, *servers,
+            *session]
 
 
 def argv_command(deal: Deal) -> list:
@@ -5708,7 +6085,8 @@ CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"su
 
 AGENTS = {a.name: a for a in (Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True,
                                     CLAUDE_INTERRUPT, ("--version",), ""),
-                              Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (),
+                              Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True,
+                                    CLAUDE_INTERRUPT, (),
                                     "follows the script in its prompt; no model, no network"),)}
 
 
@@ -5729,7 +6107,9 @@ def first_message(deal: Deal) -> str:
     claude takes a first word with a slash for a command of its own, which never reaches the model; a newline
     before it cures that.
     """
-    text = "continue" if deal.how == "resume" else deal.task.prompt
+    text = "\n\n".join(deal.told) or "continue"
+    if deal.how != "resume":
+        text = "\n\n".join((deal.task.prompt, *deal.told))
     return "\n" + text if text.startswith("/") else text
 
 
@@ -5753,6 +6133,9 @@ def server_config(servers: Iterable[Server]) -> dict:
 # A resumed dispatcher acts on all that is owed.  Dispatcher.act is the one caller of EFFECTS.
 # To add something to do: one effect, one row in EFFECTS, and a handler of EVENTS that owes it.
 
+ECHO_S = 10.0                          # from a message that interrupts to its echo; then a new hand gets it
+# bytes in a pipe (ioctl_tty(2), <sys/filio.h>)
+FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 TICK_S, BUSY_TICK_S = 0.25, 0.05       # between two looks at logs and timers: nothing new, something new
 READ_AT_ONCE = 256 << 10               # bytes of one log before the others get their turn
 
@@ -5775,6 +6158,7 @@ class LiveHand:
         self.known: dict[int, str] = {}    # processes of it seen so far
         self.told_at = began               # last usage event
         self.stopped: asyncio.Event | None = None      # set when the stop ladder has come to its end
+        self.sent: set[str] = set()        # messages given to it beyond the first
         self.exit: asyncio.Future | None = None
 
     def read_log(self, limit: int = READ_AT_ONCE) -> bool:
@@ -5782,6 +6166,60 @@ class LiveHand:
         before = self.tail.at
         fold_lines(self.talk, self.tail.read(limit), self.form)
         return self.tail.at > before
+
+    def done(self) -> bool:
+        """Whether it has nothing more to do: its own word, and no message that it has not taken up."""
+        return self.talk.done() and self.sent <= self.talk.echoed
+
+    def echoed(self, actor: Actor) -> list[str]:
+        """Messages of the actor's inbox that it has taken up."""
+        heard, talk = actor.inbox[:actor.carried], self.talk
+        if actor.message_id not in talk.echoed and not (talk.began and not FORMATS[self.form].echoes):
+            heard = ()
+        return [m.id for m in heard] + [m.id for m in actor.inbox if m.id in self.sent & talk.echoed]
+
+
+def write_plan(folder: str, task: Task) -> None:
+    """Keep what a spawned actor was asked to do, exactly, where only its owner can read it."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    write_file(os.path.join(folder, "task.json"), json.dumps(task._asdict()).encode(), durable=True)
+
+
+def read_plan(folder: str) -> Task:
+    """What write_plan kept.  Raises EnvironmentFault when it is gone."""
+    kept = read_json(os.path.join(folder, "task.json"))
+    try:
+        return Task(**{**kept, "tools": tuple(kept["tools"])})
+    except (TypeError, KeyError):
+        raise EnvironmentFault(f"{folder}/task.json is missing or damaged: what the actor was asked is not "
+                               "known", hint="cancel that actor") from None
+
+
+def write_message(folder: str, text: str, interrupts: bool) -> Message:
+    """Keep a message's text exactly, in the folder of the actor that it is for."""
+    message = Message(mint_uuid(), preview(text) or "", interrupts)
+    os.makedirs(os.path.join(folder, "messages"), mode=0o700, exist_ok=True)
+    write_file(os.path.join(folder, "messages", message.id), text.encode("utf-8", "surrogatepass"),
+               durable=True)
+    return message
+
+
+def read_message(folder: str, message: Message) -> str:
+    """The text that write_message kept; where it is gone, as much as the journal shows."""
+    try:
+        with open(os.path.join(folder, "messages", message.id), "rb") as f:
+            return f.read().decode("utf-8", "surrogatepass")
+    except OSError:
+        return message.shown
+
+
+def digest_workers(run: RunState, lead: str) -> str:
+    """What a lead that is dealt again must know of its workers."""
+    lines = [f"- {a.id}: {state_word(a)}; asked: {a.prompt_preview}" for a in run.actors.values()
+             if a.layer == lead != a.id]
+    return "continue\n\n[SYSTEM] You were started again. " + (
+        "Your workers now:\n" + "\n".join(lines) + "\nCalls that were open are gone: wait for workers anew."
+        if lines else "No worker was spawned.")
 
 
 def whole_record(run_dir: str, run: RunState, name: str) -> dict:
@@ -5794,7 +6232,8 @@ class Dispatcher:
     """The one owner of a run's tasks: records events, acts on what is owed."""
 
     def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *,
-                 env: Mapping[str, str], umask: int, notice: Callable, draw: Callable) -> None:
+                 env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
+                 doors: Callable) -> None:
         self.run_dir = run_dir
         self.manifest = manifest
         self.plans = {t.id: t for t in manifest.tasks}
@@ -5820,6 +6259,11 @@ class Dispatcher:
         self.programs: dict[str, tuple] = {}
         self.summary: int | None = None                # descriptor of summary.jsonl
         self.cancel_first: str | None = None           # a reason: the run is cancelled before anything else
+        self.doors = doors                 # (dispatcher) -> what opens a session, by the name of the socket
+        self.listeners: set = set()        # sessions of operators that are told what happens
+        self.news: dict[tuple, set] = {}   # topic to the futures of those who wait for news of it
+        self.tokens: dict[str, str] = {}   # actor to its token
+        self.lease_timer: asyncio.TimerHandle | None = None
 
     # ---- recording
 
@@ -5828,6 +6272,12 @@ class Dispatcher:
         event = self.journal.append(kind, facts)
         step(self.run, event)
         self.notice(self.run, event)
+        for listener in tuple(self.listeners):
+            listener.tell(event)
+        for topic in topics_of(event):
+            for waiter in self.news.pop(topic, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
         fresh, self.run.fresh = self.run.fresh, []
         for key in fresh:
             if EFFECTS[key[0]].waits:
@@ -5855,6 +6305,44 @@ class Dispatcher:
             for key in keys:
                 self.act(key)
 
+    async def hear(self, *topics: tuple, deadline: float | None) -> bool:
+        """Wait for news of any of the topics; False when the deadline (monotonic) came first."""
+        waiter = asyncio.get_running_loop().create_future()
+        for topic in topics:
+            self.news.setdefault(topic, set()).add(waiter)
+        try:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            await asyncio.wait_for(waiter, left)
+        except TimeoutError:
+            return False
+        finally:
+            for topic in topics:
+                waiters = self.news.get(topic, set())
+                waiters.discard(waiter)
+                if not waiters:
+                    self.news.pop(topic, None)
+        return True
+
+    def spent_by(self, name: str) -> float:
+        """What a lead itself has spent so far, USD; a usage event says so before a budget decision."""
+        actor, live = self.run.actors[name], self.hands.get(name)
+        if live and live.talk.usage() != actor.hand_usage:
+            live.told_at = time.monotonic()
+            self.record("usage", actor=name, hand=actor.hand, usage=list(live.talk.usage()),
+                        cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
+        actor = self.run.actors[name]
+        return (actor.cost_usd or 0.0) + actor.hand_usd
+
+    def settle_leases(self) -> None:
+        """Record what has become of leases, and look again when the next one is due."""
+        while (event := decide_due(self.run.shared, self.journal.now())) is not None:
+            self.record(**event)
+        if self.lease_timer:
+            self.lease_timer.cancel()
+        due = next_due_at(self.run.shared)
+        self.lease_timer = None if due is None else asyncio.get_running_loop().call_later(
+            max(0.0, due - self.journal.now()), self.guard, self.settle_leases)
+
     def act(self, key: tuple) -> None:
         """Start doing what is owed under `key`.  The only way to act, for a living and a resumed run."""
         if key in self.run.owed and not self.ended.is_set():
@@ -5881,10 +6369,13 @@ class Dispatcher:
         """Deal the run to its end, or to a fault that is kept in `fault`."""
         self.ended, self.sync_wanted = asyncio.Event(), asyncio.Event()
         self.subreaper = be_subreaper()
+        sockets = Sockets(self.run_dir, self.env, self.doors(self), self.tell_bug)
         async with asyncio.TaskGroup() as self.group:
             own = [self.group.create_task(self.keep_synced(), name="sync"),
                    self.group.create_task(self.keep_ticking(), name="tick")]
             try:
+                await sockets.open()
+                own.append(self.group.create_task(sockets.watch(), name="sockets"))
                 with self.signals():
                     owed = list(self.run.owed)
                     self.run.fresh.clear()
@@ -5892,12 +6383,14 @@ class Dispatcher:
                                 boot=boot_id(), version=VERSION)
                     if self.cancel_first is not None:
                         self.record("cancelled", why="operator", reason=self.cancel_first)
+                    self.settle_leases()
                     for key in owed:
                         self.act(key)
                     await self.ended.wait()
             except EnvironmentFault as e:
                 self.give_up(e)
             finally:
+                sockets.close()
                 for task in own:
                     task.cancel()
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
@@ -5921,6 +6414,14 @@ class Dispatcher:
         finally:
             for number in wanted:
                 loop.remove_signal_handler(number)
+
+    def tell_bug(self, error: Exception) -> None:
+        """A session broke: the others and the run go on, and the traceback is kept."""
+        import traceback
+
+        with contextlib.suppress(OSError), open(os.path.join(self.run_dir, "sockets.log"), "a",
+                                                encoding="utf-8", errors="replace") as f:
+            f.write(self.mask.text("".join(traceback.format_exception(error))))
 
     def guard(self, handler: Callable, *args: Any) -> None:
         """Call a signal's handler; a journal that cannot be written is the end of this process."""
@@ -5961,10 +6462,16 @@ class Dispatcher:
         if actor is None and not self.run.cancelled:
             self.record("cancelled", why="operator", reason=reason, done=self.done_hands())
         elif actor in self.run.actors:
-            known = self.run.actors[actor]
-            if (known.state == "waiting" or STATES[known.state].live) and not known.stop:
-                self.record("stop_decided", actor=actor, why="cancel", reason=reason,
-                            done=actor in self.done_hands())
+            with contextlib.suppress(ToolRefusal):
+                self.cancel_actor(actor, reason, "")
+
+    def cancel_actor(self, name: str, reason: str, by: str, **key: Any) -> None:
+        """Cancel an actor; its lead is told where it is not the lead's own doing.  Raises ToolRefusal."""
+        actor, told = self.run.actors[name], None
+        if reason and actor.parent and actor.parent != by:
+            told = write_message(self.task_dir(actor.parent), f"[SYSTEM] {name} was cancelled: {reason}",
+                                 False)
+        self.record("stop_decided", **decide_stop(actor, reason, name in self.done_hands(), told), **key)
 
     def done_hands(self) -> list[str]:
         """Actors whose hand has done its work and only has to leave."""
@@ -6014,7 +6521,8 @@ class Dispatcher:
         actor = self.run.actors[live.actor]
         if live.unsent:
             self.send_rest(live)
-        done = live.talk.done()
+        self.note_delivered(live)
+        done = live.done()
         if done and live.idle_at is None:
             live.idle_at = now
             self.close_input(live)
@@ -6029,8 +6537,14 @@ class Dispatcher:
             return
         if live.idle_at is not None and now - live.idle_at > LINGER_S:
             self.record("stop_decided", actor=actor.id, why="linger", done=True)
-        elif actor.lived_s + now - live.began > actor.timeout_s:
+        elif actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s:
             self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
+
+    def note_delivered(self, live: LiveHand) -> None:
+        """Take messages out of an actor's inbox that it has taken up."""
+        ids = live.echoed(self.run.actors[live.actor]) if self.run.actors[live.actor].inbox else []
+        if ids:
+            self.record("delivered", actor=live.actor, hand=live.hand, ids=ids)
 
     def has_left(self, live: LiveHand) -> bool:
         """Whether its exit is already on file or its process gone, before anything is called a timeout."""
@@ -6103,9 +6617,7 @@ class Dispatcher:
             return self.git.place_of(repo._replace(prefix="" if below == "." else below), actor.directory,
                                      former["path"], (former.get("branch"), former.get("base") or repo.head),
                                      bool(former.get("made")))
-        base = self.run.facts.get("worktree_dir")
-        path = os.path.join(base, self.run.run_id,
-                            actor.id) if base else os.path.join(self.run_dir, "worktrees", actor.id)
+        path = self.worktree_path(actor.id)
         branch, own, start = actor.branch, actor.branch is None, None
         if former.get("path"):     # sessions belong to a place: the old one is made again
             path = former["path"] if os.path.isdir(os.path.dirname(os.path.dirname(former["path"]))) else path
@@ -6113,6 +6625,12 @@ class Dispatcher:
             branch, own = former.get("branch") or branch, False
         return await self.git.add_worktree(actor.directory, path, branch or f"pitboss/{run8}/{actor.id}",
                                            own and not former.get("branch"), reason, start)
+
+    def worktree_path(self, name: str) -> str:
+        """Where a new worktree of an actor goes."""
+        base = self.run.facts.get("worktree_dir")
+        return os.path.join(base, self.run.run_id, name) if base else os.path.join(self.run_dir, "worktrees",
+                                                                                   name)
 
     def make_task_dir(self, actor: str) -> str:
         """An actor's folder, made where it is missing."""
@@ -6130,7 +6648,7 @@ class Dispatcher:
         self.dealt.add((name, actor.hand + 1))
         self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id=mint_uuid(),
                     log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh
-                    else actor.session_id)
+                    else actor.session_id, carried=len(actor.inbox))
 
     async def effect_spawn(self, name: str) -> None:
         """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
@@ -6194,24 +6712,54 @@ class Dispatcher:
                 raise
         return live
 
+    def plan_of(self, name: str) -> Task:
+        """What an actor was asked to do: of the manifest, or as it was spawned."""
+        if name not in self.plans:
+            self.plans[name] = read_plan(self.task_dir(name))
+        return self.plans[name]
+
+    def own_server(self, actor: Actor, folder: str) -> list[Server]:
+        """The server of pitboss itself, for an actor that has tools; its token is made here."""
+        if not actor.layer:
+            return []
+        path = os.path.join(folder, "token")
+        if not os.path.exists(path):
+            write_file(path, mint_token().encode(), durable=True)
+        program, *args = bridge_argv(self.run_dir, actor.id, actor.role, path)
+        return [Server("pitboss", program, tuple(args), {})]
+
+    def token_of(self, name: str) -> str:
+        """The token by which an actor is known; empty for one that has none."""
+        if name not in self.tokens and name in self.run.actors:
+            token = read_text(os.path.join(self.task_dir(name), "token"))
+            if token:
+                self.tokens[name] = token
+        return self.tokens.get(name, "")
+
     def make_deal(self, actor: Actor, row: Agent, folder: str) -> Deal:
         """What the adapter needs; the files that it names are written."""
-        task = self.plans[actor.id]._replace(directory=actor.directory, model=actor.model)
-        prompt_file = os.path.join(folder, "prompt.txt")
-        write_file(prompt_file, task.prompt.encode("utf-8", "surrogatepass"))
+        task = self.plan_of(actor.id)._replace(directory=actor.directory, model=actor.model)
+        told = tuple(read_message(folder, m) for m in actor.inbox[:actor.carried])
+        if actor.how == "resume" and actor.role == "lead":
+            told = (digest_workers(self.run, actor.id), *told)
         config = ""
-        if self.manifest.servers:
+        servers = [*self.manifest.servers, *self.own_server(actor, folder)]
+        if servers:
             config = os.path.join(folder, "mcp-config.json")
-            write_file(config, json.dumps(server_config(self.manifest.servers), indent=1).encode())
+            write_file(config, json.dumps(server_config(servers), indent=1).encode())
         program = self.programs.get(actor.agent)
         if program is None:
             program = find_program(row, self.env, self.manifest.agents, self.meta.get("base_dir")
                                    or "/") or tuple(self_argv(self.run_dir))
             self.programs[actor.agent] = program
-        place = actor.place or {}
-        return Deal(task, program, actor.how, actor.session_id, actor.message_id,
+        place, prompt_file = actor.place or {}, os.path.join(folder, "prompt.txt")
+        deal = Deal(task, program, actor.how, actor.session_id, actor.message_id,
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
-                    config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
+                    config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0,
+                    told, self.run.layers[actor.layer].max_workers if actor.layer else 0)
+        text = task.prompt if row.input == "stream" else first_message(deal)
+        write_file(prompt_file, text.encode("utf-8", "surrogatepass"))
+        return deal
 
     def agent_env(self, actor: Actor, deal: Deal, row: Agent) -> dict[str, str]:
         """The environment of a hand: the caller's, the adapter's, the manifest's, and where it is."""
@@ -6226,12 +6774,15 @@ class Dispatcher:
     async def effect_watch(self, name: str) -> None:
         """Stay with a hand until it is gone, then record how it ended; adopts one that was found alive."""
         live = self.hands.get(name) or self.adopt(name)
+        if name not in self.hands and self.run.actors[name].state == "frozen":
+            self.signal_hand(live, "SIGSTOP")
         self.hands[name] = live
         written = await self.await_exit(live)
         if live.stopped:
             await live.stopped.wait()
         end = await self.harvest(live, written)
         self.reap_orphans()
+        self.note_delivered(live)
         actor = self.run.actors[name]
         if live.pipe is not None:
             os.close(live.pipe)
@@ -6248,7 +6799,7 @@ class Dispatcher:
 
     def lived(self, live: LiveHand, end: Ending) -> float:
         """Seconds that a dead hand lived; of one that vanished while nobody watched, until its last word."""
-        age = max(0.0, time.monotonic() - live.began)
+        age = max(0.0, time.monotonic() - live.began - self.run.actors[live.actor].frozen_s)
         if end.vanished and not live.child:
             with contextlib.suppress(OSError):
                 age = min(age,
@@ -6310,6 +6861,8 @@ class Dispatcher:
         if live is None:               # of an earlier dispatcher: effect_watch goes on with it
             live = self.hands[name] = self.adopt(name)
         live.stopped = asyncio.Event()
+        if self.run.actors[name].frozen_at is not None:
+            self.signal_hand(live, "SIGCONT")
         try:
             steps = (0.0, 0.0, KILL_S) if self.kill_now else (INTERRUPT_S, TERMINATE_S, KILL_S)
             if self.env.get(LINEAGE):
@@ -6318,6 +6871,77 @@ class Dispatcher:
                               functools.partial(self.interrupt, live), steps)
         finally:
             live.stopped.set()
+
+    def signal_hand(self, live: LiveHand, name: str) -> None:
+        """Send a signal to every process of a hand, until no new ones appear."""
+        import signal
+
+        told: dict[int, str] = {}
+        for _ in range(20):
+            self.table.read_at = -1.0
+            news = {pid: start for pid, start in self.find(live).items() if told.get(pid) != start}
+            for pid, start in news.items():
+                send_signal(pid, start, getattr(signal, name))
+            told.update(news)
+            if not news:
+                return
+
+    async def effect_freeze(self, name: str) -> None:
+        """Stop all processes of an actor where they stand."""
+        live = self.hands.get(name)
+        if live and ("freeze", name) in self.run.owed:
+            self.signal_hand(live, "SIGSTOP")
+            self.record("frozen", actor=name)
+
+    async def effect_thaw(self, name: str) -> None:
+        """Let an actor's processes go on."""
+        live = self.hands.get(name)
+        if live and ("thaw", name) in self.run.owed:
+            self.signal_hand(live, "SIGCONT")
+            self.record("thawed", actor=name)
+
+    async def effect_deliver(self, name: str) -> None:
+        """Tell a running actor what is in its inbox; what it will not take up goes with its next hand."""
+        live, actor = self.hands.get(name), self.run.actors[name]
+        if live is None or actor.state != "running":
+            return
+        fresh = [m for m in actor.inbox[actor.carried:] if m.id not in live.sent]
+        urgent = any(m.interrupts for m in fresh)
+        if fresh and self.give(live, fresh):
+            live.sent.update(m.id for m in fresh)
+            deadline = time.monotonic() + ECHO_S
+            while (urgent and name in self.hands and live.sent - live.talk.echoed
+                   and time.monotonic() < deadline):
+                await asyncio.sleep(BUSY_TICK_S)
+            urgent = bool(live.sent - live.talk.echoed)
+        present = self.run.actors[name]
+        if urgent and self.hands.get(name) is live and present.state == "running":
+            self.record("stop_decided", actor=name, why="redirect")
+
+    def give(self, live: LiveHand, messages: list[Message]) -> bool:
+        """Write messages into an agent's input in one write, after an interrupt where one of them wants it.
+
+        False when it has no open input, or no room for all: half a line would end it.
+        """
+        import fcntl
+
+        row = agent_row(self.run.actors[live.actor].agent, self.manifest.agents)
+        if row.input != "stream" or live.pipe is None or live.unsent:
+            return False
+        folder = self.task_dir(live.actor)
+        lines = [render_message(read_message(folder, m), m.id) for m in messages]
+        if row.interrupt and live.talk.open and any(m.interrupts for m in messages):
+            lines.insert(0, row.interrupt + "\n")
+        data = "".join(lines).encode("utf-8", "surrogatepass")
+        try:
+            held = int.from_bytes(fcntl.ioctl(live.pipe, FIONREAD, b"\0" * 4), sys.byteorder)
+            if held + len(data) > 65536:
+                return False
+            os.write(live.pipe, data)
+        except OSError:
+            return False
+        live.idle_at = None
+        return True
 
     def find_unreaped(self, live: LiveHand) -> dict[int, str]:
         """The living processes of a hand; its dead ones are collected on the way."""
@@ -6420,6 +7044,15 @@ class Dispatcher:
                               (0.0, TERMINATE_S, KILL_S))
 
 
+def topics_of(event: dict) -> list[tuple]:
+    """What an event is news of: an actor, a path of a store, a call for a lease."""
+    if event["kind"] in ("kv_written", "kv_deleted"):
+        return [("kv", event["layer"], event["path"])]
+    if event["kind"] in SHARED_EVENTS:
+        return [("lease", event["call"])] if "call" in event else []
+    return [("actor", event["actor"])] if "actor" in event else []
+
+
 class Effect(NamedTuple):
     """One thing that can be owed.
 
@@ -6437,6 +7070,9 @@ EFFECTS = {
     "spawn":  Effect(Dispatcher.effect_spawn,  False),
     "watch":  Effect(Dispatcher.effect_watch,  False),
     "stop":   Effect(Dispatcher.effect_stop,   False),
+    "freeze": Effect(Dispatcher.effect_freeze, False),
+    "thaw":   Effect(Dispatcher.effect_thaw,   False),
+    "deliver": Effect(Dispatcher.effect_deliver, False),
     "close":  Effect(Dispatcher.effect_close,  True),
     "finish": Effect(Dispatcher.effect_finish, True),
 }
@@ -6556,6 +7192,7 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
             os.mkdir(os.path.join(beside, name), 0o700)
         write_file(os.path.join(beside, "manifest.snapshot.toml"), order.data)
         pin_self(beside)
+        pin_bridge(beside)
         keep_reserve(beside)
         write_json(os.path.join(beside, "resolved.json"), render_resolved(order, run_id), mask)
         write_json(os.path.join(beside, "meta.json"), render_meta(order, run_id, now, env), mask,
@@ -6664,6 +7301,9 @@ def check_reachable(run: RunState) -> None:
                                f"started in")
 
 
+UNBOUNDED = 1 << 20        # hands at once in a run whose leads' pools say how many there are
+
+
 def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict) -> None:
     """Append what a begun journal lacks: its opening, and the actors that it does not know yet."""
     rules = manifest.rules
@@ -6673,15 +7313,18 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
 
     if not run.run_id:
         append("run_opened", format=JOURNAL_FORMAT, run_id=meta["run_id"], name=rules.name,
-               mode=manifest.mode, max_parallel=meta.get("max_parallel") or rules.max_parallel,
+               mode=manifest.mode, max_parallel=UNBOUNDED if manifest.mode == "hierarchical" else
+               meta.get("max_parallel") or rules.max_parallel,
                halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
                worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir)
+    house = {"budget_usd": rules.budget_usd, "max_workers": rules.max_workers}
     for task in manifest.tasks:
         if task.id in run.actors or (meta.get("only") is not None and task.id not in meta["only"]):
             continue
         row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
         session = (former or {}).get("session_id")
-        append("actor_added", actor=task.id, role="task", agent=task.agent, model=task.model,
+        append("actor_added", actor=task.id, role=task.role, agent=task.agent, model=task.model,
+               **({"layer": task.id, **house} if task.role == "lead" else {}),
                directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
                branch=task.branch, format=row.format, resumes=row.resumes,
                prompt_preview=preview(task.prompt), **({"former": former} if former else {}),
@@ -6714,7 +7357,7 @@ def expand_path(base: str, path: str) -> str:
 
 
 def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
-             cancel: str | None = None,
+             doors: Callable, cancel: str | None = None,
              manifest: Manifest | None = None) -> tuple[RunState, PitbossError | None]:
     """Take a run and deal it to its end; returns how it stands, and the fault that ended this process first.
 
@@ -6725,7 +7368,7 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)      # until the loop listens; wishes are looked for anyway
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
-                            notice=notice, draw=draw)
+                            notice=notice, draw=draw, doors=doors)
     dispatcher.cancel_first = cancel
     try:
         asyncio.run(dispatcher.serve())
@@ -6737,6 +7380,712 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
         fault = EnvironmentFault("there was no space left; nothing new was started",
                                  hint=f"make room, then pitboss resume {run_dir[-36:]}")
     return taken.run, fault
+
+
+# ======================================================================================
+# TOOLS: MCP tool table and handlers                                             [async]
+# ======================================================================================
+# What leads and workers can ask for.  Each tool is one row of TOOLS: who may call it, its
+# arguments as rows of Field, what it answers, and its handler; schemas, checks, refusals
+# and the reference are derived.  A handler gets (Dispatcher, Actor, arguments, key of the
+# call) and returns a result or an awaitable of one; what it changes is one event that
+# carries the key, so that a call that is sent again is answered and not done again.
+# To add a tool: one handler, one row in TOOLS.
+
+LEADS, EVERYBODY = ("lead", "sublead"), ("lead", "sublead", "worker")
+TARGET = Field("task_id", "word", REQUIRED, "the worker", also=("actor_id", "target"))
+WAIT = Field("timeout_secs", "number", None, "how long to wait; without it, until it has happened", low=0)
+RECORD = {"task_id": "text", "status": "text?", "settled": "flag?", "state": "text?", "...": ""}
+
+
+def result_schema(keys: Mapping[str, str]) -> dict:
+    """The JSON schema of a result: key to its kind; `?` may be left out or null, `...` more keys may stand.
+
+    A kind that ends in `[]` is a list of it.
+    """
+    kinds = {"text": {"type": "string"}, "flag": {"type": "boolean"}, "number": {"type": "number"},
+             "count": {"type": "integer"}, "object": {"type": "object"}, "any": {}}
+    shown = {}
+    for key, word in keys.items():
+        if key == "...":
+            continue
+        kind, optional, many = word.rstrip("?").removesuffix("[]"), word.endswith("?"), "[]" in word
+        schema = {"type": "array", "items": kinds[kind]} if many else dict(kinds[kind])
+        if optional and "type" in schema:
+            schema["type"] = [schema["type"], "null"]
+        shown[key] = schema
+    return {"type": "object", "properties": shown,
+            "required": [key for key, word in keys.items() if key != "..." and not word.endswith("?")],
+            **({} if "..." in keys else {"additionalProperties": False})}
+
+
+class Peers(NamedTuple):
+    """The actors of a layer, as SHARED asks for them."""
+
+    run: RunState
+    layer: str
+
+    def __contains__(self, name: object) -> bool:
+        actor = self.run.actors.get(name)
+        return actor is not None and actor.layer == self.layer
+
+
+def sharer(dispatcher: Dispatcher, actor: Actor) -> Caller:
+    """An actor as SHARED knows it."""
+    return Caller(actor.id, actor.role, actor.layer, Peers(dispatcher.run, actor.layer))
+
+
+def find_target(dispatcher: Dispatcher, actor: Actor, name: str) -> Actor:
+    """The actor that a lead names.  Raises ToolRefusal: there is none, or it is not below the lead."""
+    found = dispatcher.run.actors.get(name)
+    if found is None:
+        raise ToolRefusal(f"unknown task_id: {name}; list_workers names those there are")
+    if found.id == actor.id or found.layer != actor.id:
+        raise ToolRefusal(f"forbidden: {name} is not a worker of {actor.id}")
+    return found
+
+
+def tool_spawn(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Spawn a worker.  A folder that git was not asked about yet is looked at first."""
+    plan = dispatcher.plan_of(actor.id)
+    directory = expand_path(actor.directory, args["directory"]) if args["directory"] else actor.directory
+    if not os.path.isdir(directory):
+        raise ToolRefusal(f"directory: {directory} is no folder; leave it out to work where the lead does")
+    agent = args["agent"] or plan.agent
+    row = known_agent(dispatcher, agent)
+    wrong = wrong_branch(args["branch"]) if args["branch"] is not None else ""
+    if wrong:
+        raise ToolRefusal(f"branch: found {show_value(args['branch'])}; allowed: {wrong}")
+    if not args["prompt"].strip():
+        raise ToolRefusal("prompt: found an empty text; allowed: what the worker is to do")
+    bad = check_env(args["env"], args["env"], "", ())
+    if bad:
+        raise ToolRefusal(f"{bad[0].path}: {bad[0].message}")
+    task = plan._replace(directory=directory, prompt=args["prompt"], branch=args["branch"], agent=agent,
+                         tools=plan.tools if args["tools"] is None else tuple(args["tools"]),
+                         timeout_s=args["timeout_secs"] or plan.timeout_s, model=args["model"] or plan.model,
+                         env={**plan.env, **args["env"]}, role="worker", index=-1)
+    if task.use_worktree and directory not in dispatcher.git.repos:
+        return spawn_looking(dispatcher, actor, task, row, call)
+    return spawn_now(dispatcher, actor, task, row, call)
+
+
+def known_agent(dispatcher: Dispatcher, name: str) -> Agent:
+    """The row of an agent that can be started here.  Raises ToolRefusal."""
+    known = [*AGENTS, *dispatcher.manifest.agents]
+    if name not in known:
+        raise ToolRefusal(f"agent: found {show_value(name)}; allowed: one of {', '.join(known)}")
+    row = agent_row(name, dispatcher.manifest.agents)
+    try:
+        find_program(row, dispatcher.env, dispatcher.manifest.agents, dispatcher.meta.get("base_dir") or "/")
+    except InvalidInput as e:
+        raise ToolRefusal(f"agent: {e}") from None
+    return row
+
+
+async def spawn_looking(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call: str) -> dict:
+    """Spawn a worker in a folder that git is asked about first."""
+    try:
+        await dispatcher.git.look(task.directory)
+    except GitError as e:
+        raise ToolRefusal(f"directory: {e}") from None
+    return dispatcher.run.answers.get(call) or spawn_now(dispatcher, actor, task, row, call)
+
+
+def spawn_now(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call: str) -> dict:
+    """Decide and record, in one go: no other spawn can come between."""
+    run = dispatcher.run
+    estimate = decide_spawn(run, actor.id, task.model, dispatcher.spent_by(actor.id))
+    number = sum(1 for a in run.actors.values() if a.layer == actor.id)
+    while (name := f"worker-{number}") in run.actors:
+        number += 1
+    task = task._replace(id=name)
+    write_plan(dispatcher.task_dir(name), task)
+    dispatcher.plans[name] = task
+    path = dispatcher.worktree_path(name) if task.use_worktree else None
+    answer = {"task_id": name, "worktree_path": path}
+    dispatcher.record("actor_added", actor=name, role="worker", agent=task.agent, model=task.model,
+                      directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
+                      branch=task.branch, format=row.format, resumes=row.resumes, parent=actor.id,
+                      layer=actor.id, estimate=estimate, prompt_preview=preview(task.prompt), call=call,
+                      answer=answer)
+    return answer
+
+
+def tool_status(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """How a worker stands."""
+    found = find_target(dispatcher, actor, args["task_id"])
+    live = dispatcher.hands.get(found.id)
+    usage, usd = found.usage.plus(found.hand_usage), (found.cost_usd or 0.0) + found.hand_usd
+    if live:
+        usage, usd = found.usage.plus(live.talk.usage()), (found.cost_usd or 0.0) + live.talk.cost_usd()
+    words = live.talk.last_text() if live else preview(found.final) or ""
+    return {"state": state_word(found), "started_at": render_time(found.started_at),
+            "partial_usage": usage._asdict(), "cost_usd": round(usd, 10),
+            "last_text_preview": preview(words) or "", "prompt_preview": found.prompt_preview}
+
+
+async def tool_wait(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """Wait until a worker has settled: its record."""
+    found = find_target(dispatcher, actor, args["task_id"])
+    settled = await wait_settled(dispatcher, [found.id], args["timeout_secs"])
+    if settled:
+        return whole_record(dispatcher.run_dir, dispatcher.run, found.id)
+    return {"settled": False, "state": state_word(dispatcher.run.actors[found.id])}
+
+
+async def tool_wait_any(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """Wait until one of several workers has settled."""
+    names = [find_target(dispatcher, actor, name).id for name in args["task_ids"]]
+    if not names:
+        raise ToolRefusal("task_ids: found an empty list; allowed: one or more ids of workers")
+    settled = await wait_settled(dispatcher, names, args["timeout_secs"])
+    if settled:
+        return {"task_id": settled, "record": whole_record(dispatcher.run_dir, dispatcher.run, settled)}
+    return {"settled": False, "states": {name: state_word(dispatcher.run.actors[name]) for name in names}}
+
+
+async def wait_settled(dispatcher: Dispatcher, names: list[str], timeout_s: float | None) -> str:
+    """The first of some actors that has settled; empty when the time ran out."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        done = next((name for name in names if dispatcher.run.actors[name].state == "settled"), "")
+        if done or not await dispatcher.hear(*[("actor", name) for name in names], deadline=deadline):
+            return done
+
+
+def tool_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """All workers of the caller's layer."""
+    workers = [{"task_id": a.id, "state": state_word(a), "prompt_preview": a.prompt_preview,
+                "started_at": render_time(a.started_at)}
+               for a in dispatcher.run.actors.values() if a.layer == actor.id != a.id]
+    return {"workers": workers, "subleads": []}
+
+
+def tool_cancel(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Cancel a worker."""
+    found = find_target(dispatcher, actor, args["task_id"])
+    dispatcher.cancel_actor(found.id, args["reason"] or "", actor.id, call=call, answer={"ok": True})
+    return {"ok": True}
+
+
+def tool_pause(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Pause a worker."""
+    found = find_target(dispatcher, actor, args["task_id"])
+    return pause_actor(dispatcher, found, args["mode"], call=call)
+
+
+async def pause_actor(dispatcher: Dispatcher, actor: Actor, mode: str, **key: Any) -> dict:
+    """Pause an actor and stay until it is paused.  Raises ToolRefusal."""
+    dispatcher.record("pause_decided", **decide_pause(actor, mode), **answered(key, {"ok": True}))
+    await stay(dispatcher, actor.id, lambda a: a.state == "paused" or a.status or (
+        a.state == "frozen" and ("freeze", a.id) not in dispatcher.run.owed))
+    return {"ok": True}
+
+
+def tool_continue(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Continue a paused or frozen worker."""
+    found = find_target(dispatcher, actor, args["task_id"])
+    return continue_actor(dispatcher, found, args["prompt"], call=call)
+
+
+async def continue_actor(dispatcher: Dispatcher, actor: Actor, prompt: str | None, **key: Any) -> dict:
+    """Continue an actor and stay until it runs.  Raises ToolRefusal."""
+    decide_continue(actor, None)
+    folder = dispatcher.task_dir(actor.id)
+    message = write_message(folder, prompt, actor.state == "frozen") if prompt else None
+    dispatcher.record("continue_decided", **decide_continue(actor, message), **answered(key, {"ok": True}))
+    await stay(dispatcher, actor.id, lambda a: a.status or (
+        a.state == "running" and ("thaw", a.id) not in dispatcher.run.owed))
+    return {"ok": True}
+
+
+def tool_reprompt(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Redirect a worker."""
+    found = find_target(dispatcher, actor, args["task_id"])
+    return reprompt_actor(dispatcher, found, args["prompt"], call=call)
+
+
+async def reprompt_actor(dispatcher: Dispatcher, actor: Actor, prompt: str, **key: Any) -> dict:
+    """Tell an actor to do something else, and stay until it was told.  Raises ToolRefusal.
+
+    `delivery`: `input` reached the running agent, `resume` its next hand.
+    """
+    if not prompt.strip():
+        raise ToolRefusal("prompt: found an empty text; allowed: what it is to do instead")
+    decide_reprompt(actor, Message("", "", True))
+    message = write_message(dispatcher.task_dir(actor.id), prompt, True)
+    dispatcher.record("reprompted", **decide_reprompt(actor, message), **answered(key, {"ok": True}))
+    hand = actor.hand
+    await stay(dispatcher, actor.id, lambda a: a.status or not any(m.id == message.id for m in a.inbox))
+    present = dispatcher.run.actors[actor.id]
+    if any(m.id == message.id for m in present.inbox):
+        raise ToolRefusal(f"{actor.id} ended before it took the message up: it is {state_word(present)}")
+    return {"ok": True, "delivery": "input" if present.hand == hand and actor.state == "running"
+            else "resume"}
+
+
+def answered(key: dict, answer: dict) -> dict:
+    """What an event carries of the call that it came from; nothing where it came from an operator."""
+    return {**key, "answer": answer} if key.get("call") else {}
+
+
+async def stay(dispatcher: Dispatcher, name: str, there: Callable[[Actor], Any]) -> None:
+    """Wait until an actor is where it should be."""
+    while not there(dispatcher.run.actors[name]):
+        await dispatcher.hear(("actor", name), deadline=None)
+
+
+def tool_budget(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """The books of the caller's layer."""
+    books = books_of(dispatcher.run, actor.id, dispatcher.spent_by(actor.id))
+    return {**books._asdict(), "spent_usd": round(books.spent_usd, 10),
+            "reserved_usd": round(books.reserved_usd, 10)}
+
+
+def record_verdict(dispatcher: Dispatcher, verdict: Verdict, call: str) -> dict | None:
+    """Do what SHARED decided; the answer, None for one that is still to come."""
+    if verdict.event is None:
+        return verdict.result
+    dispatcher.record(**{"call": call, **verdict.event})
+    return dispatcher.run.answers.get(call)
+
+
+def tool_kv_get(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """Read a value."""
+    spot = spot_to_read(sharer(dispatcher, actor), args["path"])
+    entry = find_entry(dispatcher.run.shared, spot)
+    return answer_entry(spot, entry, read_exact(dispatcher.run_dir, entry.value) if entry else None)
+
+
+def tool_kv_set(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict | None:
+    """Write a value."""
+    return record_verdict(dispatcher, decide_set(dispatcher.run.shared, sharer(dispatcher, actor),
+                                                 args["path"], args["value"], args["override_flag"]), call)
+
+
+def tool_kv_cas(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict | None:
+    """Write a value where nobody has written since."""
+    return record_verdict(dispatcher, decide_cas(dispatcher.run.shared, sharer(dispatcher, actor),
+                                                 args["path"], args["expected_version"], args["new_value"],
+                                                 args["override_flag"]), call)
+
+
+def tool_kv_delete(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict | None:
+    """Delete a value."""
+    return record_verdict(dispatcher, decide_delete(dispatcher.run.shared, sharer(dispatcher, actor),
+                                                    args["path"], args["override_flag"]), call)
+
+
+def tool_kv_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """What there is."""
+    return list_entries(dispatcher.run.shared, sharer(dispatcher, actor), args["glob"])
+
+
+async def tool_kv_wait(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """Wait until a path has a value of that version."""
+    spot = spot_to_read(sharer(dispatcher, actor), args["path"])
+    deadline = time.monotonic() + args["timeout_secs"]
+    while True:
+        entry = find_entry(dispatcher.run.shared, spot, args["min_version"])
+        if entry:
+            return answer_entry(spot, entry, read_exact(dispatcher.run_dir, entry.value))
+        if not await dispatcher.hear(("kv", spot.layer, spot.path), deadline=deadline):
+            return {"settled": False, "entry": None}
+
+
+def tool_lease_acquire(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Take a lease of the layer."""
+    return acquire(dispatcher, actor, actor.layer, args["name"], args, call)
+
+
+def tool_run_lease_acquire(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Take a lease of the whole tree."""
+    return acquire(dispatcher, actor, RUN_WIDE, args["key"], args, call)
+
+
+def acquire(dispatcher: Dispatcher, actor: Actor, scope: str, name: str, args: dict, call: str) -> Any:
+    """Take a lease at once, or wait in its queue."""
+    dispatcher.settle_leases()
+    verdict = decide_acquire(dispatcher.run.shared, sharer(dispatcher, actor), scope, name, args["ttl_secs"],
+                             args["wait_secs"], mint_uuid(), call)
+    answer = record_verdict(dispatcher, verdict, call)
+    dispatcher.settle_leases()
+    return answer or await_lease(dispatcher, actor, scope, name, call)
+
+
+async def await_lease(dispatcher: Dispatcher, actor: Actor, scope: str, name: str, call: str) -> dict:
+    """Wait in a lease's queue; a call that is cancelled gives up its place."""
+    shared, caller = dispatcher.run.shared, sharer(dispatcher, actor)
+    while (answer := answer_wait(shared, caller, scope, name, call)) is None:
+        await dispatcher.hear(("lease", call), deadline=None)
+    return answer
+
+
+def tool_lease_release(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict | None:
+    """Give a lease of the layer back."""
+    return release(dispatcher, actor, actor.layer, args["lease_id"], None, call)
+
+
+def tool_run_lease_release(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict | None:
+    """Give a lease of the whole tree back."""
+    return release(dispatcher, actor, RUN_WIDE, args["lease_id"], args["key"], call)
+
+
+def release(dispatcher: Dispatcher, actor: Actor, scope: str, lease_id: str | None, name: str | None,
+            call: str) -> dict | None:
+    """Give a lease back; who waits for it gets it."""
+    dispatcher.settle_leases()
+    verdict = decide_release(dispatcher.run.shared, sharer(dispatcher, actor), scope, lease_id, name)
+    answer = record_verdict(dispatcher, verdict, call)
+    dispatcher.settle_leases()
+    return answer
+
+
+def tool_lease_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """The leases of the layer."""
+    dispatcher.settle_leases()
+    return list_leases(dispatcher.run.shared, actor.layer)
+
+
+class Tool(NamedTuple):
+    """One tool: the name after `mcp__pitboss__`, who may call it, what it takes and gives."""
+
+    name: str
+    title: str
+    roles: tuple
+    read_only: bool            # claude runs only such calls of one turn together (2.1.197)
+    fields: tuple
+    result: dict               # of result_schema
+    run: Callable
+    help: str
+
+
+def _shared(*names: str) -> tuple:
+    return tuple(SHARED_FIELDS[name] for name in names)
+
+
+_OK = {"ok": "flag"}
+_ENTRY = {"entry": "object?", "settled": "flag?"}
+_LEASE = {"acquired": "flag", "lease_id": "text?", "version": "count?", "holder": "text?",
+          "acquired_at": "text?", "expires_at": "text?"}
+_VALUE = Field("value", "any", REQUIRED, "a text, a list of bytes, or {base64}; it comes back as it went in")
+
+TOOLS = {t.name: t for t in (
+    Tool("spawn_worker", "Spawn a worker", LEADS, True, (
+        Field("prompt", "text", REQUIRED, "what the worker is to do; it knows nothing else"),
+        Field("directory", "path", None, "where it works", shown="the lead's"),
+        Field("branch", "text", None, "branch of its worktree", shown="one of its own"),
+        Field("tools", "texts", None, "built-in tools that it may use", shown="the lead's"),
+        Field("timeout_secs", "count", None, "seconds until it is stopped", low=1, shown="the lead's"),
+        Field("model", "word", None, "its model", shown="the lead's"),
+        Field("agent", "word", None, "its agent program", shown="the lead's"),
+        Field("env", "env", {}, "variables of its environment, over the lead's")),
+        {"task_id": "text", "worktree_path": "text?"}, tool_spawn,
+        "start a worker in a worktree of its own; returns at once, wait for it with wait_for_worker"),
+    Tool("worker_status", "Look at a worker", LEADS, True, (TARGET,),
+         {"state": "text", "started_at": "text?", "partial_usage": "object", "cost_usd": "number?",
+          "last_text_preview": "text", "prompt_preview": "text"}, tool_status, "how a worker stands, and "
+                                                                               "its last words"),
+    Tool("wait_for_worker", "Wait for a worker", LEADS, True, (TARGET, WAIT),
+         {"settled": "flag?", "state": "text?", "...": ""}, tool_wait,
+         "wait until a worker has settled; gives its record, or its state when the time ran out"),
+    Tool("wait_for_any", "Wait for any of several workers", LEADS, True, (
+        Field("task_ids", "texts", REQUIRED, "the workers"), WAIT),
+        {"task_id": "text?", "record": "object?", "settled": "flag?", "states": "object?"}, tool_wait_any,
+        "wait until the first of several workers has settled"),
+    Tool("list_workers", "List the workers", LEADS, True, (), {"workers": "object[]", "subleads": "object[]"},
+         tool_list, "all workers of this layer: waiting, running and settled"),
+    Tool("cancel_worker", "Cancel a worker", LEADS, False, (
+        TARGET, Field("reason", "text", None, "why; it goes into the record")), _OK, tool_cancel,
+        "end a worker for good; its unsaved work is kept as the run's rules say"),
+    Tool("pause_worker", "Pause a worker", LEADS, False, (
+        TARGET, Field("mode", "text", "cancel", "cancel ends its process and keeps its session; freeze stops "
+                                                "its processes where they stand",
+                                                choices=("cancel", "freeze"))),
+        _OK, tool_pause, "let a worker rest until continue_worker"),
+    Tool("continue_worker", "Continue a worker", LEADS, False, (
+        TARGET, Field("prompt", "text", None, "what it is told", shown="`continue`")), _OK, tool_continue,
+        "let a paused or frozen worker go on"),
+    Tool("reprompt_worker", "Redirect a worker", LEADS, False, (
+        TARGET, Field("prompt", "text", REQUIRED, "what it is to do instead, or besides")),
+        {"ok": "flag", "delivery": "text?"}, tool_reprompt,
+        "interrupt what a worker does and tell it something, in its session; returns when it was told"),
+    Tool("budget_status", "Look at the budget", LEADS, True, (),
+         {"budget_usd": "number?", "spent_usd": "number", "reserved_usd": "number", "workers_live": "count",
+          "max_workers": "count"}, tool_budget, "what this layer may spend and has spent, and its workers"),
+    Tool("kv_get", "Read a value", EVERYBODY, True, _shared("path"), {"entry": "object?"}, tool_kv_get,
+         "read from the shared store"),
+    Tool("kv_set", "Write a value", EVERYBODY, False, (*_shared("path"), _VALUE, *_shared("override_flag")),
+         {"version": "count"}, tool_kv_set, "write into the shared store"),
+    Tool("kv_cas", "Compare and write", EVERYBODY, False, (
+        *_shared("path", "expected_version"), _VALUE._replace(name="new_value"), *_shared("override_flag")),
+        {"version": "count", "swapped": "flag"}, tool_kv_cas,
+        "write only over the version that you know; 0: only where nothing is"),
+    Tool("kv_delete", "Delete a value", EVERYBODY, False, _shared("path", "override_flag"),
+         {"existed": "flag"},
+         tool_kv_delete, "delete from the shared store"),
+    Tool("kv_list", "List values", EVERYBODY, True, _shared("glob"),
+         {"entries": "object[]", "truncated": "flag", "total_matched": "count"}, tool_kv_list,
+         "paths and versions of what you may read"),
+    Tool("kv_wait", "Wait for a value", EVERYBODY, True, (
+        *_shared("path"), WAIT._replace(default=REQUIRED, help="how long to wait"), *_shared("min_version")),
+        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it"),
+    Tool("lease_acquire", "Take a lease", EVERYBODY, False, _shared("name", "ttl_secs", "wait_secs"), _LEASE,
+         tool_lease_acquire, "be the only one in this layer to do something, until released or ttl_secs "
+                             "passed"),
+    Tool("lease_release", "Give a lease back", EVERYBODY, False, _shared("lease_id"), _OK, tool_lease_release,
+         "end a lease that you hold"),
+    Tool("lease_list", "List leases", EVERYBODY, True, (), {"leases": "object[]"}, tool_lease_list,
+         "the leases of this layer and who holds them"),
+    Tool("run_lease_acquire", "Take a lease of the tree", EVERYBODY, False,
+         _shared("key", "ttl_secs", "wait_secs"), _LEASE, tool_run_lease_acquire,
+         "be the only one in the whole tree to do something"),
+    Tool("run_lease_release", "Give a lease of the tree back", EVERYBODY, False, (
+        SHARED_FIELDS["lease_id"]._replace(default=None), SHARED_FIELDS["key"]._replace(default=None)), _OK,
+        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key"),
+)}
+
+
+@functools.lru_cache(maxsize=None)
+def tools_of(role: str) -> list[dict]:
+    """The tools that a role may use, as tools/list shows them."""
+    return [{"name": t.name, "title": t.title, "description": t.help[0].upper() + t.help[1:] + ".",
+             "inputSchema": schema_of(t.fields), "outputSchema": result_schema(t.result),
+             "annotations": {"title": t.title, "readOnlyHint": t.read_only}}
+            for t in TOOLS.values() if role in t.roles]
+
+
+def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, call: str) -> Any:
+    """What an actor's call is answered: a result, or an awaitable of one.  Raises PitbossError to refuse."""
+    actor, row = dispatcher.run.actors[name], TOOLS.get(tool)
+    if row is None or actor.role not in row.roles:
+        known = [t.name for t in TOOLS.values() if actor.role in t.roles]
+        raise ToolRefusal(f"forbidden: a {actor.role} has no tool {show_value(tool)}"
+                          f"{did_you_mean(tool, known)}; it has {', '.join(known)}")
+    if call in dispatcher.run.answers:
+        return finish_again(dispatcher, row, arguments, call)
+    values, problems = check_fields(row.fields, arguments, "", ())
+    if problems:
+        raise InvalidInput("; ".join(f"{p.path}: {p.message}" for p in problems))
+    try:
+        return row.run(dispatcher, actor, values, call)
+    except EnvironmentFault as e:
+        dispatcher.give_up(e)
+        raise
+
+
+def finish_again(dispatcher: Dispatcher, row: Tool, arguments: dict, call: str) -> Any:
+    """The answer of a call that was carried out before and is asked for again."""
+    return dispatcher.run.answers[call]
+
+
+def render_call(key: tuple) -> str:
+    """The key of a call as the journal has it: actor, bridge, request."""
+    actor, nonce, request = key
+    return f"{actor}/{nonce}/{json.dumps(request)}"
+
+
+def open_mcp(dispatcher: Dispatcher) -> Callable:
+    """What makes a session of MCP of a connection."""
+    def admit(hello: Hello) -> str:
+        if not same_token(hello.token, dispatcher.token_of(hello.actor)):
+            raise Refused("refused: the token is not that of this actor")
+        return hello.actor
+
+    def call(caller: str, name: str, arguments: dict, key: tuple) -> Any:
+        return call_tool(dispatcher, caller, name, arguments, render_call(key))
+
+    def dropped(caller: str, key: tuple) -> None:
+        wait = dispatcher.run.shared.waits.get(render_call(key))
+        if wait:
+            dispatcher.guard(drop_wait, dispatcher, wait, render_call(key))
+
+    def tools(caller: str) -> list[dict]:
+        return tools_of(dispatcher.run.actors[caller].role)
+
+    server = {"name": "pitboss", "title": "pitboss", "version": VERSION}
+    desk = Desk(server, admit, tools, call, dropped, dispatcher.tell_bug)
+    return lambda link: McpSession(link, desk, dispatcher.group)
+
+
+def drop_wait(dispatcher: Dispatcher, wait: LeaseWait, call: str) -> None:
+    """A call that waits for a lease was cancelled: it gets none."""
+    event = decide_abandon(dispatcher.run.shared, wait.scope, wait.name, call)
+    if event:
+        dispatcher.record(**event)
+        dispatcher.settle_leases()
+
+
+# ======================================================================================
+# CONTROL: operator operations table and handlers                                [async]
+# ======================================================================================
+# What an operator can ask for, as JSON lines over the control socket: the same decisions
+# as the lead's tools, without the limits of a lead.  Each operation is one row of OPS.
+# To add one: one handler, one row in OPS.
+
+def find_anyone(dispatcher: Dispatcher, name: Any) -> Actor:
+    """The actor that an operator names.  Raises NotFound."""
+    found = dispatcher.run.actors.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise NotFound(f"unknown task_id: {name}; there are {', '.join(dispatcher.run.actors)}")
+    return found
+
+
+def op_list_workers(dispatcher: Dispatcher, message: dict) -> dict:
+    """Every actor as it stands."""
+    workers = []
+    for actor in dispatcher.run.actors.values():
+        row = {"task_id": actor.id, "state": state_word(actor, wire=True),
+               "prompt_preview": actor.prompt_preview, "started_at": render_time(actor.started_at),
+               "parent_task_id": actor.parent, "session_id": actor.session_id or None}
+        workers.append({k: v for k, v in row.items() if v is not None})
+    return {"event": "workers_snapshot", "workers": workers}
+
+
+def op_cancel_worker(dispatcher: Dispatcher, message: dict) -> None:
+    """Cancel an actor."""
+    actor = find_anyone(dispatcher, message["task_id"])
+    dispatcher.cancel_actor(actor.id, message["reason"] or "", "")
+
+
+def op_cancel_run(dispatcher: Dispatcher, message: dict) -> None:
+    """Cancel the run."""
+    dispatcher.cancel(None, message["reason"] or "")
+
+
+def op_pause_worker(dispatcher: Dispatcher, message: dict) -> Any:
+    """Pause an actor."""
+    return pause_actor(dispatcher, find_anyone(dispatcher, message["task_id"]), message["mode"])
+
+
+def op_continue_worker(dispatcher: Dispatcher, message: dict) -> Any:
+    """Continue an actor."""
+    return continue_actor(dispatcher, find_anyone(dispatcher, message["task_id"]), message["prompt"])
+
+
+def op_reprompt_worker(dispatcher: Dispatcher, message: dict) -> Any:
+    """Redirect an actor."""
+    return reprompt_actor(dispatcher, find_anyone(dispatcher, message["task_id"]), message["prompt"])
+
+
+class Op(NamedTuple):
+    """One operation: its fields, and what it does; it returns an event to send, None, or an awaitable."""
+
+    run: Callable              # (Dispatcher, fields)
+    fields: tuple
+    help: str
+
+
+_TASK = Field("task_id", "word", REQUIRED, "the actor")
+_REASON = Field("reason", "text", None, "why")
+
+OPS = {
+    "list_workers":    Op(op_list_workers, (), "a snapshot of every actor"),
+    "cancel_worker":   Op(op_cancel_worker, (_TASK, _REASON), "cancel an actor"),
+    "cancel_run":      Op(op_cancel_run, (_REASON,), "cancel the run"),
+    "pause_worker":    Op(op_pause_worker, (_TASK, TOOLS["pause_worker"].fields[1]), "pause an actor"),
+    "continue_worker": Op(op_continue_worker, (_TASK, TOOLS["continue_worker"].fields[1]),
+                          "continue an actor"),
+    "reprompt_worker": Op(op_reprompt_worker, (_TASK, TOOLS["reprompt_worker"].fields[1]),
+                          "redirect an actor"),
+}
+
+
+class ControlSession:
+    """One operator's connection: `hello` first, then operations; events of the run are told as they come."""
+
+    def __init__(self, link: Link, dispatcher: Dispatcher) -> None:
+        self.link, self.dispatcher = link, dispatcher
+        self.greeted = False
+
+    def send(self, **facts: Any) -> None:
+        """One line to the client."""
+        self.link.send(compact_json()({k: v for k, v in facts.items() if v is not None}))
+
+    def on_line(self, line: bytes | None) -> None:
+        """One line of the client; None stands for one that was too long."""
+        try:
+            message = parse_message(line) if line is not None else None
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict) or not isinstance(message.get("op"), str):
+            self.send(event="op_failed", op="",
+                      error='not an operation: allowed are lines like {"op": "hello"}')
+            if not self.greeted:
+                self.link.close()
+            return
+        extra = {"id": message["id"]} if is_request_id(message.get("id")) else {}
+        if not self.greeted and message["op"] != "hello":
+            self.send(event="op_failed", op=message["op"], error="say hello first", **extra)
+            return self.link.close()
+        if message["op"] == "hello":
+            return self.greet(extra)
+        self.take(message, extra)
+
+    def greet(self, extra: dict) -> None:
+        """Tell a client where it is, and from now on what happens."""
+        self.greeted = True
+        run = self.dispatcher.run
+        self.dispatcher.listeners.add(self)
+        self.send(event="hello", server_version=VERSION, run_id=run.run_id, run_kind=run.mode,
+                  workers=[*run.actors], policy_rules=[], **extra)
+
+    def on_end(self) -> None:
+        """The client is gone."""
+        self.dispatcher.listeners.discard(self)
+
+    def take(self, message: dict, extra: dict) -> None:
+        """Carry one operation out."""
+        op, task_id = message["op"], message.get("task_id")
+        row = OPS.get(op)
+        if row is None:
+            return self.send(event="op_unknown", op=op, **extra)
+        values, problems = check_fields(row.fields, {k: v for k, v in message.items() if k not in ("op", "id")
+                                                     and v is not None}, "", ())
+        if problems:
+            return self.send(event="op_failed", op=op, task_id=task_id, **extra,
+                             error="; ".join(f"{p.path}: {p.message}" for p in problems))
+        self.dispatcher.group.create_task(self.carry_out(row, op, values, extra), name=f"op {op}")
+
+    async def carry_out(self, row: Op, op: str, values: dict, extra: dict) -> None:
+        """Do it, and say how it went."""
+        task_id, run = values.get("task_id"), self.dispatcher.run
+        try:
+            told = row.run(self.dispatcher, values)
+            told = await told if asyncio.iscoroutine(told) else told
+        except ToolRefusal as e:
+            state = state_word(run.actors[task_id], wire=True) if task_id in run.actors else None
+            return self.send(event="op_failed", op=op, task_id=task_id, error=str(e), current_state=state,
+                             **extra)
+        except PitbossError as e:
+            return self.send(event="op_failed", op=op, task_id=task_id, error=str(e), **extra)
+        except Exception as e:  # boundary: a bug in one operation must not end the run
+            self.dispatcher.tell_bug(e)
+            return self.send(event="op_failed", op=op, task_id=task_id, **extra,
+                             error=f"a bug in pitboss: {type(e).__name__}; see sockets.log in the run folder")
+        if told and "event" in told:
+            return self.send(**told, **extra)
+        self.send(event="op_acked", op=op, task_id=task_id, **(told or {}), **extra)
+
+    def tell(self, event: dict) -> None:
+        """Tell the client of an event that people want to know."""
+        if self.link.choked:
+            return self.link.close()       # it does not read: it may come again
+        run = self.dispatcher.run
+        if event["kind"] in ("hand_ended", "place_failed", "spawn_failed", "stop_decided"):
+            actor = run.actors[event["actor"]]
+            if actor.status and not STATUSES[actor.status].good:
+                reason = {"kind": "unknown", **(public_reason(actor.reason) or {})}
+                self.send(event="worker_failed", task_id=actor.id, parent_task_id=actor.parent, reason=reason)
+        elif event["kind"] == "run_finished":
+            self.send(event="run_finished", summary={"tasks_total": event["tasks_total"],
+                                                     "tasks_failed": event["tasks_failed"]})
+
+
+def open_doors(dispatcher: Dispatcher) -> dict[str, Callable]:
+    """What opens a session, by the name of the socket."""
+    return {"mcp": open_mcp(dispatcher), "control": lambda link: ControlSession(link, dispatcher)}
 
 
 # ======================================================================================
@@ -6971,11 +8320,13 @@ class DemoInterrupt(Exception):
 class DemoAgent:
     """One process of the scripted agent."""
 
-    def __init__(self, model: str, session_id: str, path: str) -> None:
+    def __init__(self, model: str, session_id: str, path: str, config: str = "") -> None:
         import threading
 
-        self.model, self.session_id, self.path = model, session_id, path
-        self.session = {"script": [], "done": 0, "limits": 0}
+        self.model, self.session_id, self.path, self.config = model, session_id, path, config
+        self.session = {"script": [], "done": 0, "limits": 0, "results": []}
+        self.server: Any = None                  # the process of the MCP server pitboss
+        self.answers: dict[int, dict] = {}       # request id to what the server answered
         self.usage = Usage()
         self.number = self.turns = 0
         self.began = time.monotonic()
@@ -7220,10 +8571,99 @@ class DemoAgent:
         def run() -> tuple[str, bool]:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                        stderr=subprocess.STDOUT, start_new_session=True)
-            output = process.communicate()[0].decode("utf-8", "replace")
-            return output[:30000], process.returncode != 0
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output = process.communicate(timeout=0.2)[0].decode("utf-8", "replace")
+                    return output[:30000], process.returncode != 0
+                if self.interrupted and not self.deaf:
+                    os.killpg(process.pid, 15)
+                    raise DemoInterrupt
 
         self.tool("Bash", {"command": shown, "description": "a step of the script"}, run)
+
+    def step_call(self, rest: str) -> None:
+        """Call a tool of the MCP server pitboss."""
+        name, _, text = rest.partition(" ")
+        arguments = self.fill_in(json.loads(text or "{}"))
+
+        def call() -> tuple[str, bool]:
+            answer = self.ask("tools/call", {"name": name, "arguments": arguments})
+            result = answer.get("result") or {}
+            self.session["results"].append(result.get("structuredContent"))
+            words = "".join(block.get("text", "") for block in result.get("content", ()))
+            fault = (answer.get("error") or {}).get("message")
+            return fault or words, bool(fault or result.get("isError"))
+
+        self.tool(f"mcp__pitboss__{name}", arguments, call)
+
+    def fill_in(self, value: Any) -> Any:
+        """Put a result of an earlier call where `<2.task_id>` stands: of the second call, at that key."""
+        if isinstance(value, dict):
+            return {k: self.fill_in(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.fill_in(v) for v in value]
+        if not isinstance(value, str):
+            return value
+
+        def find(match: Any) -> Any:
+            found = self.session["results"][int(match[1]) - 1]
+            for key in match[2].split(".")[1:]:
+                found = found[int(key) if isinstance(found, list) else key]
+            return found
+
+        place = r"<(\d+)((?:\.\w+)*)>"
+        try:
+            whole = re.fullmatch(place, value)
+            return find(whole) if whole else re.sub(place, lambda m: str(find(m)), value)
+        except (LookupError, TypeError):
+            raise ValueError(value) from None
+
+    def ask(self, method: str, params: dict) -> dict:
+        """One request to the server, and its answer; an interrupt ends the wait."""
+        if self.server is None:
+            self.start_server()
+        number = len(self.answers) + 1
+        self.answers[number] = {}
+        self.server.stdin.write(json.dumps({"jsonrpc": "2.0", "id": number, "method": method,
+                                            "params": params}).encode() + b"\n")
+        self.server.stdin.flush()
+        with self.news:
+            while not self.answers[number]:
+                if self.interrupted and not self.deaf:
+                    raise DemoInterrupt
+                self.news.wait(3600)
+        return self.answers[number]
+
+    def start_server(self) -> None:
+        """Start the server that the configuration names.  Raises OSError where it names none."""
+        import subprocess
+        import threading
+
+        try:
+            with open(self.config, encoding="utf-8") as f:
+                row = json.load(f)["mcpServers"]["pitboss"]
+        except (ValueError, KeyError, FileNotFoundError):
+            raise OSError("no MCP server pitboss was given to this agent") from None
+        self.server = subprocess.Popen([row["command"], *row["args"]], stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, env={**os.environ, **row.get("env", {})})
+        threading.Thread(target=self.hear_server, daemon=True).start()
+        self.ask("initialize", {"protocolVersion": "2025-11-25", "capabilities": {},
+                                "clientInfo": {"name": "demo-agent", "version": VERSION}})
+        self.server.stdin.write(b'{"jsonrpc":"2.0","method":"notifications/initialized"}\n')
+
+    def hear_server(self) -> None:
+        """Take the server's answers in, until it ends (in a thread)."""
+        for raw in self.server.stdout:
+            message = json.loads(raw)
+            with self.news:
+                if message.get("id") in self.answers:
+                    self.answers[message["id"]] = message
+                    self.news.notify_all()
+        with self.news:
+            for number, answer in self.answers.items():
+                self.answers[number] = answer or {"error": {"message": "Connection closed"}}
+            self.server = None
+            self.news.notify_all()
 
     def step_sleep(self, rest: str) -> None:
         """Let time pass."""
@@ -7323,6 +8763,9 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
          "commit": Step(DemoAgent.step_commit, "commit [MESSAGE]",    "commit everything in the folder"),
          "run":    Step(DemoAgent.step_run,    "run COMMAND",         "a shell command; its output is a tool "
                         "result; a failure does not end the script"),
+         "call":   Step(DemoAgent.step_call,   "call TOOL JSON",      "a call of an MCP tool of pitboss; in "
+                                                                      "later "
+                        "calls `<2.task_id>` is what the second call gave at that key"),
          "sleep":  Step(DemoAgent.step_sleep,  "sleep SECONDS",       "let time pass"),
          "print":  Step(DemoAgent.step_print,  "print BYTES [LINE]",
                         "messages of LINE bytes (1000), BYTES in all"),
@@ -7511,7 +8954,7 @@ def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mappi
     manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS,
                              expand=functools.partial(expand_path, base_dir))
     problems = [*manifest.problems, *check_places(manifest)]
-    ids = {("task", t.index): t.id for t in manifest.tasks if t.id}
+    ids = {place_of_task(t)[1][:2]: t.id for t in manifest.tasks if t.id}
     if problems or manifest.warnings:
         lines = locate_keys(decode_manifest(data, label))
         for warning in manifest.warnings:
@@ -7700,7 +9143,8 @@ def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None =
     progress.mask = mask_for(manifest, os.environ)
     env = dict(os.environ)
     try:
-        run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, cancel, manifest)
+        run, fault = deal_run(run_dir, env, umask, progress.notice, progress.draw, open_doors, cancel,
+                              manifest)
     except PitbossError:
         raise
     except Exception as e:  # boundary: agents live on and the run can be resumed, so that must be said
@@ -8088,7 +9532,7 @@ def cmd_demo_agent(options: Any) -> str:
     path = os.path.join(options.sessions, f"{session_id}.json")
     if not re.fullmatch(r"[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
-    agent = DemoAgent(options.model, session_id, path)
+    agent = DemoAgent(options.model, session_id, path, options.mcp_config)
     if options.resume:
         session = read_json(path)
         if session is None:
@@ -8096,7 +9540,7 @@ def cmd_demo_agent(options: Any) -> str:
             agent.result(None, subtype="error_during_execution", error=True,
                          errors=(f"No conversation found with session ID: {session_id}",))
             sys.exit(1)
-        agent.session = session
+        agent.session.update(session)
     elif os.path.exists(path):
         say_error(f"Error: Session ID {session_id} is already in use.")
         sys.exit(1)
@@ -8383,7 +9827,8 @@ COMMANDS = {c.name: c for c in (
         (("--actor-role",), {"required": True, "metavar": "R"}), (("--token-file",), {"metavar": "F"}),
         (("--run-dir",), {"metavar": "DIR"})), ""),
     Cli("demo-agent", cmd_demo_agent, "", (
-        (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}),
+        (("--model",), {"default": "demo"}), (("--mcp-config",), {"default": ""}),
+        (("--sessions",), {"default": "."}), (("--session-id",), {}),
         (("--resume",), {})), ""),
 )}
 
