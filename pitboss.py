@@ -3163,7 +3163,7 @@ def estimate_usd(costs: list[float], model: str) -> float:
 
 def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float) -> float:
     """What is reserved for a new worker of a layer, USD.  Raises ToolRefusal."""
-    if run.draining or run.cancelled or run.actors[lead].stop:
+    if run.draining or run.cancelled or run.actors[lead].stop or run.actors[lead].status:
         raise ToolRefusal("run is draining: no new workers accepted; finish with what the workers have done")
     books = books_of(run, lead, lead_usd)
     if books.workers_live >= books.max_workers:

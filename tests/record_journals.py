@@ -121,7 +121,34 @@ def halted(home: Home) -> None:
     home.pitboss("resume", home.run_dir().name, "--failed", check=1)
 
 
-RUNS = (plain, crashed, stopped, cancelled, halted)
+def led(home: Home) -> None:
+    """A lead and its workers: every tool that changes something."""
+    home.repo("repo")
+
+    def call(tool: str, /, **arguments) -> str:
+        return f"$ call {tool} {json.dumps(arguments)}"
+
+    first, up = {"task_id": "<1.task_id>"}, {"path": "/shared/up", "timeout_secs": 30}
+    hangs = call("kv_set", path="/shared/up", value="x") + "\n$ hang"
+    waits = call("lease_acquire", name="x", ttl_secs=5, wait_secs=0.2)
+    script = [
+        call("spawn_worker", prompt=hangs), call("kv_wait", **up),
+        call("pause_worker", **first, mode="freeze"), call("continue_worker", **first),
+        call("pause_worker", **first), call("continue_worker", **first, prompt=hangs),
+        call("kv_wait", **up, min_version=2), call("reprompt_worker", **first, prompt="$ say redirected"),
+        call("kv_cas", path="/shared/up", expected_version=2, new_value="y"), call("kv_delete", path="/shared/up"),
+        call("lease_acquire", name="x", ttl_secs=60), call("lease_acquire", name="x", ttl_secs=61),
+        call("spawn_worker", prompt=waits), call("wait_for_worker", task_id="<13.task_id>"),
+        call("lease_release", lease_id="<11.lease_id>"), call("wait_for_worker", **first),
+        call("spawn_worker", prompt=hangs), call("spawn_worker", prompt=hangs),
+        call("kv_wait", **up, min_version=5),
+        call("cancel_worker", task_id="<17.task_id>", reason="not needed"), "$ say done"]
+    manifest = home.manifest('[run]\nmax_workers = 4\nbudget_usd = 20\n[defaults]\nagent = "demo"\n[lead]\n'
+                             + f'id = "boss"\ndirectory = "repo"\nprompt = {json.dumps(chr(10).join(script))}\n')
+    home.pitboss("dispatch", manifest, check=1)
+
+
+RUNS = (plain, crashed, stopped, cancelled, halted, led)
 
 
 def scrub(text: str, root: Path) -> str:
@@ -135,7 +162,7 @@ def scrub(text: str, root: Path) -> str:
 
 def main() -> int:
     JOURNALS.mkdir(parents=True, exist_ok=True)
-    for record in RUNS:
+    for record in [run for run in RUNS if run.__name__ in sys.argv[1:] or not sys.argv[1:]]:
         with tempfile.TemporaryDirectory(prefix="record-") as folder:
             home = Home(Path(folder).resolve())
             try:

@@ -7,6 +7,7 @@ from scratch.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections import Counter
@@ -26,7 +27,9 @@ def events_of(path: Path) -> list[dict]:
 
 def tables_of(run: pitboss.RunState) -> dict:
     """Everything that a run holds, as a value; `fresh` is a note for a living dispatcher."""
-    return {k: v for k, v in vars(run).items() if k != "fresh"}
+    shared = {k: repr(v) if k != "stores" else {n: vars(store) for n, store in v.items()}
+              for k, v in vars(run.shared).items()}
+    return {**{k: v for k, v in vars(run).items() if k not in ("fresh", "shared")}, "shared": shared}
 
 
 # ------------------------------------------------------------------ the books
@@ -41,9 +44,13 @@ def owed_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
             "waiting": (), "placing": ("place",),
             "dealing": ("spawn",) if last == "hand_dealt" else ("deal",),
             "running": ("watch",), "stopping": ("watch", "stop"), "closing": ("close",),
-            "settled": ()}[actor.state]}
+            "paused": (), "frozen": ("watch",), "settled": ()}[actor.state]}
+        # until the event that pays for it, whatever else happens meanwhile
+        owed |= {(verb, name) for verb, states in (("freeze", ("frozen",)), ("thaw", ("running",)),
+                                                   ("deliver", ("running", "stopping", "frozen")))
+                 if actor.state in states and (verb, name) in run.owed}
     states = Counter(a.state for a in run.actors.values())
-    at_work = sum(states[s] for s in ("placing", "dealing", "running", "stopping", "closing"))
+    at_work = sum(states[s] for s in ("placing", "dealing", "running", "stopping", "closing", "paused", "frozen"))
     nothing_starts = run.draining or run.halted or run.cancelled
     began = any(e["kind"] == "dispatcher_started" for e in events)
     at_its_end = began and not at_work and (nothing_starts
@@ -62,7 +69,8 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
     expected = {
         "live": live,
         "closing": sum(a.state == "closing" for a in actors),
-        "failed": sum(bool(a.status) and not pitboss.STATUSES[a.status].good for a in actors),
+        "failed": sum(bool(a.status) and not pitboss.STATUSES[a.status].good and not is_needless(run, a)
+                      for a in actors),
         "waiting": [a.id for a in actors if a.state == "waiting"],
         "settled": sorted(a.id for a in actors if a.state == "settled"),
         "owed": owed_from_scratch(run, events),
@@ -75,11 +83,27 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
         wrong.append(f"{free} free slots while {list(run.waiting)} wait")
     if live > run.facts.get("max_parallel", 0):
         wrong.append(f"{live} actors hold a slot")
+    for lead, layer in run.layers.items():
+        workers = [a for a in actors if a.layer == lead and a.role == "worker"]
+        ended = [a for a in workers if a.status]
+        books = (len(workers) - len(ended), sum(a.estimate for a in workers if not a.status),
+                 sum(a.cost_usd or 0.0 for a in ended))
+        if max(abs(x - y) for x, y in zip(books, (layer.live, layer.reserved, layer.spent))) > 1e-9:
+            wrong.append(f"{lead}: {layer} is not {books}")
+        if run.costs[lead] != sorted(a.cost_usd or 0.0 for a in ended if a.hands):
+            wrong.append(f"{lead}: {run.costs[lead]}")
+        if run.actors[lead].status and any(pitboss.STATES[a.state].live and not a.stop for a in workers):
+            wrong.append(f"{lead} has ended, and a worker of it goes on")
     wrong += [f"{a.id}: a status {a.status!r} in state {a.state}" for a in actors
               if bool(a.status) != (a.state in ("closing", "settled"))]
     wrong += [f"{a.id}: {field} missing" for a in actors for field in ("started_at", "ended_at")
               if a.status and getattr(a, field) is None]
     return wrong
+
+
+def is_needless(run: pitboss.RunState, actor: pitboss.Actor) -> bool:
+    """Whether an actor was cancelled because its lead had succeeded without it."""
+    return actor.stop == "lead_ended" and run.actors[actor.layer].status == "Success"
 
 
 @by_journal
@@ -151,12 +175,13 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
         assert record["failure_reason"] is None or record["status"] != "Success"
     summary = pitboss.summary_of(run, records, {}, run.finished_at)
     assert summary["tasks_total"] == len(run.actors) == len(records) + summary["tasks_not_started"]
-    assert summary["tasks_failed"] == sum(r["status"] != "Success" for r in records)
+    assert summary["tasks_failed"] == sum(r["status"] != "Success" for r in records
+                                          if not is_needless(run, run.actors[r["task_id"]]))
     json.dumps(summary, allow_nan=False)
 
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
-           "halted": "failed"}
+           "halted": "failed", "led": "failed"}
 
 
 @by_journal
@@ -172,11 +197,15 @@ class History:
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.run, self.events, self.dealt, self.at = pitboss.RunState(), [], set(), 1000.0
-        self.record("run_opened", format=1, run_id="r", name="n", mode="flat",
-                    max_parallel=self.chance.randrange(1, 4),
+        self.led = self.chance.random() < 0.4
+        self.record("run_opened", format=1, run_id="r", name="n", mode="hierarchical" if self.led else "flat",
+                    max_parallel=99 if self.led else self.chance.randrange(1, 4),
                     halt_on_failure=self.chance.random() < 0.2, worktree_cleanup="on_success",
                     keep_children=False)
-        for n in range(self.chance.randrange(1, 7)):
+        if self.led:
+            self.record("actor_added", actor="boss", role="lead", agent="demo", model="m", directory="/d",
+                        timeout_s=60, use_worktree=False, branch=None, layer="boss", budget_usd=2.0, max_workers=3)
+        for n in range(0 if self.led else self.chance.randrange(1, 7)):
             self.record("actor_added", actor=f"t{n}", role="task", agent="demo", model="m", directory="/d",
                         timeout_s=60,
                         use_worktree=self.chance.random() < 0.5, branch=None)
@@ -196,10 +225,46 @@ class History:
             verb, actor = self.chance.choice(list(self.run.owed))
             getattr(self, f"do_{verb}")(actor)
         else:
+            led = (self.disturb_spawn, self.disturb_worker, self.disturb_worker) if self.led else ()
             self.chance.choice((self.disturb_restart, self.disturb_usage, self.disturb_time,
                                 self.disturb_drain,
                                 self.disturb_cancel, self.disturb_usage, self.disturb_time,
-                                self.disturb_usage))()
+                                self.disturb_usage, *led, *led))()
+
+    def do_freeze(self, name: str) -> None:
+        self.record("frozen", actor=name)
+
+    def do_thaw(self, name: str) -> None:
+        self.record("thawed", actor=name)
+
+    def do_deliver(self, name: str) -> None:
+        actor = self.run.actors[name]
+        if actor.state == "running" and self.chance.random() < 0.5:
+            return self.record("stop_decided", actor=name, why="redirect")
+        self.record("delivered", actor=name, ids=[m.id for m in actor.inbox])
+
+    def disturb_spawn(self) -> None:
+        with contextlib.suppress(pitboss.ToolRefusal):
+            estimate = pitboss.decide_spawn(self.run, "boss", "sonnet", 0.0)
+            self.record("actor_added", actor=f"w{len(self.run.actors)}", role="worker", agent="demo", model="m",
+                        directory="/d", timeout_s=60, use_worktree=self.chance.random() < 0.5, branch=None,
+                        layer="boss", parent="boss", estimate=estimate, call=f"boss/n/{len(self.events)}",
+                        answer={"task_id": "w"})
+
+    def disturb_worker(self) -> None:
+        """A lead or an operator wants something of an actor: refused, or recorded."""
+        actor = self.run.actors[self.chance.choice(list(self.run.actors))]
+        message = pitboss.Message(f"m{len(self.events)}", "words", True)
+        with contextlib.suppress(pitboss.ToolRefusal):
+            kind, facts = self.chance.choice((
+                lambda: ("pause_decided", pitboss.decide_pause(actor, "cancel")),
+                lambda: ("pause_decided", pitboss.decide_pause(actor, "freeze")),
+                lambda: ("continue_decided", pitboss.decide_continue(actor, None)),
+                lambda: ("continue_decided", pitboss.decide_continue(actor, message)),
+                lambda: ("reprompted", pitboss.decide_reprompt(actor, message)),
+                lambda: ("stop_decided", pitboss.decide_stop(actor, "enough", False, message if actor.parent
+                                                             else None))))()
+            self.record(kind, **facts)
 
     def do_place(self, name: str) -> None:
         if self.chance.random() < 0.1:
@@ -214,7 +279,7 @@ class History:
             return self.record("hand_skipped", actor=name)
         self.dealt.add((name, actor.hand + 1))
         self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id="u", log_at=0,
-                    session_id="s")
+                    session_id="s", carried=len(actor.inbox))
 
     def do_spawn(self, name: str) -> None:
         actor = self.run.actors[name]
