@@ -4175,10 +4175,10 @@ class Dispatcher:
                 with self.signals():
                     owed = list(self.run.owed)
                     self.run.fresh.clear()
+                    if self.cancel_first is not None:      # before slots are given to those that wait
+                        self.record("cancelled", why="operator", reason=self.cancel_first)
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
                                 boot=boot_id(), version=VERSION)
-                    if self.cancel_first is not None:
-                        self.record("cancelled", why="operator", reason=self.cancel_first)
                     for key in owed:
                         self.act(key)
                     await self.ended.wait()
@@ -5126,6 +5126,7 @@ def render_status(head: dict, actors: list[dict], now: float, colour: bool, widt
     rows = [["", "ACTOR", "STATE", "TIME", "TOKENS", "COST", "HANDS", "LAST WORDS"]]
     rows += [actor_row(a, now) for a in actors]
     lines = render_table(rows, right=(3, 4, 5, 6), width=width)
+    title = clean_text(title)
     shown = [paint(clip_cells(title, width) if width else title, "bold", colour), lines[0]]
     for line, actor in zip(lines[1:], actors):
         row = STATUSES.get(actor["status"] or "")
@@ -5156,8 +5157,8 @@ def age_s(record: dict, now: float) -> float:
 
 def kept_lines(actors: list[dict]) -> list[str]:
     """Where kept worktrees and rescued work are."""
-    kept = [f"kept  {a['task_id']}  {a['worktree_path']}" + (f"  ({a['worktree_kept']})"
-                                                             if a.get("worktree_kept") else "")
+    kept = [clean_text(f"kept  {a['task_id']}  {a['worktree_path']}"
+                       + (f"  ({a['worktree_kept']})" if a.get("worktree_kept") else ""))
             for a in actors if a["status"] and a["worktree_path"]]
     saved = [f"saved  {a['task_id']}  {a['rescue_ref']}" + (f"  bring it back: {a['restore']}"
                                                             if a.get("restore") else "") for a in actors
@@ -6562,8 +6563,9 @@ def works_of(run_dir: str, seen: Overview) -> dict[str, Work]:
         place = (known.place if known else None) or {}
         repo, directory = place.get("repo") or "", text_of(plan.get("directory"))
         if not repo and directory and os.path.isdir(directory):
-            found = look_at_folder(directory)
-            repo = found.common if isinstance(found, Repo) else ""
+            with contextlib.suppress(InvalidInput):        # without git the rest is still compared
+                found = look_at_folder(directory)
+                repo = found.common if isinstance(found, Repo) else ""
         works[record["task_id"]] = Work(repo, revisions_of(record, place, text_of(plan.get("branch"))
                                                            if seen.foreign else None),
                                         record.get("worktree_kept") or "")
@@ -6694,7 +6696,9 @@ async def foreign_place(git: Git, path: str) -> Place:
 
 async def clear_tree(git: Git, orphan: Orphan, name: str, path: str, place: dict, rescue: bool) -> dict:
     """Let one worktree of a run go, its work saved; what close_worktree says became of it."""
-    run_id = os.path.basename(orphan.run_dir)
+    run_id, owner = os.path.basename(orphan.run_dir), worktree_owner(path)
+    if owner and owner.split()[0] != run_id:
+        return {"path": path, "kept": f"another run works in it: {owner}", "restore": None}
     where = Place(**place) if place else await foreign_place(git, path)
     return await git.close_worktree(where, "rescue" if rescue else "saved", name,
                                     f"refs/pitboss/rescue/{run_id[:8]}/{name}",
@@ -6883,7 +6887,7 @@ def cmd_attach(options: Any) -> str:
     seen = look_at_run(run_dir)
     found = next((a for a in seen.actors if a["task_id"] == options.actor), None)
     if found is None:
-        names = ", ".join(a["task_id"] for a in seen.actors)
+        names = ", ".join(clean_text(a["task_id"]) for a in seen.actors)
         raise NotFound(f"no actor {show_value(options.actor)} in this run; there are: "
                        f"{names}{did_you_mean(options.actor, names.split(', '))}")
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)

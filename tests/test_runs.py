@@ -733,3 +733,70 @@ def test_two_prunes_at_once_remove_a_run_once(home):
     both = [home.start(*args) for _ in range(2)]
     codes = sorted(p.communicate() and p.returncode for p in both)
     assert codes[0] == 0 and codes[1] in (0, 4, 5) and not run.exists()
+
+
+def test_a_read_only_runs_folder_does_not_keep_a_rust_run_from_being_dealt_again(stranger):
+    env, seen = stand_in(stranger)
+    elsewhere = stranger.root / "elsewhere"
+    run = rust(stranger, tasks=("a",), run_dir=elsewhere)
+    run.settle(record("a"))
+    stranger.own()
+    for path in (run.path, *run.path.rglob("*"), elsewhere):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    stranger.pitboss("resume", "-q", "--run-dir", elsewhere, RUN, env=env, check=0)
+    assert "session-a" in (seen / "a").read_text() and stranger.run_dir().name != RUN
+    assert os.listdir(elsewhere) == [RUN]
+
+
+def test_what_a_rust_run_says_is_safe_on_a_terminal_and_free_of_secrets(home):
+    run = rust(home)
+    evil = "\x1b[2Jevil\x1b]0;x\x07"
+    run.finish(record(evil, "\x1b[31mOdd", worktree_path=str(home.root), final_message_preview="key sk-ant-api03-" + "x" * 30),
+               record("b", failure_reason={"kind": evil}, branch=evil))
+    run.write("meta.json", {"manifest_name": evil, "pitboss_version": evil})
+    for line in (["list"], ["status", RUN], ["diff", RUN, RUN], ["attach", RUN, "nobody"], ["prune", "--remove"]):
+        done = home.pitboss(*line)
+        assert "\x1b" not in done.stdout + done.stderr and "\x07" not in done.stdout + done.stderr, line
+    assert "sk-ant" not in home.pitboss("status", RUN, "--json", check=0).stdout
+
+
+def test_diff_without_git_compares_the_rest(two):
+    home, first, second = two
+    done = home.pitboss("diff", first.name, second.name, check=0, env={"PATH": "/nonexistent"})
+    assert "Success" in done.stdout and "total" in done.stdout and "git" in done.stdout
+
+
+def test_what_an_earlier_removal_left_is_cleared_only_when_removing(home):
+    left = home.runs / f".gone-{RUN}"
+    left.mkdir(parents=True)
+    for args in ([], ["--apply"], ["--remove"]):
+        home.pitboss("prune", *args, check=0)
+        assert left.exists()
+    home.pitboss("prune", "--remove", "--apply", check=0)
+    assert not left.exists()
+
+
+def test_a_link_to_a_run_folder_is_not_followed_for_removal(home):
+    home.repo("r")
+    run = deal(home, {"a": "$ say x"})
+    real = home.root / "real"
+    run.rename(real)
+    run.symlink_to(real)
+    entry = pruned(home, "--remove", "--apply", "--include-complete", "--older-than", "0s", check=4)
+    assert "link" in entry["reason"] and (real / "journal.jsonl").exists()
+
+
+@needs_proc
+def test_a_drained_run_that_is_pruned_begins_nothing(home):
+    home.repo("r")
+    process = home.start("dispatch", "-q", manifest(home, {"a": "$ say x", "b": "$ hang", "c": "$ say never"}, run="max_parallel = 1"))
+    wait_for(lambda: home.runs.exists() and list(home.runs.glob("0*/tasks/b/hand.1")), what="b")
+    run = home.run_dir()
+    process.send_signal(2)
+    wait_for(lambda: any(e["kind"] == "drained" for e in read_events(run)), what="the drain")
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not kill_agents(run), what="their end")
+    pruned(home, "--apply", "--older-than", "0s")
+    assert [(r["task_id"], r["status"]) for r in read_records(run)] == [("a", "Success"), ("b", "Cancelled")]
+    assert not (run / "tasks" / "c").exists() and not (run / "worktrees" / "c").exists()
