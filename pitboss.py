@@ -2664,7 +2664,9 @@ def remove_run(run_dir: str) -> None:
 
     beside = os.path.join(os.path.dirname(run_dir), GONE + os.path.basename(run_dir))
     os.rename(run_dir, beside)
-    shutil.rmtree(beside)
+    shutil.rmtree(beside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):       # another prune may clear it, too
+        shutil.rmtree(beside)
 
 
 def pin_self(run_dir: str) -> None:
@@ -6207,7 +6209,7 @@ def foreign_origin(past: Foreign) -> tuple[str, str, str]:
 def foreign_former(record: dict, past: Foreign, task: Task) -> dict:
     """What an actor of the Rust tool had: its session, and the place it worked in."""
     path, plan = record["worktree_was"], past.plans.get(record["task_id"], {})
-    former = {"session_id": record["claude_session_id"] or ""}
+    former = {"session_id": record["claude_session_id"]}
     if not path or not task.use_worktree:
         return former
     head = read_text(os.path.join(worktree_gitdir(path), "HEAD")) if worktree_gitdir(path) else ""
@@ -6653,12 +6655,11 @@ def decide_prune(orphan: Orphan, limit_s: float, remove: bool) -> tuple[str, str
         return "leave", f"changed less than {render_duration(limit_s)} ago"
     if remove:
         return "remove", ""
-    if orphan.seen.foreign:
-        return "leave", "another tool made it: it can only be removed (--remove)"
     try:
         check_whole(orphan.run_dir)
     except Refused:
-        return "leave", "it is not a whole run folder: it can only be removed (--remove)"
+        what = "another tool made it" if orphan.seen.foreign else "it is not a whole run folder"
+        return "leave", f"{what}: it can only be removed (--remove)"
     return "settle", ""
 
 
@@ -6804,6 +6805,8 @@ def prune_run(orphan: Orphan, limit_s: float, options: Any) -> tuple[dict, str]:
         action, reason, code = "refuse", str(e), e.code
     except OSError as e:
         action, reason, code = "refuse", str(fault_of(e, "pruning")), "environment"
+    if code != "ok" and not os.path.lexists(orphan.run_dir):
+        action, reason, code = "leave", "somebody else removed it", "ok"
     return {"run_id": head["run_id"], "name": head["name"], "state": head["state"],
             "idle_secs": round(orphan.idle_s, 1), "size_bytes": orphan.size, "action": action,
             "reason": reason or None, "worktrees": trees}, code if options.apply else "ok"

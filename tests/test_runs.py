@@ -1,9 +1,11 @@
 """Runs that are compared, settled, removed, or were made by another tool: what the person sees, what stays on disk.
 
-Black box: the file runs as a program, and the verdict comes from its output, its run folders, git and /proc.
+Black box, but for two races: the file runs as a program, and the verdict comes from its output, its run folders,
+git and /proc.
 """
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import pitboss
 from rust_runs import RUN, RustRun, record
 from test_cli import python_for_others
 from tools import PITBOSS, PYTHON, Home, git, processes_with, read_events, read_records, wait_for
@@ -375,12 +378,42 @@ def test_a_worktree_that_another_run_works_in_keeps_the_folder(home):
     (first / "manifest.snapshot.toml").write_text(text.replace("$ fail x", "$ hang"))
     process = home.start("resume", "-q", first.name)
     wait_for(lambda: home.run_dir() != first and (home.run_dir() / "tasks" / "a" / "hand.1").exists(), what="the second run")
-    wait_for(lambda: as_json(home, "list")[0]["state"] == "running", what="its lock")
-    entry = pruned(home, "--remove", "--apply", "--include-complete", "--older-than", "0s", check=4)
-    assert home.run_dir().name in entry["reason"] or "works in it" in entry["reason"]
-    assert (first / "worktrees" / "a" / "w.txt").exists()
-    home.pitboss("cancel", home.run_dir().name, check=0)
+    process.kill()
     process.communicate()
+    second = home.run_dir()
+    wait_for(lambda: not kill_agents(second), what="their end")
+    git(first / "worktrees" / "a", "add", "-A")
+    git(first / "worktrees" / "a", "commit", "-qm", "so that nothing is unsaved")
+    age(first)
+    args = ("prune", "--remove", "--apply", "--include-complete", "--older-than", "1h")
+    newer, older = as_json(home, *args, check=4)["runs"]
+    assert (newer["run_id"], newer["action"]) == (second.name, "leave")
+    assert (older["run_id"], older["action"]) == (first.name, "refuse")
+    assert f"another run works in it: {second.name}" in older["reason"] and first.exists()
+
+
+def test_a_worktree_that_another_run_takes_meanwhile_stays(home):
+    repo = home.repo("r")
+    tree = home.root / "tree"
+    git(repo, "worktree", "add", "-q", "-b", "b", str(tree))
+    git(repo, "worktree", "lock", "--reason", f"pitboss {OTHER} a", str(tree))
+    orphan_of = pitboss.Orphan(str(home.runs / RUN), None, 0.0, 0, 0)
+    told = asyncio.run(pitboss.clear_tree(pitboss.Git(os.environ, 0o022), orphan_of, "a", str(tree), {}, True))
+    assert OTHER in told["kept"] and tree.exists()
+    assert "locked" in git(repo, "worktree", "list", "--porcelain")
+
+
+def test_a_run_that_somebody_holds_is_not_removed(home):
+    import fcntl
+
+    home.repo("r")
+    run = deal(home, {"a": "$ say x"})
+    seen = pitboss.look_at_run(str(run))
+    with open(run / "lock", "r+") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(pitboss.Refused, match="holds the run"):
+            pitboss.remove_orphan(pitboss.Orphan(str(run), seen, 0.0, 0, 0))
+    assert run.exists()
 
 
 @pytest.mark.parametrize("text", ["", "4", "h", "-1h", "1y", "1h ", "nan", "1e9h", "4 h", "∞h"])
@@ -580,12 +613,12 @@ def test_a_rust_run_in_which_nothing_began_is_aborted(home):
     assert {a["state"] for a in as_json(home, "status", RUN)["actors"]} == {"Pending"}
 
 
-@pytest.mark.parametrize("command", [["cancel", RUN], ["status", RUN, "--rebuild"]])
+@pytest.mark.parametrize("command", [["cancel", RUN], ["status", RUN, "--rebuild"], ["deal", "FOLDER"]])
 def test_nothing_is_written_to_a_rust_run(home, command):
     run = rust(home)
     run.begin("a")
     before = run.contents()
-    done = home.pitboss(*command, check=4)
+    done = home.pitboss(*[str(run.path) if word == "FOLDER" else word for word in command], check=4)
     assert "another tool" in done.stderr and "Traceback" not in done.stderr
     assert run.contents() == before and not (run.path / "lock").exists()
 
@@ -600,17 +633,24 @@ def test_attach_shows_the_log_of_a_rust_run_to_its_end(home):
     assert "there are: a, b" in home.pitboss("attach", RUN, "nobody", check=3).stderr
 
 
-@pytest.mark.parametrize("asked", ["here", "there"])
-def test_a_run_in_two_folders_is_one(home, asked):
-    elsewhere = home.root / "elsewhere"
-    run = rust(home, run_dir=elsewhere)                 # what --run-dir names has the manifest and the records
-    log = run.begin("a", "bash.jsonl", folder=home.runs / RUN)      # the default place has the logs
-    run.finish(record("a", log_path=str(log)), record("b"))
-    shutil.copyfile(run.path / "resolved.json", home.runs / RUN / "resolved.json")
-    where = ["--run-dir", str(elsewhere)] if asked == "here" else []
+@pytest.mark.parametrize("told", ["by the default place", "by the manifest", "by a record"])
+def test_a_run_in_two_folders_is_one(home, told):
+    """What --run-dir names has the manifest and the records, another place the logs."""
+    elsewhere, logs = home.root / "elsewhere", home.runs if told != "by a record" else home.root / "third"
+    run = rust(home, run_dir=elsewhere)
+    log = run.begin("a", "bash.jsonl", folder=logs / RUN)
+    run.begin("b", "bash.jsonl", folder=logs / RUN)
+    run.settle(record("a", log_path=str(log) if told == "by a record" else None))
+    where = ["--run-dir", str(elsewhere)]
+    if told == "by the manifest":
+        shutil.copyfile(run.path / "resolved.json", home.runs / RUN / "resolved.json")
+        where = []
     (row,) = as_json(home, "list", *where)
-    assert (row["state"], row["tasks_total"]) == ("complete", 2)
-    assert "* Bash" in home.pitboss("attach", RUN, "a", *where, check=0).stdout
+    assert (row["state"], row["tasks_total"]) == ("stale", 2)
+    actors = as_json(home, "status", RUN, *where)["actors"]
+    assert [(a["task_id"], a["status"], a.get("state")) for a in actors] == [("a", "Success", None), ("b", None, "Running")]
+    for name in "ab":
+        assert "* Bash" in home.pitboss("attach", RUN, name, *where, check=0).stdout
 
 
 def test_a_read_only_rust_run_can_be_looked_at(stranger):
@@ -667,8 +707,11 @@ def test_a_rust_run_is_dealt_again_in_its_sessions_and_worktrees(home):
     tree = home.root / "r-pitboss-a"
     git(home.root / "r", "worktree", "add", "-q", "-b", "rusty/a", str(tree))
     (tree / "half.txt").write_text("half done")
+    clean = home.root / "r-pitboss-c"
+    git(home.root / "r", "worktree", "add", "-q", "-b", "rusty/c", str(clean))
     run.begin("b")                                          # it has no record: its log tells its session
-    run.settle(record("a", "Failed", worktree_path=str(tree)))
+    run.settle(record("a", "Failed", worktree_path=str(tree)),
+               record("c", "SpawnFailed", worktree_path=str(clean), claude_session_id=None))
     before = run.contents()
     home.pitboss("resume", "-q", RUN, env=env, check=0)
     new = home.run_dir()
@@ -684,7 +727,8 @@ def test_a_rust_run_is_dealt_again_in_its_sessions_and_worktrees(home):
     assert (meta["resumed_from"], meta["manifest_name"]) == (RUN, "rusty")
     tasks = json.loads((new / "resolved.json").read_text())["tasks"]
     assert [t["resume_session_id"] for t in tasks] == ["session-a", session, None]
-    assert git(home.root / "r", "rev-parse", "rusty/a")     # a branch that it did not make is not removed
+    assert not clean.exists()
+    assert git(home.root / "r", "rev-parse", "rusty/a", "rusty/c")     # branches that it did not make are not removed
 
 
 def test_only_what_failed_of_a_rust_run_can_be_dealt_again(home):
@@ -733,6 +777,7 @@ def test_two_prunes_at_once_remove_a_run_once(home):
     both = [home.start(*args) for _ in range(2)]
     codes = sorted(p.communicate() and p.returncode for p in both)
     assert codes[0] == 0 and codes[1] in (0, 4, 5) and not run.exists()
+    assert not [name for name in os.listdir(home.runs) if run.name in name]
 
 
 def test_a_read_only_runs_folder_does_not_keep_a_rust_run_from_being_dealt_again(stranger):
@@ -766,6 +811,11 @@ def test_diff_without_git_compares_the_rest(two):
     assert "Success" in done.stdout and "total" in done.stdout and "git" in done.stdout
 
 
+def test_diff_of_a_rust_run_without_git(home):
+    rust(home).finish(record("a", branch="x"), record("b"))
+    assert "a is done" not in home.pitboss("diff", RUN, RUN, check=0, env={"PATH": "/nonexistent"}).stdout
+
+
 def test_what_an_earlier_removal_left_is_cleared_only_when_removing(home):
     left = home.runs / f".gone-{RUN}"
     left.mkdir(parents=True)
@@ -789,11 +839,15 @@ def test_a_link_to_a_run_folder_is_not_followed_for_removal(home):
 @needs_proc
 def test_a_drained_run_that_is_pruned_begins_nothing(home):
     home.repo("r")
-    process = home.start("dispatch", "-q", manifest(home, {"a": "$ say x", "b": "$ hang", "c": "$ say never"}, run="max_parallel = 1"))
-    wait_for(lambda: home.runs.exists() and list(home.runs.glob("0*/tasks/b/hand.1")), what="b")
+    gate = home.root / "gate"
+    scripts = {"a": f"$ run while [ ! -e {gate} ]; do sleep 0.05; done", "b": "$ hang", "c": "$ say never"}
+    process = home.start("dispatch", "-q", manifest(home, scripts, run="max_parallel = 2"))
+    wait_for(lambda: home.runs.exists() and len(list(home.runs.glob("0*/tasks/*/hand.1"))) == 2, what="a and b")
     run = home.run_dir()
     process.send_signal(2)
     wait_for(lambda: any(e["kind"] == "drained" for e in read_events(run)), what="the drain")
+    gate.touch()
+    wait_for(lambda: (run / "summary.jsonl").exists(), what="the end of a: its slot is free now")
     process.kill()
     process.communicate()
     wait_for(lambda: not kill_agents(run), what="their end")
