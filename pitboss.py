@@ -3066,6 +3066,11 @@ class Git:
                 return revision, out.decode().strip()
         return None
 
+    async def list_unsaved(self, path: str) -> list[str]:
+        """Kinds of unsaved content in a worktree, in words; [] where git knows none.  Nothing is changed."""
+        code, out, _ = await self.run(path, "status", "--porcelain=v2", "-z", "--untracked-files=normal")
+        return [] if code or not worktree_gitdir(path) else read_status(out)[0]
+
     async def count_changes(self, repo: str, old: str, new: str) -> list[dict]:
         """What differs between two commits: {path, added, removed} a file; None lines: a binary one."""
         code, out, err = await self.run(repo, "diff", "--numstat", "-z", "--no-renames", "--no-ext-diff",
@@ -5265,8 +5270,9 @@ def render_prune(entries: list[dict], applied: bool, width: int) -> list[str]:
                      render_bytes(e["size_bytes"]), action, clean_text(e["reason"] or "")])
     lines = render_table(rows, right=(3, 4), width=width)
     for e in entries:
-        lines += [f"{e['run_id'][:8]}  {t['actor']}  {clean_text(t['path'])}"
-                  + (f"  ({clean_text(t['note'])})" if t["note"] else "") for t in e["worktrees"]]
+        for t in e["worktrees"]:
+            where = t["path"] if e["run_id"] in t["path"] else f"{e['run_id']}  {t['path']}"
+            lines.append(clean_text(f"{t['actor']}  {where}" + (f"  ({t['note']})" if t["note"] else "")))
     freed = sum(e["size_bytes"] for e in entries if e["action"] == "remove")
     return lines + ([f"{'freed' if applied else 'would free'} {render_bytes(freed)}"] if freed else [])
 
@@ -6548,7 +6554,7 @@ class Work(NamedTuple):
 
     repo: str                  # git common dir; empty: none
     revisions: list            # the first that is there holds it
-    unsaved: str               # why its kept worktree holds more than that; empty: it does not
+    path: str | None           # its kept worktree, which may hold more
 
 
 def works_of(run_dir: str, seen: Overview) -> dict[str, Work]:
@@ -6570,7 +6576,7 @@ def works_of(run_dir: str, seen: Overview) -> dict[str, Work]:
                 repo = found.common if isinstance(found, Repo) else ""
         works[record["task_id"]] = Work(repo, revisions_of(record, place, text_of(plan.get("branch"))
                                                            if seen.foreign else None),
-                                        record.get("worktree_kept") or "")
+                                        record["worktree_path"])
     return works
 
 
@@ -6598,10 +6604,10 @@ async def compare_works(git: Git, old: Work | None, new: Work | None) -> dict:
         if None in found:
             return {**told, "note": f"its branch of run {'A' if found[0] is None else 'B'} is gone"}
         files = await git.count_changes(old.repo, found[0][1], found[1][1])
+        unsaved = [await git.list_unsaved(work.path) if work.path else [] for work in (old, new)]
     except (GitError, OSError) as e:
         return {**told, "note": clean_text(str(e))}
-    notes = [f"{side}: {work.unsaved}, not counted" for side, work in (("A", old), ("B", new))
-             if work.unsaved.startswith("unsaved")]
+    notes = [f"not counted in {side}: {', '.join(kinds)}" for side, kinds in zip("AB", unsaved) if kinds]
     return {"a": short_ref(found[0][0]), "b": short_ref(found[1][0]), "files": files,
             "note": "; ".join(notes)}
 

@@ -108,7 +108,7 @@ def two(tmp_path_factory):
     home.repo("r")
     same = WORK.format("same")
     first = deal(home, {"same": same, "other": WORK.format("one"), "gone": "$ say x", "dirty": "$ write d.txt d"}, name="a.toml")
-    second = deal(home, {"same": same, "other": "$ write new.txt two\\nlines\n$ commit\n$ fail no", "late": "$ say x",
+    second = deal(home, {"same": same, "other": "$ write new.txt two\\nlines\n$ commit\n$ write left.txt x\n$ fail no", "late": "$ say x",
                          "dirty": "$ write d.txt e"}, code=1, name="b.toml")
     yield home, first, second
     home.end_everything()
@@ -145,7 +145,9 @@ def test_diff_for_people_names_runs_actors_and_files(two):
     for words in (first.name, second.name, "Success", "Failed", "total", "new.txt", "+2", "-1", "only in run A",
                   "only in run B", "no difference"):
         assert words in said
-    assert "unsaved work: untracked files, not counted" in said      # in a kept worktree, and in no commit
+    for line in said.splitlines():               # in a kept worktree, and in no commit
+        assert ("not counted in B: untracked files" in line) == line.startswith(("other", "dirty"))
+        assert ("not counted in A: untracked files" in line) == line.startswith("dirty")
 
 
 def test_a_run_beside_itself_does_not_differ(two):
