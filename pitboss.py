@@ -17,7 +17,7 @@ Street map.  Each section may name only the sections above it.
     DISPATCH   Dispatcher: the only owner of tasks; does what is owed; resume      [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
     DEMO       a scripted agent and a demonstration run                            [cli]
-    COMMANDS   command table, handlers, main                                       [cli]
+    COMMANDS   command table, handlers, completions, main                          [cli]
 
 Where do I add ...
     a manifest key      one row in RUN_FIELDS, TASK_FIELDS, ... (FIELDS does the rest)
@@ -28,6 +28,8 @@ Where do I add ...
     something to do     one effect and one row in EFFECTS; a handler of EVENTS owes it
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
+    a completed value   one row in TYPED, under the metavar of the argument
+    a shell             one script and one row in SHELLS
     an exit code        one row in EXIT_CODES
 """
 from __future__ import annotations
@@ -2189,6 +2191,11 @@ def mint_run_id(now: float) -> str:
     return str(uuid.UUID(int=value))
 
 
+def minted_at(run_id: str) -> float:
+    """When a run id was made, in unix seconds."""
+    return int(run_id.replace("-", "")[:12], 16) / 1000
+
+
 def mint_uuid() -> str:
     """A random UUID: a session, a message."""
     import uuid
@@ -2676,16 +2683,20 @@ def pin_self(run_dir: str) -> None:
     be cached beside itself.  Every process that a run starts uses the copy: it starts without
     compiling, and an upgrade of pitboss.py cannot change a run half way.
     """
-    import shutil
-
     here = os.path.join(run_dir, "self")
     os.makedirs(here, mode=0o700, exist_ok=True)
-    source = os.path.abspath(__file__)
-    copy = shutil.copyfile(source[:-1] if source.endswith(".pyc") else source,
-                           os.path.join(here, "pitboss.py"))
+    copy = os.path.join(here, "pitboss.py")
+    write_file(copy, read_self())
     write_bytecode(copy)
     write_file(os.path.join(here, "start"), b"import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
                b"from pitboss import main\nsys.exit(main())\n")
+
+
+def read_self() -> bytes:
+    """The source of this file.  Raises OSError."""
+    source = os.path.abspath(__file__)
+    with open(source[:-1] if source.endswith(".pyc") else source, "rb") as f:
+        return f.read()
 
 
 def write_bytecode(copy: str) -> None:
@@ -5852,7 +5863,7 @@ def make_demo() -> str:
 
 
 # ======================================================================================
-# COMMANDS: command table, handlers, main                                          [cli]
+# COMMANDS: command table, handlers, completions, main                             [cli]
 # ======================================================================================
 # One row a command: its handler, its arguments, what it does, an example.  Data goes to
 # standard output, progress and errors to standard error; errors become text in main only.
@@ -5975,7 +5986,7 @@ class Progress:
 
 def want_colour(stream: Any) -> bool:
     """Whether a stream is a terminal that may be given colours."""
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def terminal_width() -> int:
@@ -6877,7 +6888,7 @@ def cmd_list(options: Any) -> str:
                     "state": f"unreadable: {clean_text(str(e))}", "tasks_total": 0, "tasks_failed": 0,
                     "total_cost_usd": None, "agents_alive": 0}
         if not options.active or head["state"] == "running" or head["agents_alive"]:
-            entries.append({**head, "started_unix": int(run_id.replace("-", "")[:12], 16) / 1000})
+            entries.append({**head, "started_unix": minted_at(run_id)})
     if options.json:
         print(json.dumps([{**{k: v for k, v in e.items() if k != "started_unix"},
                            "started_at": render_time(e["started_unix"])} for e in entries], indent=2))
@@ -7197,6 +7208,617 @@ def cmd_schema(options: Any) -> str:
     return "failed" if diff else "ok"
 
 
+class Name(NamedTuple):
+    """A name that the program is called by, through a link or a copy."""
+
+    name: str
+    words: tuple               # what its command line begins with
+    own: tuple = ("complete", "completions", "--version", "-V")      # these stay as they are
+
+
+NAMES = {n.name: n for n in (
+    Name("pitboss", ()),
+)}
+
+
+def called_as() -> str:
+    """The name that this program was called by."""
+    return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
+
+
+def expand_name(prog: str, argv: list[str]) -> list[str]:
+    """The command line that one under another name stands for."""
+    row = NAMES.get(prog)
+    return argv if row is None or argv[:1] and argv[0] in row.own else [*row.words, *argv]
+
+
+class Typed(NamedTuple):
+    """What can be typed where a command takes a value."""
+
+    kind: str                  # files, folders or words
+    words: Callable | None = None      # (values typed before, by dest) -> (word, what it is) pairs
+
+
+MAX_OFFERED = 200          # runs; each costs a look into its folder
+
+
+def typed_folder(given: Mapping[str, str]) -> str:
+    """The folder of runs that a command line being typed means."""
+    said = given.get("runs_dir") or None
+    if said and not os.path.isdir(said):
+        said = os.path.expanduser(os.path.expandvars(said))
+    return runs_folder(os.environ, said)
+
+
+def complete_runs(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Run ids, newest first, each with the run's name and age."""
+    runs_dir, now = typed_folder(given), time.time()
+    ids = [r for r in list_runs(runs_dir) if r.startswith(given["typed"])]
+    for run_id in ids[:MAX_OFFERED]:
+        meta = read_json(os.path.join(runs_dir, run_id, "meta.json"))
+        name = meta.get("manifest_name") if isinstance(meta, dict) else None
+        yield run_id, f"{name or '-'}, {render_duration(now - minted_at(run_id))} ago"
+
+
+def complete_actors(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The actors of the run that was typed: those of its manifest, and those dealt since."""
+    try:
+        run_dir = find_run(typed_folder(given), given.get("run", ""))
+    except NotFound:
+        return
+    resolved = read_json(os.path.join(run_dir, "resolved.json"))
+    resolved = resolved if isinstance(resolved, dict) else {}
+    names = [t["id"] for t in [*(resolved.get("tasks") or ()), resolved.get("lead")]
+             if isinstance(t, dict) and isinstance(t.get("id"), str)]
+    with contextlib.suppress(OSError):
+        names += sorted(os.listdir(os.path.join(run_dir, "tasks")))
+    for name in dict.fromkeys(names):
+        yield name, ""
+
+
+TYPED = {
+    # metavar of the argument: what
+    "MANIFEST": Typed("files"),
+    "DIR": Typed("folders"),
+    "RUN": Typed("words", complete_runs),
+    "ACTOR": Typed("words", complete_actors),
+    "TEXT": Typed("words"),
+    "N": Typed("words"),
+}
+
+
+def takes_value(settings: Mapping[str, Any]) -> bool:
+    """Whether a flag with these settings of add_argument is followed by a value."""
+    return settings.get("action") in (None, "append", "extend") and settings.get("nargs") != 0
+
+
+def dest_of(names: tuple, settings: Mapping[str, Any]) -> str:
+    """The name that an argument's value has among the options."""
+    long = next((n for n in names if n.startswith("--")), names[0])
+    return settings.get("dest") or long.lstrip("-").replace("-", "_")
+
+
+def offer_flags(command: Cli | None) -> list[tuple[str, str, bool]]:
+    """(flag, what it does, whether a value follows) for each flag of a command, None: of none."""
+    rows = [*(command.args if command else ()), *ALWAYS_FLAGS]
+    return [(flag, settings.get("help", ""), takes_value(settings)) for names, settings in rows
+            for flag in names if flag.startswith("-")]
+
+
+def offer_commands() -> list[tuple[str, str]]:
+    """(name, what it does) for each command that is shown."""
+    return [(c.name, c.help) for c in COMMANDS.values() if c.help]
+
+
+def offer_words(words: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """(kind of a Typed, candidates) for the last of `words`; those before it are whole.
+
+    A value in `--flag=value` is offered without the flag.
+    """
+    *before, typed = words or [""]
+    if not before:
+        shown = [row[:2] for row in offer_flags(None)] if typed.startswith("-") else offer_commands()
+        return "words", [row for row in shown if row[0].startswith(typed)]
+    command = COMMANDS.get(before[0])
+    if command is None:
+        return "words", []
+    flags = {flag: row for row in command.args for flag in row[0] if flag.startswith("-")}
+    places = [row for row in command.args if not row[0][0].startswith("-")]
+    given, at, row = {}, 0, None
+    for word in before[1:]:
+        flag, equals, value = word.partition("=")
+        if row:
+            given[dest_of(*row)], row = word, None
+        elif flag in flags:
+            row = flags[flag] if takes_value(flags[flag][1]) else None
+            if row and equals:
+                given[dest_of(*row)], row = value, None
+        elif not (word.startswith("-") and len(word) > 1) and at < len(places):
+            given[dest_of(*places[at])] = word
+            at += places[at][1].get("nargs") not in ("*", "+")
+    flag, equals, value = typed.partition("=")
+    if row is None and typed.startswith("-") and not equals:
+        return "words", [f[:2] for f in offer_flags(command) if f[0].startswith(typed)]
+    if row is None and equals and flag in flags:
+        row, typed = flags[flag], value
+    row = row or (places[at] if at < len(places) else None)
+    return offer_values(row[1], {**given, "typed": typed}) if row else ("words", [])
+
+
+def offer_values(settings: Mapping[str, Any],
+                 given: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]]:
+    """(kind of a Typed, candidates) for the value of one argument; `given["typed"]` is its beginning."""
+    place = TYPED.get(settings.get("metavar", ""), Typed("words"))
+    found = [(str(c), "") for c in settings.get("choices") or ()]
+    if not found and place.words:
+        found = [*place.words(given)]
+    return place.kind, [(w, clean_text(what)) for w, what in found if w.startswith(given["typed"])]
+
+
+def split_typed(line: str) -> list[str]:
+    """The words of a command line up to the cursor, without their quotes; the last is being typed."""
+    import shlex
+
+    for end in ("", "'", '"'):
+        with contextlib.suppress(ValueError):
+            words = shlex.split(line + end)
+            return words + [""] * (not end and line[-1:].isspace())
+    return [""]
+
+
+def cmd_complete(options: Any) -> str:
+    """Print what can come next on a command line: a kind of place, then a line for each candidate."""
+    words = split_typed(options.line)[1:] if options.line is not None else options.words
+    row = NAMES.get(called_as())
+    kind, found = offer_words([*(row.words if row else ()), *words])
+    print("\n".join([kind, *("\t".join(filter(None, pair)) for pair in found)]))
+    return "ok"
+
+
+class Shell(NamedTuple):
+    """How one shell is told what to complete.
+
+    What never changes stands in the script; values are asked of the program itself.  The places of a
+    script are @NAME@, @ID@ (the same as part of a function's name), @FIRST@ (how many words stand before
+    a command, 0: there is none), @COMMANDS@ and @FLAGS@.
+    """
+
+    name: str
+    script: str
+    command: str               # one command: name, help
+    commands_joint: str        # what stands between two of them
+    flag: str                  # one flag: name (of the command), flag, help, dash (-l or -s), bare (without
+                               # its dashes), value
+    flags_joint: str
+    flags: str                 # all flags of one command: name, flags
+    value: str                 # added to a flag that a value follows
+    quote: tuple               # what stands for ' and for \ inside '...'
+    place: str                 # where the shell looks, below the user's data folder; empty: nowhere
+    advice: str                # what its users may have to do once
+
+
+BASH_COMPLETION = r"""# Completion of @NAME@ for bash, as `@NAME@ completions bash` prints it.
+_@ID@() {
+    local program=${1/#\~\//$HOME/} cur=$2 command='' words='' kind='' line
+    compopt +o default 2>/dev/null    # bash 3.2 cannot, and offers files where nothing else fits
+    COMPREPLY=()
+    if [ "$COMP_CWORD" -gt 1 ]; then
+        command=${COMP_WORDS[1]}
+    else
+        words='@COMMANDS@'
+    fi
+    case $cur in
+    -*)
+        case $command in
+@FLAGS@
+        esac
+        ;;
+    esac
+    if [ -n "$words" ]; then
+        COMPREPLY=($(IFS=' ' compgen -W "$words" -- "$cur"))
+        return
+    fi
+    while IFS= read -r line; do
+        if [ -z "$kind" ]; then kind=$line; else COMPREPLY+=("${line%%$'\t'*}"); fi
+    done < <("$program" complete --line="${COMP_LINE:0:COMP_POINT}" 2>/dev/null </dev/null)
+    case $kind in
+    files) compopt -o default 2>/dev/null ;;
+    folders) compopt -o dirnames 2>/dev/null ;;
+    words) compopt -o nosort 2>/dev/null ;;
+    esac
+}
+complete -o default -F _@ID@ @NAME@
+"""
+
+ZSH_COMPLETION = r"""#compdef @NAME@
+# Completion of @NAME@ for zsh, as `@NAME@ completions zsh` prints it.
+_@ID@() {
+    local program=${${(Q)words[1]}/#\~\//$HOME/} kind command=''
+    local -a commands flags lines
+    commands=(
+@COMMANDS@
+    )
+    (( CURRENT > 2 )) && command=$words[2]
+    if [[ $PREFIX == -* && $PREFIX != *=* ]]; then
+        case $command in
+@FLAGS@
+        esac
+    fi
+    if (( $#flags )); then
+        _describe -o option flags
+        return
+    fi
+    if (( CURRENT == 2 && $#commands )); then
+        _describe command commands
+        return
+    fi
+    lines=("${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}")
+    lines=("${(@f)$("$program" complete -- "${(@)lines}" 2>/dev/null </dev/null)}")
+    kind=$lines[1]
+    shift lines
+    compset -P '--*='
+    case $kind in
+        files) _files ;;
+        folders) _files -/ ;;
+        words) lines=("${(@)lines/$'\t'/:}"); _describe -V value lines ;;
+    esac
+}
+if [[ $funcstack[1] == _@ID@ ]]; then
+    _@ID@ "$@"
+else
+    compdef _@ID@ @NAME@
+fi
+"""
+
+FISH_COMPLETION = r"""# Completion of @NAME@ for fish, as `@NAME@ completions fish` prints it.
+function __@ID@_first
+    test (count (commandline -opc)) -eq @FIRST@
+end
+function __@ID@_in
+    set -l words (commandline -opc)
+    test "$words[2]" = $argv[1]
+end
+function __@ID@_values
+    set -l words (commandline -opc)
+    set -l typed (commandline -ct)
+    set -l value (string replace -r -- '^--[a-z-]*=' '' $typed)
+    set -l program (string replace -r -- '^~/' $HOME/ $words[1])
+    set -l lines ($program complete -- $words[2..-1] "$typed" 2>/dev/null </dev/null)
+    switch "$lines[1]"
+        case files
+            __fish_complete_path "$value"
+        case folders
+            __fish_complete_directories "$value"
+        case words
+            string join \n -- $lines[2..-1]
+    end
+end
+complete -c @NAME@ -f
+complete -c @NAME@ -k -n 'not __@ID@_first' -a '(__@ID@_values)'
+@COMMANDS@
+@FLAGS@
+"""
+
+ELVISH_COMPLETION = r"""# Completion of @NAME@ for elvish, as `@NAME@ completions elvish` prints it.
+use str
+set edit:completion:arg-completer[@NAME@] = {|@words|
+    var commands = [
+@COMMANDS@
+    ]
+    var flags = [
+@FLAGS@
+    ]
+    fn offer {|pairs|
+        for pair $pairs {
+            edit:complex-candidate $pair[0] &code-suffix=' ' &display=$pair[0]'  '$pair[1]
+        }
+    }
+    var typed = $words[-1]
+    var command = ''
+    if (> (count $words) 2) { set command = $words[1] }
+    if (and (str:has-prefix $typed '-') (has-key $flags $command) (not (str:contains $typed '='))) {
+        offer $flags[$command]
+    } elif (and (== (count $words) 2) (> (count $commands) 0)) {
+        offer $commands
+    } else {
+        var lines = [words]
+        try {
+            set lines = [((external $words[0]) complete -- (all $words[1..]) 2>/dev/null </dev/null)]
+        } catch e { }
+        if (eq $lines[0] words) {
+            offer [(for line $lines[1..] { put [(str:split "\t" $line"\t")] })]
+        } else {
+            edit:complete-filename $typed
+        }
+    }
+}
+"""
+
+POWERSHELL_COMPLETION = r"""# Completion of @NAME@, as `@NAME@ completions powershell` prints it.
+Register-ArgumentCompleter -Native -CommandName '@NAME@' -ScriptBlock {
+    param($typed, $ast, $cursor)
+    $commands = @(
+@COMMANDS@
+    )
+    $flags = @{
+@FLAGS@
+    }
+    $to = $cursor - $ast.Extent.StartOffset
+    $line = $ast.ToString().PadRight($to).Substring(0, $to)
+    $before = @($ast.CommandElements | Where-Object { $_.Extent.EndOffset -lt $cursor })
+    $command = if ($before.Count -gt 1) { $before[1].ToString() } else { '' }
+    $pairs = @()
+    if ($typed.StartsWith('-') -and $flags.ContainsKey($command) -and -not $typed.Contains('=')) {
+        $pairs = $flags[$command]
+    } elseif ($before.Count -eq 1 -and $commands.Count) {
+        $pairs = $commands
+    } else {
+        $lines = @(& $before[0].ToString() complete "--line=$line" 2>$null)
+        if ($lines.Count -gt 1 -and $lines[0] -eq 'words') {
+            foreach ($row in $lines[1..($lines.Count - 1)]) { $pairs += ("$row`t" -split "`t")[0..1] }
+        }
+    }
+    for ($i = 0; $i -lt $pairs.Count; $i += 2) {
+        if ($pairs[$i].StartsWith($typed)) {
+            $about = if ($pairs[$i + 1]) { $pairs[$i + 1] } else { $pairs[$i] }
+            $shown = @($pairs[$i], $pairs[$i], 'ParameterValue', $about)
+            New-Object System.Management.Automation.CompletionResult -ArgumentList $shown
+        }
+    }
+}
+"""
+
+SHELLS = {s.name: s for s in (
+    Shell("bash", BASH_COMPLETION, "{name}", " ", "{flag}", " ", "        '{name}') words='{flags}' ;;", "",
+          ("'\\''", "\\"), "bash-completion/completions/{name}",
+          "bash reads it where the package bash-completion is set up; elsewhere put into ~/.bashrc:  "
+          "source {path}"),
+    Shell("zsh", ZSH_COMPLETION, "        '{name}:{help}'", "\n", "'{flag}:{help}'", " ",
+          "            '{name}') flags=({flags}) ;;", "", ("'\\''", "\\"),
+          "zsh/site-functions/_{name}",
+          "zsh reads it with this line in ~/.zshrc, before compinit:  fpath=({folder} $fpath)"),
+    Shell("fish", FISH_COMPLETION, "complete -c @NAME@ -n __@ID@_first -a '{name}' -d '{help}'", "\n",
+          "complete -c @NAME@ -n '__@ID@_in \"{name}\"' {dash} '{bare}'{value} -d '{help}'", "\n", "{flags}",
+          " -x -a '(__@ID@_values)'", ("\\'", "\\\\"), "fish/vendor_completions.d/{name}.fish", ""),
+    Shell("elvish", ELVISH_COMPLETION, "        ['{name}' '{help}']", "\n", "['{flag}' '{help}']", " ",
+          "        &'{name}'=[{flags}]", "", ("''", "\\"), "", ""),
+    Shell("powershell", POWERSHELL_COMPLETION, "        '{name}', '{help}'", ",\n", "'{flag}', '{help}'",
+          ", ", "        '{name}' = @({flags})", "", ("''", "\\"), "", ""),
+)}
+
+
+def render_completion(shell: Shell, name: str) -> str:
+    """The script that completes for one shell, under one name of the program."""
+    plain = not (NAMES[name].words if name in NAMES else ())
+    listed = [("", "", offer_flags(None))] + [(c.name, c.help, offer_flags(c)) for c in COMMANDS.values()
+                                              if c.help] if plain else []
+
+    def quoted(text: str) -> str:
+        return text.replace("\\", shell.quote[1]).replace("'", shell.quote[0])
+
+    def shown(command: str, flags: list) -> str:
+        rows = [shell.flag.format(name=command, flag=flag, help=quoted(what), bare=flag.lstrip("-"),
+                                  dash="-l" if flag.startswith("--") else "-s",
+                                  value=shell.value if valued else "") for flag, what, valued in flags]
+        return shell.flags.format(name=command, flags=shell.flags_joint.join(rows))
+
+    commands = shell.commands_joint.join(shell.command.format(name=c, help=quoted(what))
+                                         for c, what, _ in listed if c)
+    flags = "\n".join(shown(c, flags) for c, _, flags in listed)
+    script = shell.script.replace("@COMMANDS@", commands).replace("@FLAGS@", flags)
+    return (script.replace("@FIRST@", str(int(plain))).replace("@NAME@", name)
+            .replace("@ID@", re.sub(r"\W", "_", name)))
+
+
+def completed_name() -> str:
+    """The name that completions are for: as the program was called, without an extension."""
+    name = os.path.splitext(called_as())[0]
+    return name if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) else "pitboss"
+
+
+def cmd_completions(options: Any) -> str:
+    """Print the script that completes commands, flags, runs and actors in a shell."""
+    print(render_completion(SHELLS[options.shell], completed_name()), end="")
+    return "ok"
+
+
+LAUNCHER = """#!/bin/sh
+# Starts pitboss; `pitboss install --remove` takes it away.
+for python in {python} python3; do
+    if command -v "$python" >/dev/null 2>&1; then
+        exec "$python" -I -S {start} "$0" "$@"
+    fi
+done
+echo "pitboss: there is no Python at "{python}", and no python3 on PATH" >&2
+exit 2
+"""
+
+INSTALLED_START = b"""import sys
+sys.path[0:0] = [__file__.rpartition('/')[0]]
+del sys.argv[0]
+from pitboss import main
+sys.exit(main())
+"""
+
+
+class Put(NamedTuple):
+    """A file that `install` writes."""
+
+    path: str
+    data: bytes
+    mode: int
+    needed: bool               # somebody else's file in its place: refuse, or leave that and say so
+    advice: str = ""
+
+
+class Installed(NamedTuple):
+    """What `install` put below one folder, as its installed.json says."""
+
+    files: dict                # path: hashes of what was put there
+    folders: list              # made for that, outermost first
+
+
+def files_to_install(bin_dir: str, env: Mapping[str, str]) -> list[Put]:
+    """Everything that `install` writes, bytecode left out; the launchers last: what they start is there."""
+    import shlex
+    import shutil
+
+    home, share = os.path.join(bin_dir, ".pitboss"), os.path.dirname(data_folder(env))
+    start = os.path.join(home, "start")
+    launcher = LAUNCHER.format(python=shlex.quote(sys.executable), start=shlex.quote(start)).encode()
+    files = [Put(os.path.join(home, "pitboss.py"), read_self(), 0o644, True),
+             Put(start, INSTALLED_START, 0o644, True)]
+    for shell in filter(lambda s: s.place, SHELLS.values()):
+        for name in NAMES:
+            path = os.path.join(share, shell.place.format(name=name))
+            advice = shell.advice.format(path=shlex.quote(path), folder=shlex.quote(os.path.dirname(path)))
+            files.append(Put(path, render_completion(shell, name).encode(), 0o644, False,
+                             advice if shutil.which(shell.name, path=env.get("PATH")) else ""))
+    return files + [Put(os.path.join(bin_dir, name), launcher, 0o755, True) for name in NAMES]
+
+
+def read_installed(bin_dir: str) -> Installed:
+    """What was installed below a folder; nothing where there is no record."""
+    record = read_json(os.path.join(bin_dir, ".pitboss", "installed.json"))
+    files, folders = (record.get(k) for k in Installed._fields) if isinstance(record, dict) else (None, None)
+    return Installed(files if isinstance(files, dict) else {}, folders if isinstance(folders, list) else [])
+
+
+def write_installed(bin_dir: str, installed: Installed) -> None:
+    """Record what is installed.  Raises OSError."""
+    write_file(os.path.join(bin_dir, ".pitboss", "installed.json"),
+               (json.dumps(installed._asdict(), indent=2) + "\n").encode(), mode=0o644)
+
+
+def hash_file(path: str) -> str:
+    """The sha256 of a file's content; empty where it cannot be read."""
+    import hashlib
+
+    try:
+        with open(path, "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    except OSError:
+        return ""
+
+
+def make_folders(path: str) -> list[str]:
+    """Make a folder and those above it; returns those that were missing, outermost first."""
+    missing = []
+    while path and not os.path.isdir(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    for folder in missing:
+        os.mkdir(folder)
+    return missing
+
+
+def install_to(bin_dir: str, env: Mapping[str, str]) -> list[str]:
+    """Install; returns lines for people.  Raises Refused for somebody else's file, and OSError."""
+    import hashlib
+
+    files, old, advice = files_to_install(bin_dir, env), read_installed(bin_dir), []
+    hashes = {f.path: hashlib.sha256(f.data).hexdigest() for f in files}
+    foreign = [f for f in files if os.path.lexists(f.path)
+               and hash_file(f.path) not in (*old.files.get(f.path, ()), hashes[f.path])]
+    for f in foreign:
+        if f.needed:
+            raise Refused(f"{f.path} is there, and is not as `pitboss install` leaves it; it stays",
+                          hint="move it away, or name another folder: pitboss install DIR")
+    home, lines = os.path.join(bin_dir, ".pitboss"), []
+    folders = old.folders + make_folders(home)
+    known = {**old.files, **{f.path: [*old.files.get(f.path, ()), hashes[f.path]] for f in files
+                             if f not in foreign}}
+    for f in files:
+        if f in foreign:
+            lines.append(f"left       {f.path}: somebody else's; it stays as it is")
+            continue
+        try:
+            folders += make_folders(os.path.dirname(f.path))
+            write_installed(bin_dir, Installed(known, folders))      # first: nothing is left unrecorded
+            write_file(f.path, f.data, mode=f.mode)
+        except OSError as e:
+            if f.needed:
+                raise
+            lines.append(f"left out   {f.path}: {e.strerror}")
+            continue
+        if f.path.endswith(".py"):
+            compile_installed(f.path)
+        lines += [f"installed  {f.path}"] * (os.path.dirname(f.path) != home)
+        known[f.path] = [hashes[f.path]]
+        advice += [f.advice] * bool(f.advice)
+    write_installed(bin_dir, Installed(known, folders))
+    return [*lines, *advice, *path_advice(bin_dir, env)]
+
+
+def compile_installed(path: str) -> None:
+    """Put bytecode beside an installed copy, in place of that of its forerunner, by whatever Python."""
+    import py_compile
+
+    drop_bytecode(os.path.dirname(path))
+    py_compile.compile(path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+
+
+def drop_bytecode(home: str) -> None:
+    """Remove the bytecode of an installed copy: of this Python, and of others that have started it."""
+    import glob
+
+    for path in glob.glob(os.path.join(glob.escape(home), "__pycache__", "pitboss.*.pyc")):
+        os.unlink(path)
+
+
+def path_advice(bin_dir: str, env: Mapping[str, str]) -> list[str]:
+    """What is to be done so that the installed program is found by its name."""
+    import shlex
+    import shutil
+
+    folders = [os.path.realpath(p) for p in env.get("PATH", "").split(os.pathsep) if p]
+    if os.path.realpath(bin_dir) not in folders:
+        return [f"{bin_dir} is not on PATH; put this line into ~/.profile, or the like of your shell:",
+                f"  export PATH={shlex.quote(bin_dir)}:\"$PATH\""]
+    first = shutil.which("pitboss", path=env.get("PATH"))
+    mine = os.path.join(bin_dir, "pitboss")
+    if first and os.path.realpath(first) != os.path.realpath(mine):
+        return [f"another one comes first on PATH: {first}"]
+    return []
+
+
+def remove_installed(bin_dir: str) -> list[str]:
+    """Take away what `install` put there; returns lines for people.  Raises NotFound and OSError."""
+    home = os.path.join(bin_dir, ".pitboss")
+    record, installed = os.path.join(home, "installed.json"), read_installed(bin_dir)
+    if not installed.files:
+        raise NotFound(f"nothing was installed in {bin_dir}",
+                       hint="pitboss install --remove DIR names another folder")
+    lines = []
+    for path in reversed(installed.files):           # the launchers first
+        if not os.path.lexists(path):
+            continue
+        if hash_file(path) in installed.files[path] and not os.path.islink(path):
+            os.unlink(path)
+            lines.append(f"removed    {path}")
+        else:
+            lines.append(f"left       {path}: it was changed since")
+    drop_bytecode(home)
+    os.unlink(record)
+    for folder in [os.path.join(home, "__pycache__"), home, *reversed(installed.folders)]:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+    return lines
+
+
+def cmd_install(options: Any) -> str:
+    """Put a launcher, a compiled copy of this file and shell completions where a user has them."""
+    bin_dir = os.path.abspath(os.path.expanduser(options.dir or "~/.local/bin"))
+    try:
+        lines = remove_installed(bin_dir) if options.remove else install_to(bin_dir, os.environ)
+    except OSError as e:
+        raise EnvironmentFault(f"{e.filename or bin_dir}: {e.strerror or e}",
+                               hint="name a folder that you may write to: pitboss install DIR") from None
+    if not options.quiet:
+        print("\n".join(lines))
+    return "ok"
+
+
 def cmd_version(options: Any) -> str:
     """Print the version."""
     print(f"pitboss {VERSION}")
@@ -7247,6 +7869,10 @@ _RUNS_DIR = (("--run-dir", "--runs-dir"), {"dest": "runs_dir", "metavar": "DIR",
                                            "help": "another folder of runs"})
 _QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress"})
 _VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
+ALWAYS_FLAGS = (
+    (("-h", "--help"), {"action": "help", "help": "say what can be given here"}),
+    (("-V", "--version"), {"action": "version", "help": "print the version"}),
+)
 
 COMMANDS = {c.name: c for c in (
     Cli("validate", cmd_validate, "MANIFEST", (_MANIFEST, _JSON),
@@ -7319,8 +7945,16 @@ COMMANDS = {c.name: c for c in (
         (("--check",), {"metavar": "FILE", "help": "compare a saved copy: print the difference, exit 1 when "
                                                    "there is one"})),
         "print every key of a manifest", "schema --format json-schema"),
+    Cli("completions", cmd_completions, "SHELL", (
+        (("shell",), {"metavar": "SHELL", "choices": tuple(SHELLS), "help": ", ".join(SHELLS)}),),
+        "print the script that completes command lines in a shell", "completions bash"),
+    Cli("install", cmd_install, "[DIR]", (
+        (("dir",), {"metavar": "DIR", "nargs": "?", "help": "where the program goes (~/.local/bin)"}), _QUIET,
+        (("--remove",), {"action": "store_true", "help": "take away exactly what was installed there"})),
+        "install this program for yourself, with completions", "install ~/.local/bin"),
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
+    Cli("complete", cmd_complete, "", ((("words",), {"nargs": "*"}), (("--line",), {})), ""),
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
     Cli("demo-agent", cmd_demo_agent, "", (
         (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}),
@@ -7399,7 +8033,7 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; return its exit code.  The only place where errors become text."""
-    prog = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
+    prog = called_as()
     open_streams()
     try:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # LC_ALL=C must not break a name
@@ -7408,7 +8042,7 @@ def main(argv: list[str] | None = None) -> int:
         pass
     code = "bug"
     try:
-        name, options = parse_command(sys.argv[1:] if argv is None else argv, prog)
+        name, options = parse_command(expand_name(prog, sys.argv[1:] if argv is None else argv), prog)
         code = COMMANDS[name].run(options)
         sys.stdout.flush()
     except PitbossError as e:
