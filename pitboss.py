@@ -7015,10 +7015,8 @@ def cmd_demo(options: Any) -> str:
                      f"The manifest      {path}", f"The repository    {loaded.base_dir}/repo (git log --all "
                                                   f"--oneline shows the branches)",
                      f"The run folder    {run_dir}", f"Its logs          {run_dir}/tasks/*/stdout.log",
-                     "Look closer       " + f"python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} "
-                                            f"status {run_id[:13]}{extra}",
-                     f"                  python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} attach "
-                     f"{run_id[:13]} slow{extra}"]))
+                     f"Look closer       {typed_name()} status {run_id[:13]}{extra}",
+                     f"                  {typed_name()} attach {run_id[:13]} slow{extra}"]))
     went = {a["task_id"]: a["status"] for a in seen.actors}
     if went != DEMO_EXPECTED:
         say_error(f"pitboss: the demonstration should have ended with {DEMO_EXPECTED}")
@@ -7224,6 +7222,17 @@ NAMES = {n.name: n for n in (
 def called_as() -> str:
     """The name that this program was called by."""
     return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
+
+
+def plain_name() -> str:
+    """The name that the program was called by, without an extension."""
+    name = os.path.splitext(called_as())[0]
+    return name if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) else "pitboss"
+
+
+def typed_name() -> str:
+    """What is typed to call the program as it was called: a file is given to python3."""
+    return f"python3 {called_as()}" if called_as().endswith(".py") else plain_name()
 
 
 def expand_name(prog: str, argv: list[str]) -> list[str]:
@@ -7610,15 +7619,9 @@ def render_completion(shell: Shell, name: str) -> str:
             .replace("@ID@", re.sub(r"\W", "_", name)))
 
 
-def completed_name() -> str:
-    """The name that completions are for: as the program was called, without an extension."""
-    name = os.path.splitext(called_as())[0]
-    return name if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) else "pitboss"
-
-
 def cmd_completions(options: Any) -> str:
     """Print the script that completes commands, flags, runs and actors in a shell."""
-    print(render_completion(SHELLS[options.shell], completed_name()), end="")
+    print(render_completion(SHELLS[options.shell], plain_name()), end="")
     return "ok"
 
 
@@ -7820,8 +7823,8 @@ def cmd_install(options: Any) -> str:
 
 
 def cmd_version(options: Any) -> str:
-    """Print the version."""
-    print(f"pitboss {VERSION}")
+    """Print the name that the program was called by, and its version."""
+    print(f"{plain_name()} {VERSION}")
     return "ok"
 
 
@@ -7871,7 +7874,7 @@ _QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress
 _VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
 ALWAYS_FLAGS = (
     (("-h", "--help"), {"action": "help", "help": "say what can be given here"}),
-    (("-V", "--version"), {"action": "version", "help": "print the version"}),
+    (("-V", "--version"), {"action": "store_true", "help": "print the version"}),
 )
 
 COMMANDS = {c.name: c for c in (
@@ -7962,34 +7965,43 @@ COMMANDS = {c.name: c for c in (
 )}
 
 
+HELP_WIDTH = 98            # columns of a help text, on a wider terminal too
+
+
 def make_parser(prog: str, name: str) -> Any:
     """The argument parser of one command, or with an empty name the one that lists them all."""
     import argparse
+    import shutil
+
+    width = min(HELP_WIDTH, shutil.get_terminal_size().columns - 2)
 
     class Parser(argparse.ArgumentParser):
-        """Errors are raised, so that main alone prints them."""
+        """Errors are raised, so that main alone prints them; an example and a sentence come first."""
+
+        first = ""
 
         def error(self, message: str) -> Any:
-            raise InvalidInput(message, hint=f"{self.prog} --help")
+            raise InvalidInput(f"{name}: {message}".removeprefix(": "), hint=f"{self.prog} --help")
 
-    if name:
-        command = COMMANDS[name]
-        example = f"Example: {prog} {command.example}\n\n" if command.example else ""
+        def format_help(self) -> str:
+            return self.first + super().format_help()
+
+        def print_help(self, file: Any = None) -> None:
+            print(self.format_help(), end="", file=file)       # argparse hides that there is no room
+
+    parser = Parser(prog=f"{prog} {name}".rstrip(), usage=None if name else f"{prog} COMMAND ...",
+                    add_help=False, epilog=exit_codes_text(),
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
+    command = COMMANDS.get(name)
+    if command:
         about = (command.run.__doc__ or command.help).splitlines()[0]
-        parser = Parser(prog=f"{prog} {name}",
-                        description=f"{about}\n\n{example}".rstrip(),
-                        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
-        for flags, settings in command.args:
-            near = functools.partial(pick_choice, settings.get("choices", ()))
-            parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
-        return parser
-    listed = "\n".join(f"  {pad_cells(c.name + ' ' + c.usage, 22)} {c.help}" for c in COMMANDS.values()
-                       if c.help)
-    parser = Parser(prog=prog, usage=f"{prog} COMMAND ...",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True,
-                    description=f"Deals work to coding agents and never loses a hand.\n\ncommands:\n{listed}",
-                    epilog=f"{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}")
-    parser.add_argument("-V", "--version", action="store_true", help="print the version")
+        parser.first = f"Example: {prog} {command.example}\n\n{about}\n\n" if command.example else ""
+    else:
+        parser.first = f"Example: {prog} demo\n\nDeals work to coding agents and never loses a hand.\n\n"
+        parser.description = (f"{commands_text()}\n\n{prog} COMMAND --help says more of one command.")
+    for flags, settings in [*(command.args if command else ()), *ALWAYS_FLAGS]:
+        near = functools.partial(pick_choice, settings.get("choices", ()))
+        parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
     return parser
 
 
@@ -8003,6 +8015,15 @@ def pick_choice(choices: tuple, word: str) -> str:
                                      f"{did_you_mean(word, choices)}")
 
 
+def commands_text() -> str:
+    """Every command with its arguments, and what it does."""
+    rows = [(f"{c.name} {c.usage}".strip(), c.help) for c in COMMANDS.values() if c.help]
+    wide = min(24, max(len(call) for call, _ in rows))
+    lines = [f"  {call:{wide}}  {what}" if len(call) <= wide else f"  {call}\n  {'':{wide}}  {what}"
+             for call, what in rows]
+    return "commands:\n" + "\n".join(lines)
+
+
 def exit_codes_text() -> str:
     """The exit codes, as they stand below every help text."""
     return "exit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.values())
@@ -8010,8 +8031,11 @@ def exit_codes_text() -> str:
 
 def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
     """(name of the command, its options).  Raises InvalidInput with what is allowed."""
-    if "--version" in argv[:2] or "-V" in argv[:2]:
+    before = argv[:argv.index("--")] if "--" in argv else argv
+    if "--version" in before or "-V" in before:
         return "version", None
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         parser = make_parser(prog, "")
         parser.print_help(sys.stdout if argv else sys.stderr)
@@ -8033,7 +8057,6 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; return its exit code.  The only place where errors become text."""
-    prog = called_as()
     open_streams()
     try:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # LC_ALL=C must not break a name
@@ -8042,17 +8065,15 @@ def main(argv: list[str] | None = None) -> int:
         pass
     code = "bug"
     try:
-        name, options = parse_command(expand_name(prog, sys.argv[1:] if argv is None else argv), prog)
-        code = COMMANDS[name].run(options)
+        number = run_command(expand_name(called_as(), sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+        return number
     except PitbossError as e:
         code = e.code
         say_error(f"pitboss: {make_mask([os.environ]).text(str(e))}" + (f"\n  try: {e.hint}" if e.hint
                                                                         else ""))
     except KeyboardInterrupt:
         code = "interrupted"
-    except SystemExit as e:          # argparse has printed a help text
-        return leave_quietly(int(e.code or 0))
     except BrokenPipeError:
         return leave_quietly(0)
     except OSError as e:
@@ -8064,7 +8085,16 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:  # boundary: a bug is reported in one line, with its traceback in a file
         say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its "
                   f"traceback: {save_traceback()}")
-    return EXIT_CODES[code][0]
+    return leave_quietly(EXIT_CODES[code][0])
+
+
+def run_command(argv: list[str]) -> int:
+    """Parse and run one command; its exit code."""
+    try:
+        name, options = parse_command(argv, typed_name())
+        return EXIT_CODES[COMMANDS[name].run(options)][0]
+    except SystemExit as e:          # argparse has printed a help text
+        return int(e.code or 0)
 
 
 def open_streams() -> None:
