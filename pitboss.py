@@ -7694,11 +7694,11 @@ def write_installed(bin_dir: str, installed: Installed) -> None:
 
 
 def hash_file(path: str) -> str:
-    """The sha256 of a file's content; empty where it cannot be read."""
+    """The sha256 of a file's content; empty for a link, and where it cannot be read."""
     import hashlib
 
     try:
-        with open(path, "rb") as f:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
             return hashlib.sha256(f.read()).hexdigest()
     except OSError:
         return ""
@@ -7796,7 +7796,7 @@ def remove_installed(bin_dir: str) -> list[str]:
     for path in reversed(installed.files):           # the launchers first
         if not os.path.lexists(path):
             continue
-        if hash_file(path) in installed.files[path] and not os.path.islink(path):
+        if hash_file(path) in installed.files[path]:
             os.unlink(path)
             lines.append(f"removed    {path}")
         else:

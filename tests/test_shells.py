@@ -168,3 +168,258 @@ def test_fish_offers_what_fits(user, typed, expected):
     assert done.stderr == ""
     offered = sorted(row.partition("\t")[0] for row in done.stdout.splitlines())
     assert offered == sorted(places.get(word, word) for word in expected)
+
+
+# ---- what is derived from the tables of commands and names
+
+
+NEW = '''import sys
+sys.argv[0] = "pitboss"
+import pitboss
+
+def cmd_shuffle(options):
+    """Shuffle the cards."""
+    return "ok"
+
+row = pitboss.Cli("shuffle", cmd_shuffle, "RUN", (
+    pitboss.COMMANDS["status"].args[0], (("--twice",), {"action": "store_true", "help": "do it again"}),
+    (("--suit",), {"choices": ("clubs", "hearts"), "help": "only these"})), "mix it's cards", "shuffle 0192f3")
+pitboss.COMMANDS = {**pitboss.COMMANDS, "shuffle": row}
+pitboss.NAMES = {**pitboss.NAMES, "card-table": pitboss.Name("card-table", ("shuffle",))}
+'''
+
+
+def run_new(home: Home, *args: str, name: str = "pitboss") -> str:
+    """What a pitboss with one command and one name more prints."""
+    script = NEW.replace('"pitboss"', repr(name), 1) + f"sys.exit(pitboss.main({list(args)!r}))"
+    env = {**home.env, "PYTHONPATH": str(Path(pitboss.__file__).parent)}
+    done = subprocess.run([PYTHON, "-B", "-c", script], env=env, text=True, capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", pitboss.SHELLS)
+def test_a_new_command_and_flag_are_completed_by_every_shell(home, shell):
+    script = run_new(home, "completions", shell)
+    quoted = {"bash": "shuffle", "fish": "'mix it\\'s cards'", "zsh": "'shuffle:mix it'\\''s cards'"}
+    assert quoted.get(shell, "mix it''s cards") in script and not re.search(r"@[A-Z]+@", script)
+    for flag in ("--twice", "--suit"):
+        assert flag in script or f"'{flag.lstrip('-')}'" in script
+    assert all(flag in run_new(home, "complete", "--", "shuffle", "--") for flag in ("--twice", "--suit"))
+    assert run_new(home, "complete", "--", "shuffle", "--suit", "h") == "words\nhearts\n"
+
+
+def test_a_new_command_and_flag_are_in_the_help_and_in_the_reference(home):
+    assert re.search(r"^  shuffle RUN +mix it's cards$", run_new(home, "--help"), re.M)
+    text = run_new(home, "shuffle", "--help")
+    assert text.startswith("Example: pitboss shuffle 0192f3\n\nShuffle the cards.\n\nusage: ")
+    assert "--twice" in text and "do it again" in text and "{clubs,hearts}" in text
+    assert "| `shuffle RUN` | mix it's cards |" in run_new(home, "reference")
+
+
+def test_a_new_name_stands_for_the_beginning_of_a_command_line(home):
+    assert run_new(home, "--help", name="card-table").startswith("Example: card-table shuffle 0192f3\n")
+    assert run_new(home, "--version", name="card-table") == f"card-table {pitboss.VERSION}\n"
+    assert run_new(home, "complete", "--", "--tw", name="card-table") == "words\n--twice\tdo it again\n"
+    script = run_new(home, "completions", "bash", name="card-table")
+    assert "complete -o default -F _card_table card-table" in script and "validate" not in script
+
+
+def test_every_argument_that_takes_a_value_says_what_can_be_typed():
+    rows = [(c.name, names, settings) for c in pitboss.COMMANDS.values() if c.help for names, settings in c.args]
+    silent = [(name, names) for name, names, settings in rows if pitboss.takes_value(settings)
+              and not settings.get("choices") and settings.get("metavar") not in pitboss.TYPED]
+    assert silent == [], "give it choices, or its metavar a row in TYPED"
+    used = {settings.get("metavar") for _, _, settings in rows}
+    assert [metavar for metavar in pitboss.TYPED if metavar not in used] == []
+
+
+@pytest.mark.parametrize("shell, check", [
+    ("bash", ["bash", "-n"]), ("zsh", ["zsh", "-n"]), ("fish", ["fish", "-n"])])
+def test_the_script_of_a_shell_is_whole(home, shell, check):
+    script = home.root / "script"
+    script.write_text(home.pitboss("completions", shell, check=0).stdout)
+    subprocess.run([shell_of(shell), *check[1:], script], check=True, timeout=30)
+
+
+# ---- what can come next
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("pitboss sta", ("words", ["status"])),
+    ("pitboss ", ("words", [c.name for c in pitboss.COMMANDS.values() if c.help])),
+    ("pitboss dispatch ", ("files", [])),
+    ("pitboss dispatch 'un closed", ("files", [])),
+    ("pitboss dispatch m.toml ", ("words", [])),
+    ("pitboss dispatch m.toml --run-dir ", ("folders", [])),
+    ("pitboss dispatch m.toml --run-dir=x", ("folders", [])),
+    ("pitboss attach --lines ", ("words", [])),
+    ("pitboss attach --li", ("words", ["--lines"])),
+    ("pitboss nonsense ", ("words", [])),
+    ("pitboss completions f", ("words", ["fish"])),
+    ("", ("words", [c.name for c in pitboss.COMMANDS.values() if c.help])),
+])
+def test_what_can_come_next(line, expected):
+    kind, found = pitboss.offer_words(pitboss.split_typed(line)[1:])
+    assert (kind, [word for word, _ in found]) == expected
+
+
+def test_runs_are_offered_newest_first_with_their_names(home):
+    ids = [f"0192f3a0-0000-7000-8000-00000000000{n}" for n in range(3)]
+    for n, run_id in enumerate(ids):
+        (home.runs / run_id).mkdir(parents=True)
+        (home.runs / run_id / "meta.json").write_text(["[]", "{", '{"manifest_name": "a\\tb\\u001b[2J"}'][n])
+    (home.runs / "stray").mkdir()
+    lines = home.pitboss("complete", "--", "status", "0192", check=0).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["words", *reversed(ids)]
+    assert [line.split("\t")[1].split(",")[0] for line in lines[1:]] == ["a b", "-", "-"]
+    (home.runs / ids[0] / "tasks" / "late").mkdir(parents=True)
+    (home.runs / ids[0] / "resolved.json").write_text('{"tasks": [{"id": "early"}, 3], "lead": null}')
+    assert home.pitboss("complete", "--", "attach", ids[0], "", check=0).stdout == "words\nearly\nlate\n"
+    assert home.pitboss("complete", "--", "attach", "../..", "", check=0).stdout == "words\n"
+    assert home.pitboss("complete", "--", "attach", "0192", "", check=0).stdout == "words\n", "ambiguous"
+
+
+# ---- installation
+
+
+@pytest.fixture
+def bare(home):
+    """A user without anything of ours in the environment but a home and the usual programs."""
+    home.env = {"HOME": str(home.root / "home"), "PATH": home.env["PATH"], "TMPDIR": home.env["TMPDIR"]}
+    return home
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its content; None for folders and what leads nowhere."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def run_installed(home: Home, *args, folder: Path | None = None, **options) -> subprocess.CompletedProcess:
+    program = (folder or home.root / "home" / ".local" / "bin") / "pitboss"
+    return subprocess.run([program, *map(str, args)], text=True, capture_output=True, timeout=60,
+                          **{"env": home.env, "cwd": home.root, **options})
+
+
+def test_what_is_installed_works_alone_and_goes_again_without_a_trace(bare, tmp_path):
+    copy = tmp_path / "passing" / "pitboss.py"
+    copy.parent.mkdir()
+    shutil.copy(pitboss.__file__, copy)
+    before = tree(bare.root / "home")
+    done = subprocess.run([PYTHON, *ISOLATED, copy, "install"], env=bare.env, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shutil.rmtree(copy.parent)
+    assert "is not on PATH" in done.stdout and "export PATH=" in done.stdout
+    for line in done.stdout.splitlines():
+        if line.startswith("installed"):
+            assert Path(line.split(maxsplit=1)[1]).is_file()
+    assert run_installed(bare, "version", env={}).stdout == f"pitboss {pitboss.VERSION}\n"
+    (bare.root / "m.toml").write_text(RUN)
+    assert run_installed(bare, "dispatch", "-q", bare.root / "m.toml").returncode == 0
+    done = run_installed(bare, "install", "--remove")
+    assert done.returncode == 0
+    after = {k: v for k, v in tree(bare.root / "home").items() if not k.startswith(".local/share/pitboss")}
+    assert {k for k in after if k not in before} == {".local", ".local/share"}, "they hold the run"
+
+
+def test_the_launcher_starts_bytecode_and_does_without_it(bare):
+    bare.pitboss("install", check=0)
+    caches = bare.root / "home/.local/bin/.pitboss/__pycache__"
+    (compiled,) = caches.iterdir()
+    compiled.write_bytes(b"\xff\xff\r\n" + compiled.read_bytes()[4:])        # of a Python with another magic number
+    assert run_installed(bare, "version").stdout == f"pitboss {pitboss.VERSION}\n"
+    shutil.rmtree(caches)
+    assert run_installed(bare, "version").stdout == f"pitboss {pitboss.VERSION}\n"
+    assert list(caches.iterdir()), "Python has compiled it again, for the next start"
+    bare.pitboss("install", "--remove", check=0)
+    assert not (bare.root / "home/.local").exists()
+
+
+def test_the_launcher_finds_another_python_when_its_own_is_gone(bare, tmp_path):
+    python = tmp_path / "gone" / "python3"
+    python.parent.mkdir()
+    python.symlink_to(PYTHON)
+    subprocess.run([python, *ISOLATED, pitboss.__file__, "install"], env=bare.env, check=True, capture_output=True)
+    launcher = bare.root / "home/.local/bin/pitboss"
+    text = launcher.read_text()
+    launcher.write_text(re.sub(r"for python in \S+", "for python in /nowhere/python3", text))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(shutil.which("python3"))
+    done = run_installed(bare, "version", env={**bare.env, "PATH": str(tmp_path / "bin")})
+    assert done.stdout == f"pitboss {pitboss.VERSION}\n"
+    done = run_installed(bare, "version", env={**bare.env, "PATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (2, "") and "/nowhere" not in text and "no Python" in done.stderr
+
+
+def test_installing_again_replaces_what_was_installed(bare):
+    bare.pitboss("install", check=0)
+    newer = bare.root / "pitboss.py"
+    newer.write_text(Path(pitboss.__file__).read_text().replace(f'"{pitboss.VERSION}"', '"9.9.9"'))
+    stale = bare.root / "home/.local/bin/.pitboss/__pycache__/pitboss.cpython-399.pyc"
+    stale.write_bytes(b"of another Python")
+    launcher = bare.root / "home/.local/bin/pitboss"
+    inode = launcher.stat().st_ino
+    subprocess.run([PYTHON, *ISOLATED, newer, "install"], env=bare.env, check=True, capture_output=True)
+    assert run_installed(bare, "version").stdout == "pitboss 9.9.9\n"
+    assert not stale.exists() and launcher.stat().st_ino != inode, "a new file was renamed to its place"
+    assert not [p for p in (bare.root / "home").rglob("*.new")]
+    bare.pitboss("install", "--remove", check=0)
+    assert not (bare.root / "home/.local").exists()
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("mine"), lambda p: p.mkdir(),
+                                  lambda p: p.symlink_to("/nowhere"), lambda p: p.symlink_to(pitboss.__file__)])
+def test_somebody_elses_program_is_not_touched(bare, make):
+    folder = bare.root / "home" / "bin"
+    folder.mkdir()
+    make(folder / "pitboss")
+    before = tree(bare.root / "home")
+    done = bare.pitboss("install", folder, check=4)
+    assert str(folder / "pitboss") in done.stderr and "it stays" in done.stderr
+    assert tree(bare.root / "home") == before
+
+
+def test_what_a_user_has_changed_is_left_and_said(bare):
+    bare.pitboss("install", check=0)
+    completions = bare.root / "home/.local/share/fish/vendor_completions.d/pitboss.fish"
+    completions.write_text("# mine\n")
+    done = bare.pitboss("install", check=0)
+    assert f"left       {completions}" in done.stdout
+    (bare.root / "home/.local/bin/pitboss").write_text("#!/bin/sh\n")
+    bare.pitboss("install", check=4)
+    done = bare.pitboss("install", "--remove", check=0)
+    for path in (completions, bare.root / "home/.local/bin/pitboss"):
+        assert path.exists() and f"left       {path}: it was changed since" in done.stdout
+    bare.pitboss("install", "--remove", check=3)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_the_environments_fault(bare):
+    folder = Path("/proc") if os.path.exists("/proc/self") else bare.root / "locked"
+    if not folder.exists():
+        folder.mkdir(mode=0o555)
+    done = bare.pitboss("install", folder, check=5)
+    assert str(folder) in done.stderr and "pitboss install DIR" in done.stderr and "Traceback" not in done.stderr
+    assert tree(bare.root / "home") == {}
+
+
+def test_completions_that_cannot_be_written_are_left_out(bare):
+    (bare.root / "home/.local").mkdir()
+    (bare.root / "home/.local/share").write_text("a file")
+    done = bare.pitboss("install", bare.root / "home/bin", check=0)
+    assert done.stdout.count("left out ") == 3
+    assert run_installed(bare, "version", folder=bare.root / "home/bin").returncode == 0
+
+
+def test_the_installed_program_is_called_by_any_path_and_link(bare):
+    bare.pitboss("install", bare.root / "home/my bin", check=0)
+    link = bare.root / "home" / "pb"
+    link.symlink_to(bare.root / "home/my bin/pitboss")
+    done = subprocess.run([link, "--help"], env=bare.env, text=True, capture_output=True)
+    assert done.stdout.startswith("Example: pb demo\n"), done.stderr
+    done = subprocess.run(["sh", "-c", "PATH=\"$HOME/my bin:$PATH\"; pitboss completions zsh"], env=bare.env, text=True,
+                          capture_output=True)
+    assert done.stdout.startswith("#compdef pitboss\n"), done.stderr
+    advice = bare.pitboss("install", bare.root / "home/my bin",
+                          env={"PATH": f"{bare.root}/home/my bin:{bare.env['PATH']}"}).stdout
+    assert "PATH" not in advice.replace("FPATH", "")
