@@ -2205,9 +2205,24 @@ def mint_uuid() -> str:
 
 def data_folder(env: Mapping[str, str]) -> str:
     """`$XDG_DATA_HOME/pitboss`, else `~/.local/share/pitboss`."""
-    base = env.get("XDG_DATA_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".local",
-                                                    "share")
+    base = env.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(base):          # the XDG specification: a relative one is to be ignored
+        base = os.path.join(home_folder(env), ".local", "share")
     return os.path.join(base, "pitboss")
+
+
+def home_folder(env: Mapping[str, str]) -> str:
+    """The user's folder: `$HOME`, else what the system says.  Raises EnvironmentFault where there is none."""
+    import pwd
+
+    home = env.get("HOME", "")
+    if not os.path.isabs(home):
+        with contextlib.suppress(KeyError):
+            home = pwd.getpwuid(os.getuid()).pw_dir
+    if not os.path.isabs(home):
+        raise EnvironmentFault(f"HOME is not set, and user {os.getuid()} has no folder of its own",
+                               hint="set HOME or XDG_DATA_HOME")
+    return home
 
 
 def runs_folder(env: Mapping[str, str], given: str | None = None) -> str:
@@ -5340,10 +5355,10 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
         rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
                      render_duration((actor.ended_at or now) - (actor.started_at or now)),
                      render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
-    order = rows[:max(1, height - 2)]
+    order = rows[:max(1, height - 3)]        # the title, how many more, and the line of the cursor
     hidden = len(rows) - len(order)
     lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
-    return lines + ([f"… and {hidden} more"] if hidden else [])
+    return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
 def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[str]:
@@ -5965,8 +5980,8 @@ class Progress:
             size = shutil.get_terminal_size()
             self.drawn_at = time.monotonic()
             now = self.base[0] + time.monotonic() - self.base[1]
-            self.show([self.mask.text(line) for line in render_floor_lines(run, talks, now, size.columns - 1,
-                                                                           size.lines)], keep=False)
+            lines = render_floor_lines(run, talks, now, max(1, size.columns - 1), size.lines)
+            self.show([self.mask.text(line) for line in lines], keep=False)
 
     def show(self, lines: list[str], keep: bool) -> None:
         """Print lines in place of the table; a terminal that is gone stops nothing."""
@@ -7811,7 +7826,8 @@ def remove_installed(bin_dir: str) -> list[str]:
 
 def cmd_install(options: Any) -> str:
     """Put a launcher, a compiled copy of this file and shell completions where a user has them."""
-    bin_dir = os.path.abspath(os.path.expanduser(options.dir or "~/.local/bin"))
+    bin_dir = (os.path.abspath(os.path.expanduser(options.dir)) if options.dir
+               else os.path.join(home_folder(os.environ), ".local", "bin"))
     try:
         lines = remove_installed(bin_dir) if options.remove else install_to(bin_dir, os.environ)
     except OSError as e:

@@ -423,3 +423,164 @@ def test_the_installed_program_is_called_by_any_path_and_link(bare):
     advice = bare.pitboss("install", bare.root / "home/my bin",
                           env={"PATH": f"{bare.root}/home/my bin:{bare.env['PATH']}"}).stdout
     assert "PATH" not in advice.replace("FPATH", "")
+
+
+# ---- help, read by a person
+
+
+@pytest.mark.parametrize("name", ["", *(c.name for c in pitboss.COMMANDS.values() if c.help)])
+def test_help_is_an_example_a_sentence_options_and_exit_codes(monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = pitboss.make_parser("pitboss", name).format_help()
+    example, sentence, usage = text.split("\n\n")[:3]
+    assert re.fullmatch(r"Example: pitboss " + (name + r"\b.*" if name else r"\w+"), example)
+    assert re.fullmatch(r"[A-Z][^\n]*[.]", sentence) and usage.startswith(f"usage: pitboss {name}".rstrip())
+    assert text.index("usage:") < text.index("options:") < text.index("exit codes:")
+    for code, meaning in pitboss.EXIT_CODES.values():
+        assert re.search(rf"^ +{code}  {re.escape(meaning)}$", text, re.M)
+    for names, _ in pitboss.COMMANDS[name].args if name else ():
+        assert all(re.search(rf"^ .*{n}\b" if n.startswith("-") else ".", text, re.M) for n in names)
+    assert [line for line in text.splitlines() if pitboss.cell_width(line) > 100] == []
+
+
+def test_help_of_a_command_is_had_in_every_usual_way(home):
+    told = [home.pitboss(*args, check=0).stdout for args in (["status", "--help"], ["status", "-h"], ["help", "status"])]
+    assert told[0] == told[1] == told[2] and "pitboss.py status 0192f3" in told[0]
+
+
+@pytest.mark.parametrize("line, meant", [
+    ("stauts", "status"), ("dispach m.toml", "dispatch"), ("help lst", "list"), ("status x --jsn", "--json"),
+    ("list --actve", "--active"), ("completions bsh", "bash"), ("completions powershel", "powershell")])
+def test_a_near_miss_names_what_was_meant(home, line, meant):
+    done = home.pitboss(*line.split(), check=2)
+    assert f"did you mean {meant}?" in done.stderr and "--help" in done.stderr and done.stdout == ""
+
+
+def test_what_is_no_near_miss_suggests_nothing(home):
+    assert "did you mean" not in home.pitboss("xyzzy", check=2).stderr
+
+
+# ---- what a shell can do to standard output and to the environment
+
+
+READING = ["version", "--help", "status --help", "list", "list --json", "status RUN", "status RUN --json", "reference",
+           "attach RUN alpha", "completions bash", "complete -- sta", "doctor", "validate m.toml"]
+
+
+@pytest.fixture(scope="module")
+def dealt(tmp_path_factory):
+    """A home with one finished run."""
+    home = Home(tmp_path_factory.mktemp("dealt"))
+    home.pitboss("dispatch", "-q", home.manifest(RUN), check=0)
+    yield home
+    home.end_everything()
+
+
+def words_of(home: Home, line: str) -> list[str]:
+    return line.replace("RUN", home.run_dir().name).split()
+
+
+@pytest.mark.parametrize("line", READING)
+def test_a_pipe_that_is_closed_after_a_line_ends_it_quietly(dealt, line):
+    argv = " ".join(map(shlex.quote, dealt.argv(*words_of(dealt, line))))
+    script = f"( {argv}; echo $? >&2 ) | {{ read -r line; exec <&-; }}"
+    done = subprocess.run(["sh", "-c", script], env=dealt.env, cwd=dealt.root, text=True, capture_output=True, timeout=60)
+    assert done.stderr == "0\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("line", READING)
+def test_a_full_disk_is_said_in_one_line(dealt, line):
+    with open("/dev/full", "wb") as full:
+        done = dealt.start(*words_of(dealt, line), stdout=full)
+        assert done.communicate(timeout=60)[1] == "pitboss: standard output: No space left on device\n"
+    assert done.returncode == 5
+
+
+@pytest.mark.parametrize("line", [*READING, "dispatch -q m.toml"])
+def test_an_empty_environment_is_enough(dealt, line):
+    env = {"PATH": dealt.env["PATH"]}
+    runs = ["--run-dir", str(dealt.runs)] if re.match(r"(list|status R|attach|dispatch)", line) else []
+    done = subprocess.run(dealt.argv(*words_of(dealt, line), *runs), env=env, cwd=dealt.root, text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout
+
+
+@pytest.mark.parametrize("env, place", [
+    ({"HOME": "/h", "XDG_DATA_HOME": "/d"}, "/d/pitboss"), ({"HOME": "/h", "XDG_DATA_HOME": "d"}, "/h/.local/share/pitboss"),
+    ({"HOME": "/h", "XDG_DATA_HOME": ""}, "/h/.local/share/pitboss"), ({"HOME": "/h"}, "/h/.local/share/pitboss")])
+def test_data_lies_where_the_environment_says(env, place):
+    assert pitboss.data_folder(env) == place
+
+
+@pytest.mark.parametrize("env", [{}, {"HOME": ""}, {"HOME": "here"}])
+def test_without_a_home_of_the_environment_the_system_is_asked(monkeypatch, env):
+    import pwd
+
+    assert pitboss.home_folder(env) == pwd.getpwuid(os.getuid()).pw_dir
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(pitboss.EnvironmentFault, match="HOME is not set"):
+        pitboss.home_folder(env)
+
+
+def on_terminal(home: Home, args: list, columns: int, **env: str) -> str:
+    """What a command shows on a terminal of that width and 24 lines."""
+    import fcntl
+    import struct
+    import termios
+
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(home.root)
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        argv = home.argv(*args)
+        os.execve(argv[0], argv, {**home.env, "TERM": "xterm", "LC_ALL": "C.UTF-8", **env})
+    shown, end = b"", time.monotonic() + 30
+    try:
+        while time.monotonic() < end and select.select([fd], [], [], 30)[0]:
+            shown += os.read(fd, 65536)
+    except OSError:                  # EIO: the program has ended
+        pass
+    os.close(fd)
+    assert os.waitpid(pid, 0)[1] == 0, shown
+    return shown.decode()
+
+
+def widths(text: str) -> list[int]:
+    return [pitboss.cell_width(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line)) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("columns", [1, 20, 80])
+@pytest.mark.parametrize("line", ["list", "status RUN"])
+def test_tables_fit_a_narrow_terminal(dealt, line, columns):
+    shown = on_terminal(dealt, words_of(dealt, line), columns)
+    assert shown.strip() and max(widths(shown)) <= columns
+
+
+@pytest.mark.parametrize("columns", [1, 20])
+def test_the_live_table_fits_a_narrow_terminal(home, columns):
+    agents = "".join(f'[[task]]\nid = "a-long-name-{n}"\ndirectory = "."\nprompt = "$ say {"words " * 20}\\n$ sleep 0.7"\n'
+                     for n in range(30))
+    home.manifest('[run]\nmax_parallel = 30\n[defaults]\nagent = "demo"\nuse_worktree = false\n' + agents)
+    shown = on_terminal(home, ["dispatch", "m.toml"], columns)
+    frames = re.findall(r"(?:^|\x1b\[J)((?:[^\x1b]*\r\n)+)(?=\x1b\[(\d+)A)", shown)
+    assert frames, "it was drawn more than once"
+    for frame, up in frames:
+        tail = frame.split("\r\n")[-1 - int(up):-1]
+        assert len(tail) == int(up) < 24 and max(widths("\n".join(tail))) < max(columns, 2)
+
+
+@pytest.mark.parametrize("env, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True),
+                                           ({"TERM": "dumb"}, False)])
+def test_colour_is_for_terminals_that_want_it(dealt, env, coloured):
+    assert ("\x1b[" in on_terminal(dealt, words_of(dealt, "status RUN"), 80, **env)) == coloured
+    assert "\x1b[" not in dealt.pitboss(*words_of(dealt, "status RUN"), env=env, check=0).stdout
+
+
+@pytest.mark.parametrize("run", ["../../etc", "/etc/passwd", "0192/../..", "~", "-x", "a\nb", "\x1b[2J", "é", ""])
+@pytest.mark.parametrize("line", ["status", "resume", "cancel", "attach"])
+def test_an_id_that_looks_like_anything_else_is_refused(dealt, line, run):
+    done = dealt.pitboss(line, *(["--"] if run.startswith("-") else []), run, *(["alpha"] if line == "attach" else []))
+    assert done.returncode == 3 and done.stdout == "" and "Traceback" not in done.stderr and "\x1b" not in done.stderr
+    assert "is not a run id" in done.stderr
