@@ -7423,7 +7423,8 @@ class Shell(NamedTuple):
 
 BASH_COMPLETION = r"""# Completion of @NAME@ for bash, as `@NAME@ completions bash` prints it.
 _@ID@() {
-    local program=${1/#\~\//$HOME/} cur=$2 command='' words='' kind='' line
+    local program=$1 cur=$2 command='' words='' kind='' line tab=$'\t'
+    case $program in \~/*) program=$HOME/${program#\~/} ;; esac
     compopt +o default 2>/dev/null    # bash 3.2 cannot, and offers files where nothing else fits
     COMPREPLY=()
     if [ "$COMP_CWORD" -gt 1 ]; then
@@ -7443,7 +7444,7 @@ _@ID@() {
         return
     fi
     while IFS= read -r line; do
-        if [ -z "$kind" ]; then kind=$line; else COMPREPLY+=("${line%%$'\t'*}"); fi
+        if [ -z "$kind" ]; then kind=$line; else COMPREPLY+=("${line%%$tab*}"); fi
     done < <("$program" complete --line="${COMP_LINE:0:COMP_POINT}" 2>/dev/null </dev/null)
     case $kind in
     files) compopt -o default 2>/dev/null ;;

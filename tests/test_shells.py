@@ -280,6 +280,20 @@ def test_runs_are_offered_newest_first_with_their_names(home):
     assert home.pitboss("complete", "--", "attach", "0192", "", check=0).stdout == "words\n", "ambiguous"
 
 
+def test_a_folder_of_runs_is_meant_as_the_shell_would_read_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/h")
+    (tmp_path / "$HOME").mkdir()
+    meant = {"~/runs": "/h/runs", "$HOME/runs": "/h/runs", "$HOME": str(tmp_path / "$HOME"), "r": str(tmp_path / "r")}
+    assert {said: pitboss.typed_folder({"runs_dir": said}) for said in meant} == meant
+
+
+def test_words_to_be_completed_are_no_flags_of_ours(home):
+    assert home.pitboss("complete", "--", "status", "--ver", check=0).stdout == "words\n--version\tprint the version\n"
+    assert home.pitboss("complete", "--", "status", "--version", check=0).stdout.startswith("words\n--version\t")
+    assert home.pitboss("complete", "--", "status", "--help", check=0).stdout.startswith("words\n--help\t")
+
+
 # ---- installation
 
 
@@ -393,7 +407,40 @@ def test_what_a_user_has_changed_is_left_and_said(bare):
     bare.pitboss("install", "--remove", check=3)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_a_link_in_place_of_what_was_installed_is_somebody_elses(bare):
+    bare.pitboss("install", check=0)
+    launcher = bare.root / "home/.local/bin/pitboss"
+    launcher.rename(bare.root / "home" / "moved")
+    launcher.symlink_to(bare.root / "home" / "moved")
+    bare.pitboss("install", check=4)
+    bare.pitboss("install", "--remove", check=0)
+    assert launcher.is_symlink() and launcher.exists()
+
+
+def test_an_installation_that_broke_off_can_be_taken_away(monkeypatch, tmp_path):
+    def write_until_the_launcher(path, *args, **options):
+        if path.endswith("bin/pitboss"):
+            raise OSError(28, "No space left on device", path)
+        return write(path, *args, **options)
+
+    write = pitboss.write_file
+    monkeypatch.setattr(pitboss, "write_file", write_until_the_launcher)
+    with pytest.raises(OSError):
+        pitboss.install_to(str(tmp_path / "bin"), {"HOME": str(tmp_path)})
+    assert list(tmp_path.rglob("pitboss.fish")) and list(tmp_path.rglob("pitboss.py"))
+    pitboss.remove_installed(str(tmp_path / "bin"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modules_of_other_folders_are_not_taken_for_ours(bare):
+    bare.pitboss("install", check=0)
+    (bare.root / "json.py").write_text("raise SystemExit('a stranger')")
+    (bare.root / "home/.local/bin/json.py").write_text("raise SystemExit('a stranger')")
+    done = run_installed(bare, "list", "--json", env={**bare.env, "PYTHONPATH": str(bare.root)})
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"), reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_the_environments_fault(bare):
     folder = Path("/proc") if os.path.exists("/proc/self") else bare.root / "locked"
     if not folder.exists():
@@ -445,7 +492,7 @@ def test_help_is_an_example_a_sentence_options_and_exit_codes(monkeypatch, name)
 
 
 def test_help_of_a_command_is_had_in_every_usual_way(home):
-    told = [home.pitboss(*args, check=0).stdout for args in (["status", "--help"], ["status", "-h"], ["help", "status"])]
+    told = [home.pitboss(*line.split(), check=0).stdout for line in ("status --help", "status -h", "help status")]
     assert told[0] == told[1] == told[2] and "pitboss.py status 0192f3" in told[0]
 
 
@@ -485,7 +532,8 @@ def words_of(home: Home, line: str) -> list[str]:
 def test_a_pipe_that_is_closed_after_a_line_ends_it_quietly(dealt, line):
     argv = " ".join(map(shlex.quote, dealt.argv(*words_of(dealt, line))))
     script = f"( {argv}; echo $? >&2 ) | {{ read -r line; exec <&-; }}"
-    done = subprocess.run(["sh", "-c", script], env=dealt.env, cwd=dealt.root, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(["sh", "-c", script], env=dealt.env, cwd=dealt.root, text=True, capture_output=True,
+                          timeout=60)
     assert done.stderr == "0\n"
 
 
@@ -502,13 +550,14 @@ def test_a_full_disk_is_said_in_one_line(dealt, line):
 def test_an_empty_environment_is_enough(dealt, line):
     env = {"PATH": dealt.env["PATH"]}
     runs = ["--run-dir", str(dealt.runs)] if re.match(r"(list|status R|attach|dispatch)", line) else []
-    done = subprocess.run(dealt.argv(*words_of(dealt, line), *runs), env=env, cwd=dealt.root, text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL, timeout=60)
+    done = subprocess.run(dealt.argv(*words_of(dealt, line), *runs), env=env, cwd=dealt.root, text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
     assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout
 
 
 @pytest.mark.parametrize("env, place", [
-    ({"HOME": "/h", "XDG_DATA_HOME": "/d"}, "/d/pitboss"), ({"HOME": "/h", "XDG_DATA_HOME": "d"}, "/h/.local/share/pitboss"),
+    ({"HOME": "/h", "XDG_DATA_HOME": "/d"}, "/d/pitboss"),
+    ({"HOME": "/h", "XDG_DATA_HOME": "d"}, "/h/.local/share/pitboss"),
     ({"HOME": "/h", "XDG_DATA_HOME": ""}, "/h/.local/share/pitboss"), ({"HOME": "/h"}, "/h/.local/share/pitboss")])
 def test_data_lies_where_the_environment_says(env, place):
     assert pitboss.data_folder(env) == place
@@ -560,8 +609,8 @@ def test_tables_fit_a_narrow_terminal(dealt, line, columns):
 
 @pytest.mark.parametrize("columns", [1, 20])
 def test_the_live_table_fits_a_narrow_terminal(home, columns):
-    agents = "".join(f'[[task]]\nid = "a-long-name-{n}"\ndirectory = "."\nprompt = "$ say {"words " * 20}\\n$ sleep 0.7"\n'
-                     for n in range(30))
+    prompt = f"$ say {'words ' * 20}\\n$ sleep 0.7"
+    agents = "".join(f'[[task]]\nid = "a-long-name-{n}"\ndirectory = "."\nprompt = "{prompt}"\n' for n in range(30))
     home.manifest('[run]\nmax_parallel = 30\n[defaults]\nagent = "demo"\nuse_worktree = false\n' + agents)
     shown = on_terminal(home, ["dispatch", "m.toml"], columns)
     frames = re.findall(r"(?:^|\x1b\[J)((?:[^\x1b]*\r\n)+)(?=\x1b\[(\d+)A)", shown)
@@ -579,8 +628,7 @@ def test_colour_is_for_terminals_that_want_it(dealt, env, coloured):
 
 
 @pytest.mark.parametrize("run", ["../../etc", "/etc/passwd", "0192/../..", "~", "-x", "a\nb", "\x1b[2J", "é", ""])
-@pytest.mark.parametrize("line", ["status", "resume", "cancel", "attach"])
-def test_an_id_that_looks_like_anything_else_is_refused(dealt, line, run):
-    done = dealt.pitboss(line, *(["--"] if run.startswith("-") else []), run, *(["alpha"] if line == "attach" else []))
+def test_an_id_that_looks_like_anything_else_is_refused(dealt, run):
+    done = dealt.pitboss("status", *(["--"] if run.startswith("-") else []), run)
     assert done.returncode == 3 and done.stdout == "" and "Traceback" not in done.stderr and "\x1b" not in done.stderr
     assert "is not a run id" in done.stderr
