@@ -6141,7 +6141,7 @@ def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None =
 
 
 def cmd_resume(options: Any) -> str:
-    """Go on with a run whose dispatcher died, or deal a finished one again as a new run."""
+    """Continue a run whose dispatcher died, or deal a finished one again as a new run."""
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     check_readable(run_dir)
     if is_foreign(run_dir):
@@ -7072,7 +7072,7 @@ class Finding(NamedTuple):
 
 
 def cmd_doctor(options: Any) -> str:
-    """Say what this machine has and what that means for pitboss."""
+    """Say what this machine has, and what that means for pitboss."""
     findings = [*look_at_machine(os.environ, options.runs_dir)]
     if options.json:
         print(json.dumps([f._asdict() for f in findings], indent=2))
@@ -7636,7 +7636,7 @@ def render_completion(shell: Shell, name: str) -> str:
 
 
 def cmd_completions(options: Any) -> str:
-    """Print the script that completes commands, flags, runs and actors in a shell."""
+    """Print the script that lets a shell complete commands, flags, runs and actors."""
     print(render_completion(SHELLS[options.shell], plain_name()), end="")
     return "ok"
 
@@ -7826,7 +7826,7 @@ def remove_installed(bin_dir: str) -> list[str]:
 
 
 def cmd_install(options: Any) -> str:
-    """Put a launcher, a compiled copy of this file and shell completions where a user has them."""
+    """Install this program for yourself: a launcher, a compiled copy of this file, and completions."""
     bin_dir = (os.path.abspath(os.path.expanduser(options.dir)) if options.dir
                else os.path.join(home_folder(os.environ), ".local", "bin"))
     try:
@@ -7886,7 +7886,7 @@ _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"
 _MANIFEST = (("manifest",), {"metavar": "MANIFEST", "help": "a TOML file, or - for standard input"})
 _JSON = (("--json",), {"action": "store_true", "help": "print JSON"})
 _RUNS_DIR = (("--run-dir", "--runs-dir"), {"dest": "runs_dir", "metavar": "DIR",
-                                           "help": "another folder of runs"})
+                                           "help": "the folder of runs, if not the usual one"})
 _QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress"})
 _VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
 ALWAYS_FLAGS = (
@@ -7906,8 +7906,9 @@ COMMANDS = {c.name: c for c in (
         "deal a run; the last line is the run folder", "dispatch fix.toml"),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
-        (("--failed",), {"action": "store_true", "help": "of a finished run, only what did not succeed"})),
-        "go on with a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
+        (("--failed",), {"action": "store_true",
+                         "help": "of a finished run, deal only what did not succeed"})),
+        "continue a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
     Cli("cancel", cmd_cancel, "RUN [ACTOR]", (
         _RUN, (("actor",), {"metavar": "ACTOR", "nargs": "?", "help": "only this one"}), _RUNS_DIR, _QUIET,
         _VERBOSE,
@@ -7924,8 +7925,8 @@ COMMANDS = {c.name: c for c in (
                                                                            "agents live"})),
         "show the runs, newest first", "list --active"),
     Cli("attach", cmd_attach, "RUN ACTOR", (
-        _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of a task"}), _RUNS_DIR,
-        (("--raw",), {"action": "store_true", "help": "the log as it is"}),
+        _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of an actor, as status shows it"}), _RUNS_DIR,
+        (("--raw",), {"action": "store_true", "help": "show the log as it is"}),
         (("--lines",), {"type": int, "default": 20, "metavar": "N",
                         "help": "begin with the last N lines (20)"})),
         "follow one actor's log until it settles", "attach 0192f3 hello"),
@@ -7967,9 +7968,10 @@ COMMANDS = {c.name: c for c in (
         "print every key of a manifest", "schema --format json-schema"),
     Cli("completions", cmd_completions, "SHELL", (
         (("shell",), {"metavar": "SHELL", "choices": tuple(SHELLS), "help": ", ".join(SHELLS)}),),
-        "print the script that completes command lines in a shell", "completions bash"),
+        "print the script that lets a shell complete what is typed", "completions bash"),
     Cli("install", cmd_install, "[DIR]", (
-        (("dir",), {"metavar": "DIR", "nargs": "?", "help": "where the program goes (~/.local/bin)"}), _QUIET,
+        (("dir",), {"metavar": "DIR", "nargs": "?", "help": "where the program goes (~/.local/bin)"}),
+        (("-q", "--quiet"), {"action": "store_true", "help": "say nothing when it works"}),
         (("--remove",), {"action": "store_true", "help": "take away exactly what was installed there"})),
         "install this program for yourself, with completions", "install ~/.local/bin"),
     Cli("version", cmd_version, "", (), "print the version", "version"),
