@@ -7840,8 +7840,8 @@ def cmd_install(options: Any) -> str:
 
 
 def cmd_version(options: Any) -> str:
-    """Print the name that the program was called by, and its version."""
-    print(f"{plain_name()} {VERSION}")
+    """Print the program's name and its version."""
+    print(f"{plain_name() if plain_name() in NAMES else 'pitboss'} {VERSION}")
     return "ok"
 
 

@@ -170,6 +170,22 @@ def test_fish_offers_what_fits(user, typed, expected):
     assert offered == sorted(places.get(word, word) for word in expected)
 
 
+@pytest.mark.real
+def test_bash_finds_the_script_where_it_was_installed(user):
+    package = Path("/usr/share/bash-completion/bash_completion")
+    if not package.exists():
+        pytest.skip("the package bash-completion is not installed")
+    check_typed(user, [shell_of("bash"), "--norc", "--noprofile", "-i"], f"source {package}; {PROMPT}",
+                "completions po\t", ["completions", "powershell"])
+
+
+@pytest.mark.real
+def test_fish_finds_the_script_where_it_was_installed(user):
+    argv = [shell_of("fish"), "-c", "complete -C 'pitboss completions po'"]
+    done = subprocess.run(argv, env=user.env, cwd=user.work, text=True, capture_output=True, timeout=30)
+    assert done.stdout.split() == ["powershell"]
+
+
 # ---- what is derived from the tables of commands and names
 
 
