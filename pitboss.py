@@ -2722,12 +2722,11 @@ def write_bytecode(copy: str) -> None:
 
     # PEP 552: magic number, flags (a hash that is not checked), the source's hash; then the code
     head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
-    code, cached = RUNNING_CODE.get("code"), globals().get("__cached__")
+    code, cached = RUNNING_CODE.get("code"), read_bytecode(globals().get("__cached__"), __file__, head)
     if code is not None:
         body = marshal.dumps(code)
-    elif cached and os.path.exists(cached):
-        with open(cached, "rb") as f:
-            body = f.read()[len(head):]
+    elif cached:
+        body = cached[len(head):]
     else:
         py_compile.compile(copy, doraise=True,
                            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
@@ -2735,6 +2734,23 @@ def write_bytecode(copy: str) -> None:
     target = importlib.util.cache_from_source(copy)
     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
     write_file(target, head + body)
+
+
+def read_bytecode(path: str | None, source: str, head: bytes) -> bytes | None:
+    """A cached bytecode file, where it is of this source: one that is not to be checked, as `head` says,
+    or one with the source's time and size.
+
+    None for a stale one: PYTHONDONTWRITEBYTECODE leaves those of an earlier source where they are.
+    """
+    try:
+        with open(path or "", "rb") as f:
+            data = f.read()
+        st = os.stat(source)
+    except OSError:
+        return None
+    numbers = (0, int(st.st_mtime) & 0xFFFFFFFF, st.st_size & 0xFFFFFFFF)     # PEP 552
+    stamped = head[:4] + b"".join(n.to_bytes(4, "little") for n in numbers)
+    return data if data.startswith((head[:8], stamped)) else None
 
 
 RUNNING_CODE: dict = {}    # `code`: of this module, when it is the program that was started
@@ -7303,6 +7319,8 @@ def complete_actors(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 TYPED = {
     # metavar of the argument: what
     "MANIFEST": Typed("files"),
+    "FILE": Typed("files"),
+    "OUT": Typed("files"),
     "DIR": Typed("folders"),
     "RUN": Typed("words", complete_runs),
     "ACTOR": Typed("words", complete_actors),

@@ -522,6 +522,20 @@ def test_a_dead_process_has_no_start():
 
 # ------------------------------------------------------------------ the pinned copy
 
+def test_bytecode_of_an_earlier_source_is_not_pinned(run_dir, tmp_path):
+    source = Path(pitboss.__file__).read_text(encoding="utf-8")
+    copy = tmp_path / "lib" / "pitboss.py"
+    copy.parent.mkdir()
+    copy.write_text(source.replace(f'"{pitboss.VERSION}"', '"1.0.0"'), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "py_compile", copy], check=True)
+    copy.write_text(source.replace(f'"{pitboss.VERSION}"', '"20.0.0"'), encoding="utf-8")
+    script = f"import pitboss; pitboss.pin_self({str(run_dir)!r})"
+    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy.parent)}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
+    done = subprocess.run([*pitboss.self_argv(str(run_dir)), "version"], capture_output=True, text=True)
+    assert done.stdout == "pitboss 20.0.0\n", done.stderr
+
+
 def test_the_pinned_copy_runs_without_the_file_it_came_from(run_dir):
     pitboss.pin_self(str(run_dir))
     here = run_dir / "self"
