@@ -531,7 +531,7 @@ def test_bytecode_of_an_earlier_source_is_not_pinned(run_dir, tmp_path):
     copy.write_text(source.replace(f'"{pitboss.VERSION}"', '"20.0.0"'), encoding="utf-8")
     script = f"import pitboss; pitboss.pin_self({str(run_dir)!r})"
     env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy.parent)}
-    subprocess.run([sys.executable, "-c", script], env=env, check=True)
+    subprocess.run([sys.executable, "-c", script], env=env, cwd=copy.parent, check=True)
     done = subprocess.run([*pitboss.self_argv(str(run_dir)), "version"], capture_output=True, text=True)
     assert done.stdout == "pitboss 20.0.0\n", done.stderr
 
