@@ -7323,7 +7323,9 @@ TYPED = {
     "OUT": Typed("files"),
     "DIR": Typed("folders"),
     "RUN": Typed("words", complete_runs),
+    "OTHER": Typed("words", complete_runs),
     "ACTOR": Typed("words", complete_actors),
+    "AGE": Typed("words"),
     "TEXT": Typed("words"),
     "N": Typed("words"),
 }
@@ -7951,7 +7953,7 @@ COMMANDS = {c.name: c for c in (
     Cli("diff", cmd_diff, "RUN OTHER", (
         _RUN, (("other",), {"metavar": "OTHER", "help": "another run id, or the beginning of one"}), _JSON,
         _RUNS_DIR),
-        "show two runs side by side: status, time, tokens, cost, and what differs in git",
+        "show two runs side by side: status, time, tokens, cost, what differs in git",
         "diff 0192f3 0192f8"),
     Cli("prune", cmd_prune, "", (
         (("--apply",), {"action": "store_true", "help": "do it; without this, only say what would be done"}),
