@@ -2,6 +2,7 @@
 # make lint          the shape of pitboss.py: its map, sections, sizes and imports
 # make bench         what pitboss costs beside a plain program that does the same (ARGS="--quick")
 # make check-claude  the tests that drive a real claude against a fake API; PITBOSS_TEST_CLAUDE names it
+# make check-shells  the tests that type into real shells: bash, zsh, fish, elvish, those there are
 #
 # PYTHON=... names the Python; without it the first one of at least 3.11 is taken. Where it has no pytest,
 # one is installed into a virtual environment under ~/.cache/pitboss-tests, outside the checkout.
@@ -33,7 +34,7 @@ if ! "$$py" -c 'import pytest' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: test lint bench check-claude print-python
+.PHONY: test lint bench check-claude check-shells print-python
 
 # Two halves at once; 5 is pytest's word for "no test was chosen".
 test:
@@ -52,8 +53,11 @@ bench:
 print-python:
 	@$(need_python) echo "$$py"
 
+check-shells:
+	@$(with_pytest); "$$py" -m pytest -q -m real tests/test_shells.py $(ARGS)
+
 check-claude:
 	@PITBOSS_TEST_CLAUDE=$${PITBOSS_TEST_CLAUDE:-$$(command -v claude)}; export PITBOSS_TEST_CLAUDE; \
 	[ -n "$$PITBOSS_TEST_CLAUDE" ] || { \
 		echo 'No claude here: put it on PATH, or make $@ PITBOSS_TEST_CLAUDE=/path/to/claude' >&2; exit 2; }; \
-	$(with_pytest); "$$py" -m pytest -q -m real $(TESTS) $(ARGS)
+	$(with_pytest); "$$py" -m pytest -q -m real --ignore=tests/test_shells.py $(TESTS) $(ARGS)

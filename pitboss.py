@@ -21,7 +21,7 @@ Street map.  Each section may name only the sections above it.
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
     DEMO       a scripted agent and a demonstration run                            [cli]
-    COMMANDS   command table, handlers, main                                       [cli]
+    COMMANDS   command table, handlers, completions, main                          [cli]
 
 Where do I add ...
     a manifest key      one row in RUN_FIELDS, TASK_FIELDS, ... (FIELDS does the rest)
@@ -35,6 +35,8 @@ Where do I add ...
     a method of MCP     one method of McpSession and one row in METHODS or NOTIFICATIONS
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
+    a completed value   one row in TYPED, under the metavar of the argument
+    a shell             one script and one row in SHELLS
     an exit code        one row in EXIT_CODES
 """
 from __future__ import annotations
@@ -218,6 +220,16 @@ def render_duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // small:02d}{sub}"
     return f"{whole}s"
+
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90m`, `24h`, `7d`, `1d12h`.  Raises ValueError with what is allowed."""
+    if not re.fullmatch(r"([0-9]{1,9}(\.[0-9]{1,9})?[smhdw])+", text):
+        raise ValueError("allowed: numbers with a unit of s, m, h, d or w, as in 90m, 24h or 1d12h")
+    return sum(float(number) * UNITS_S[unit] for number, unit in re.findall(r"([0-9.]+)([smhdw])", text))
 
 
 def render_tokens(count: int) -> str:
@@ -2341,9 +2353,9 @@ def list_leases(shared: SharedTables, scope: str) -> dict:
     return {"leases": rows}
 
 
-def dump_shared(shared: SharedTables, text_of: Callable[[Any], str]) -> dict:
-    """`shared-store.json`; `text_of` gives the text of an entry's value, also where that is a blob."""
-    layers = {layer: {path: {"value": unpack_value(e.form, text_of(e.value)), "version": e.version,
+def dump_shared(shared: SharedTables, read_value: Callable[[Any], str]) -> dict:
+    """`shared-store.json`; `read_value` gives the text of an entry's value, also where that is a blob."""
+    layers = {layer: {path: {"value": unpack_value(e.form, read_value(e.value)), "version": e.version,
                              "written_by": e.written_by, "written_at": render_time(e.written_at)}
                       for path, e in sorted(store.entries.items())} for layer, store in shared.stores.items()}
     scopes = dict.fromkeys(scope for scope, _ in [*shared.leases, *shared.queues])
@@ -3106,6 +3118,39 @@ def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
             "worktree_kept": closed.get("kept"), "hands": actor.hands,}
 
 
+RECORD_KEYS = {
+    # key of a TaskRecord: the types it may have, what stands there when it has none of them
+    "task_id": ((str,), ""), "status": ((str,), None), "exit_code": ((int,), None),
+    "started_at": ((str,), None), "ended_at": ((str,), None), "duration_ms": ((int, float), 0),
+    "worktree_path": ((str,), None), "branch": ((str,), None), "log_path": ((str,), None),
+    "token_usage": ((dict,), {}), "claude_session_id": ((str,), None), "final_message": ((str,), None),
+    "final_message_preview": ((str,), None), "parent_task_id": ((str,), None), "role": ((str,), "task"),
+    "agent": ((str,), "claude"), "model": ((str,), None), "cost_usd": ((int, float), None),
+    "pause_count": ((int,), 0), "reprompt_count": ((int,), 0), "approvals_requested": ((int,), 0),
+    "approvals_approved": ((int,), 0), "approvals_rejected": ((int,), 0), "failure_reason": ((dict,), None),
+    "rescue_ref": ((str,), None), "worktree_kept": ((str,), None), "hands": ((int,), 1),
+}
+
+
+def read_record(value: Any) -> dict | None:
+    """A TaskRecord as any version or tool wrote it, with every key; None when it names no actor."""
+    if not isinstance(value, dict) or not isinstance(value.get("task_id"), str) or not value["task_id"]:
+        return None
+    known = {key: value[key] if isinstance(value.get(key), types) and is_finite(value[key]) else missing
+             for key, (types, missing) in RECORD_KEYS.items()}
+    counts = known["token_usage"]
+    reason = known["failure_reason"]
+    if reason is not None:
+        message = str(reason.get("message") or reason.get("kind") or "")
+        known["failure_reason"] = {**reason, "message": message}
+    return {**value, **known, "token_usage": {name: read_count(counts.get(name)) for name in Usage._fields}}
+
+
+def is_finite(value: Any) -> bool:
+    """False for NaN and infinities."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def public_reason(reason: dict | None) -> dict | None:
     """A failure reason as records show it: moments as text."""
     if reason and isinstance(reason.get("resets_at"), (int, float)):
@@ -3251,6 +3296,11 @@ def mint_run_id(now: float) -> str:
     return str(uuid.UUID(int=value))
 
 
+def minted_at(run_id: str) -> float:
+    """When a run id was made, in unix seconds."""
+    return int(run_id.replace("-", "")[:12], 16) / 1000
+
+
 def mint_uuid() -> str:
     """A random UUID: a session, a message."""
     import uuid
@@ -3260,9 +3310,24 @@ def mint_uuid() -> str:
 
 def data_folder(env: Mapping[str, str]) -> str:
     """`$XDG_DATA_HOME/pitboss`, else `~/.local/share/pitboss`."""
-    base = env.get("XDG_DATA_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".local",
-                                                    "share")
+    base = env.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(base):          # the XDG specification: a relative one is to be ignored
+        base = os.path.join(home_folder(env), ".local", "share")
     return os.path.join(base, "pitboss")
+
+
+def home_folder(env: Mapping[str, str]) -> str:
+    """The user's folder: `$HOME`, else what the system says.  Raises EnvironmentFault where there is none."""
+    import pwd
+
+    home = env.get("HOME", "")
+    if not os.path.isabs(home):
+        with contextlib.suppress(KeyError):
+            home = pwd.getpwuid(os.getuid()).pw_dir
+    if not os.path.isabs(home):
+        raise EnvironmentFault(f"HOME is not set, and user {os.getuid()} has no folder of its own",
+                               hint="set HOME or XDG_DATA_HOME")
+    return home
 
 
 def runs_folder(env: Mapping[str, str], given: str | None = None) -> str:
@@ -3623,12 +3688,15 @@ def process_start(pid: int) -> str | None:
 
 
 def list_runs(runs_dir: str) -> list[str]:
-    """Run ids, newest first: a UUIDv7 sorts by its time."""
+    """Run ids, newest first: a UUIDv7 sorts by its time.  A folder that is not there has none."""
     try:
-        names = os.listdir(runs_dir)
-    except OSError:
+        with os.scandir(runs_dir) as found:
+            return sorted((e.name for e in found if re.fullmatch(RUN_ID, e.name) and e.is_dir()),
+                          reverse=True)
+    except FileNotFoundError:
         return []
-    return sorted((n for n in names if re.fullmatch(RUN_ID, n)), reverse=True)
+    except OSError as e:
+        raise fault_of(e, "looking for runs") from None
 
 
 def find_run(runs_dir: str, prefix: str) -> str:
@@ -3645,6 +3713,100 @@ def find_run(runs_dir: str, prefix: str) -> str:
     return os.path.join(runs_dir, found[0])
 
 
+# What a run folder holds: anything else in it is somebody's own, and keeps it from being removed.
+RUN_ENTRIES = ("manifest.snapshot.toml", "resolved.json", "meta.json", "journal.jsonl", "journal.torn",
+               "lock", "reserve", "summary.json", "summary.jsonl", "events.jsonl", "shared-store.json",
+               "sockets.json", "sockets.log", "notifications.jsonl", "self", "tasks", "blobs", "worktrees",
+               "approvals", "wishes", "*.sock", "pitboss-bug-*.txt", "*.new")
+GONE = ".gone-"            # what a run folder's name begins with while it is being removed
+
+
+def is_foreign(run_dir: str) -> bool:
+    """Whether another tool made a run folder: it has records or a manifest, and neither journal nor `self`.
+
+    Every folder that create_run makes has `self` from its first moment.
+    """
+    def has(name: str) -> bool:
+        return os.path.exists(os.path.join(run_dir, name))
+
+    return not (has("journal.jsonl") or has("self")) and any(
+        map(has, ("manifest.snapshot.toml", "meta.json", "resolved.json", "summary.json", "summary.jsonl",
+                  "tasks")))
+
+
+def check_whole(run_dir: str) -> None:
+    """Raise Refused for a folder that pitboss cannot go on with; nothing was written to it."""
+    if is_foreign(run_dir):
+        raise Refused(f"{run_dir} was made by another tool: it is only read here",
+                      hint=f"pitboss resume {os.path.basename(run_dir)} deals it again as a new run")
+    for name in ("meta.json", "manifest.snapshot.toml"):
+        if not os.path.exists(os.path.join(run_dir, name)):
+            raise Refused(f"{run_dir} has no {name}: it is not a whole run folder")
+
+
+def check_readable(run_dir: str) -> None:
+    """Raise EnvironmentFault for a run folder that this user may not look into."""
+    try:
+        os.scandir(run_dir).close()
+        os.stat(os.path.join(run_dir, "."))
+    except OSError as e:
+        raise fault_of(e, "reading the run folder") from None
+
+
+def read_joined(path: str) -> list:
+    """The JSON values of a file, whether or not a line break stands between them; [] without the file.
+
+    The Rust tool writes the records of some runs on one line.  What is broken is skipped to its line's end.
+    """
+    try:
+        with open(path, "rb") as f:
+            text = f.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while (start := re.compile(r"\S").search(text, at)) is not None:
+        try:
+            value, at = decoder.raw_decode(text, start.start())
+            found.append(value)
+        except (ValueError, RecursionError):
+            end = text.find("\n", start.start())
+            at = len(text) if end < 0 else end + 1
+    return found
+
+
+def measure_folder(path: str) -> tuple[int, float]:
+    """(bytes on disk, the latest change of a file) of a folder; what cannot be read counts nothing."""
+    total, latest = 0, 0.0
+    for folder, names, files in os.walk(path):
+        for name in (*files, *names, "."):
+            with contextlib.suppress(OSError):
+                stat = os.lstat(os.path.join(folder, name))
+                if name in files or name == ".":
+                    total += stat.st_blocks * 512
+                if name in files:
+                    latest = max(latest, stat.st_mtime)
+    return total, latest
+
+
+def strange_entries(run_dir: str) -> list[str]:
+    """What lies in a run folder and is no part of a run."""
+    import fnmatch
+
+    return sorted(name for name in os.listdir(run_dir)
+                  if not any(fnmatch.fnmatchcase(name, glob) for glob in RUN_ENTRIES))
+
+
+def remove_run(run_dir: str) -> None:
+    """Remove a run folder, at once from sight, then from disk.  For who holds its lock.  Raises OSError."""
+    import shutil
+
+    beside = os.path.join(os.path.dirname(run_dir), GONE + os.path.basename(run_dir))
+    os.rename(run_dir, beside)
+    shutil.rmtree(beside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):       # another prune may clear it, too
+        shutil.rmtree(beside)
+
+
 def pin_self(run_dir: str) -> None:
     """Copy this file and its bytecode into RUN/self; self_argv starts that copy.
 
@@ -3652,16 +3814,20 @@ def pin_self(run_dir: str) -> None:
     be cached beside itself.  Every process that a run starts uses the copy: it starts without
     compiling, and an upgrade of pitboss.py cannot change a run half way.
     """
-    import shutil
-
     here = os.path.join(run_dir, "self")
     os.makedirs(here, mode=0o700, exist_ok=True)
-    source = os.path.abspath(__file__)
-    copy = shutil.copyfile(source[:-1] if source.endswith(".pyc") else source,
-                           os.path.join(here, "pitboss.py"))
+    copy = os.path.join(here, "pitboss.py")
+    write_file(copy, read_self())
     write_bytecode(copy)
     write_file(os.path.join(here, "start"), b"import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
                b"from pitboss import main\nsys.exit(main())\n")
+
+
+def read_self() -> bytes:
+    """The source of this file.  Raises OSError."""
+    source = os.path.abspath(__file__)
+    with open(source[:-1] if source.endswith(".pyc") else source, "rb") as f:
+        return f.read()
 
 
 def write_bytecode(copy: str) -> None:
@@ -3672,12 +3838,11 @@ def write_bytecode(copy: str) -> None:
 
     # PEP 552: magic number, flags (a hash that is not checked), the source's hash; then the code
     head = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + bytes(8)
-    code, cached = RUNNING_CODE.get("code"), globals().get("__cached__")
+    code, cached = RUNNING_CODE.get("code"), read_bytecode(globals().get("__cached__"), __file__, head)
     if code is not None:
         body = marshal.dumps(code)
-    elif cached and os.path.exists(cached):
-        with open(cached, "rb") as f:
-            body = f.read()[len(head):]
+    elif cached:
+        body = cached[len(head):]
     else:
         py_compile.compile(copy, doraise=True,
                            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
@@ -3685,6 +3850,23 @@ def write_bytecode(copy: str) -> None:
     target = importlib.util.cache_from_source(copy)
     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
     write_file(target, head + body)
+
+
+def read_bytecode(path: str | None, source: str, head: bytes) -> bytes | None:
+    """A cached bytecode file, where it is of this source: one that is not to be checked, as `head` says,
+    or one with the source's time and size.
+
+    None for a stale one: PYTHONDONTWRITEBYTECODE leaves those of an earlier source where they are.
+    """
+    try:
+        with open(path or "", "rb") as f:
+            data = f.read()
+        st = os.stat(source)
+    except OSError:
+        return None
+    numbers = (0, int(st.st_mtime) & 0xFFFFFFFF, st.st_size & 0xFFFFFFFF)     # PEP 552
+    stamped = head[:4] + b"".join(n.to_bytes(4, "little") for n in numbers)
+    return data if data.startswith((head[:8], stamped)) else None
 
 
 RUNNING_CODE: dict = {}    # `code`: of this module, when it is the program that was started
@@ -4039,6 +4221,28 @@ class Git:
                 return not (await self.run(repo.top, "worktree", "remove", "--force", "--force", path))[0]
         return False
 
+    async def find_work(self, repo: str, revisions: Iterable[str]) -> tuple[str, str] | None:
+        """The first of `revisions` that is there, and its commit."""
+        for revision in revisions:
+            code, out, _ = await self.run(repo, "rev-parse", "--verify", "-q", "--end-of-options",
+                                          f"{revision}^{{commit}}")
+            if not code:
+                return revision, out.decode().strip()
+        return None
+
+    async def list_unsaved(self, path: str) -> list[str]:
+        """Kinds of unsaved content in a worktree, in words; [] where git knows none.  Nothing is changed."""
+        code, out, _ = await self.run(path, "status", "--porcelain=v2", "-z", "--untracked-files=normal")
+        return [] if code or not worktree_gitdir(path) else read_status(out)[0]
+
+    async def count_changes(self, repo: str, old: str, new: str) -> list[dict]:
+        """What differs between two commits: {path, added, removed} a file; None lines: a binary one."""
+        code, out, err = await self.run(repo, "diff", "--numstat", "-z", "--no-renames", "--no-ext-diff",
+                                        "--no-textconv", old, new, "--")
+        if code:
+            raise GitError(err)
+        return read_numstat(out)
+
     async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str,
                              scratch: str) -> dict:
         """Let a settled actor's worktree go if everything in it is kept, and say what became of it.
@@ -4264,6 +4468,25 @@ def read_status(out: bytes) -> tuple[list[str], str]:
     return list(kinds), doubt
 
 
+def read_numstat(out: bytes) -> list[dict]:
+    """The files of `git diff --numstat -z --no-renames`; a binary one has None for its lines."""
+    files = []
+    for entry in out.split(b"\0"):
+        if entry:
+            added, removed, path = entry.split(b"\t", 2)
+            files.append({"path": path.decode("utf-8", "replace"),
+                          "added": int(added) if added.isdigit() else None,
+                          "removed": int(removed) if removed.isdigit() else None})
+    return files
+
+
+def worktree_owner(path: str) -> str:
+    """Who has a worktree, `RUN ACTOR`, while an actor of pitboss works in it; empty when none does."""
+    gitdir = worktree_gitdir(path)
+    lock = read_text(os.path.join(gitdir, "locked")) if gitdir else ""
+    return lock.removeprefix(LOCK_PREFIX) if lock.startswith(LOCK_PREFIX) else ""
+
+
 def reflog_commits(text: str) -> set[str]:
     """The commits in a reflog, less those that were only replaced by an amend or a rebase."""
     entries = [found.groups() for line in text.split("\n") if (found := re.match(_REFLOG, line))]
@@ -4408,6 +4631,11 @@ class ProcessTable:
         keys = {(p.pid, p.start) for p in self.rows.values() if not p.zombie}
         self.lineages = {k: self.lineages[k] if self.lineages.get(k) else read_lineage(k[0]) for k in keys}
 
+    def count_of_run(self, run_id: str) -> int:
+        """How many living processes any hand of a run has started, as their lineage tells."""
+        self.refresh()
+        return sum(1 for lineage in self.lineages.values() if f"/{run_id}:" in f"/{lineage}")
+
     def members(self, handle: dict, known: dict[int, str]) -> dict[int, str]:
         """The living processes of a hand, pid to start: its tree, its sessions, all that carry its marker.
 
@@ -4431,6 +4659,36 @@ class ProcessTable:
                 if p.pid not in found and (p.ppid in found or (p.sid in found and p.sid != own_sid)):
                     found[p.pid], grown = p.start, True
         return found
+
+
+def paths_in_use(roots: Iterable[str], writing: bool = False) -> dict[str, int]:
+    """Which of `roots` a process works in or has a file open in, or a socket is bound in; root to pid (0).
+
+    `writing`: only files that are open for writing, and sockets.  Linux only: elsewhere nothing is known.
+    """
+    wanted = {os.path.join(os.path.realpath(root), ""): root for root in roots}
+    used: dict[str, int] = {}
+    for pid in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" and wanted else ()):
+        links = [] if writing else [f"/proc/{pid}/cwd"]
+        with contextlib.suppress(OSError):
+            links += [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
+        for link in links if int(pid) != os.getpid() else ():
+            with contextlib.suppress(OSError):
+                target = os.readlink(link) + os.sep
+                roots_here = [root for real, root in wanted.items() if target.startswith(real)]
+                if roots_here and not (writing and is_read_only(link)):
+                    used.update((root, int(pid)) for root in roots_here)
+    for line in read_text("/proc/net/unix").split("\n") if wanted else ():
+        path = line.partition(os.sep)[2]
+        used.update((root, used.get(root, 0)) for real, root in wanted.items()
+                    if path and f"{os.sep}{path}{os.sep}".startswith(real))
+    return used
+
+
+def is_read_only(link: str) -> bool:
+    """Whether the open file behind /proc/PID/fd/N can only be read (proc(5): the flags are octal)."""
+    found = re.search(r"flags:\s*([0-7]+)", read_text(link.replace("/fd/", "/fdinfo/")))
+    return bool(found) and int(found[1], 8) & 3 == os.O_RDONLY
 
 
 def send_signal(pid: int, start: str, number: int) -> bool:
@@ -6379,10 +6637,10 @@ class Dispatcher:
                 with self.signals():
                     owed = list(self.run.owed)
                     self.run.fresh.clear()
+                    if self.cancel_first is not None:      # before slots are given to those that wait
+                        self.record("cancelled", why="operator", reason=self.cancel_first)
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
                                 boot=boot_id(), version=VERSION)
-                    if self.cancel_first is not None:
-                        self.record("cancelled", why="operator", reason=self.cancel_first)
                     self.settle_leases()
                     for key in owed:
                         self.act(key)
@@ -7030,6 +7288,9 @@ class Dispatcher:
         ended_at = round(self.journal.now(), 6)
         write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
                                                                           ended_at), self.mask, durable=True)
+        if self.run.facts.get("dump_shared_store"):
+            dump = dump_shared(self.run.shared, functools.partial(read_exact, self.run_dir))
+            write_file(os.path.join(self.run_dir, "shared-store.json"), render_json(dump).encode())
         self.record("run_finished", ended_at=ended_at, tasks_total=len(self.run.actors),
                     tasks_failed=self.run.failed)
         with contextlib.suppress(OSError):
@@ -7251,12 +7512,12 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
 
     Raises Refused when somebody else holds it, or hands of it may live where they cannot be seen.
     """
+    check_whole(run_dir)
     lock = take_lock(run_dir)
     try:
         meta = read_json(os.path.join(run_dir, "meta.json"))
-        snapshot = os.path.join(run_dir, "manifest.snapshot.toml")
-        if meta is None or not os.path.exists(snapshot):
-            raise Refused(f"{run_dir} has no meta.json or no manifest: it is not a whole run folder")
+        if not isinstance(meta, dict):
+            raise Refused(f"{run_dir} has no meta.json that can be read: it is not a whole run folder")
         if manifest is None:
             _, manifest = read_snapshot(run_dir, meta)
         path = os.path.join(run_dir, "journal.jsonl")
@@ -7279,14 +7540,18 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
     return Taken(manifest, journal, run, lock)
 
 
-def read_snapshot(run_dir: str, meta: dict) -> tuple[bytes, Manifest]:
-    """A run's manifest as it was, its bytes and what they say, not checked against the file system."""
-    path = os.path.join(run_dir, "manifest.snapshot.toml")
+def read_snapshot_bytes(run_dir: str) -> bytes:
+    """The bytes of a run's manifest as it was."""
     try:
-        with open(path, "rb") as f:
-            data = f.read()
+        with open(os.path.join(run_dir, "manifest.snapshot.toml"), "rb") as f:
+            return f.read()
     except OSError as e:
         raise fault_of(e, "reading the run's manifest") from None
+
+
+def read_snapshot(run_dir: str, meta: dict) -> tuple[bytes, Manifest]:
+    """A run's manifest as it was, its bytes and what they say, not checked against the file system."""
+    path, data = os.path.join(run_dir, "manifest.snapshot.toml"), read_snapshot_bytes(run_dir)
     return data, read_manifest(data, path, stem=meta.get("manifest_name") or "", env={}, agents=AGENTS,
                                expand=functools.partial(expand_path, meta.get("base_dir") or "/"))
 
@@ -7316,7 +7581,8 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                mode=manifest.mode, max_parallel=UNBOUNDED if manifest.mode == "hierarchical" else
                meta.get("max_parallel") or rules.max_parallel,
                halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
-               worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir)
+               worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir,
+               **({"dump_shared_store": True} if rules.dump_shared_store else {}))
     house = {"budget_usd": rules.budget_usd, "max_workers": rules.max_workers}
     for task in manifest.tasks:
         if task.id in run.actors or (meta.get("only") is not None and task.id not in meta["only"]):
@@ -8184,6 +8450,7 @@ def render_status(head: dict, actors: list[dict], now: float, colour: bool, widt
     rows = [["", "ACTOR", "STATE", "TIME", "TOKENS", "COST", "HANDS", "LAST WORDS"]]
     rows += [actor_row(a, now) for a in actors]
     lines = render_table(rows, right=(3, 4, 5, 6), width=width)
+    title = clean_text(title)
     shown = [paint(clip_cells(title, width) if width else title, "bold", colour), lines[0]]
     for line, actor in zip(lines[1:], actors):
         row = STATUSES.get(actor["status"] or "")
@@ -8196,8 +8463,10 @@ def actor_row(record: dict, now: float) -> list[str]:
     status, usage = record["status"], record["token_usage"]
     words = (record["failure_reason"]
              or {}).get("message") or record["final_message_preview"] or record.get("words") or ""
-    return [STATUSES[status].glyph if status else "▸" if record.get("state") == "Running" else "·",
-            record["task_id"], status or record.get("state", ""), render_duration(age_s(record, now)),
+    row = STATUSES.get(status)
+    return [row.glyph if row else "?" if status else "▸" if record.get("state") == "Running" else "·",
+            clean_text(record["task_id"]), clean_text(status or record.get("state", "")),
+            render_duration(age_s(record, now)),
             render_tokens(sum(usage.values())), render_usd(record["cost_usd"]), str(record.get("hands", 1)),
             clean_text(words)]
 
@@ -8212,8 +8481,8 @@ def age_s(record: dict, now: float) -> float:
 
 def kept_lines(actors: list[dict]) -> list[str]:
     """Where kept worktrees and rescued work are."""
-    kept = [f"kept  {a['task_id']}  {a['worktree_path']}" + (f"  ({a['worktree_kept']})"
-                                                             if a.get("worktree_kept") else "")
+    kept = [clean_text(f"kept  {a['task_id']}  {a['worktree_path']}"
+                       + (f"  ({a['worktree_kept']})" if a.get("worktree_kept") else ""))
             for a in actors if a["status"] and a["worktree_path"]]
     saved = [f"saved  {a['task_id']}  {a['rescue_ref']}" + (f"  bring it back: {a['restore']}"
                                                             if a.get("restore") else "") for a in actors
@@ -8231,6 +8500,98 @@ def list_row(entry: dict, now: float) -> list[str]:
     age = render_duration(now - entry["started_unix"]) if entry.get("started_unix") else "-"
     return [entry["run_id"], clean_text(entry["name"] or "-"), entry["mode"] or "-", state,
             str(entry["tasks_total"]), str(entry["tasks_failed"]), render_usd(entry["total_cost_usd"]), age]
+
+
+def compare_actors(old: list[dict], new: list[dict]) -> list[dict]:
+    """One entry for each actor of two runs, in order: {task_id, a, b}; None: it is not in that run."""
+    sides = [{r["task_id"]: side_of(r) for r in records} for records in (old, new)]
+    return [{"task_id": name, "a": sides[0].get(name), "b": sides[1].get(name)}
+            for name in {**sides[0], **sides[1]}]
+
+
+def side_of(record: dict) -> dict:
+    """What `diff` shows of one actor in one run."""
+    return {"status": record["status"], "state": record.get("state"), "duration_ms": record["duration_ms"],
+            "tokens": sum(record["token_usage"].values()), "cost_usd": record["cost_usd"]}
+
+
+def sum_sides(sides: Iterable[dict | None]) -> dict:
+    """The total of one run's actors; no cost when no actor tells one."""
+    there = [s for s in sides if s]
+    costs = [s["cost_usd"] for s in there if s["cost_usd"] is not None]
+    return {"succeeded": sum(1 for s in there if s["status"] and is_good(s["status"])), "actors": len(there),
+            "duration_ms": sum(s["duration_ms"] for s in there), "tokens": sum(s["tokens"] for s in there),
+            "cost_usd": round(sum(costs), 10) if costs else None}
+
+
+def is_good(status: str) -> bool:
+    """Whether a status, perhaps one of another version, means success."""
+    return status in STATUSES and STATUSES[status].good
+
+
+def render_diff(seen: dict, width: int, colour: bool) -> list[str]:
+    """The lines of `diff`, from {a, b, actors, totals} as its JSON has them."""
+    lines = ["  ".join([side.upper(), seen[side]["run_id"], clean_text(seen[side]["name"] or "-"),
+                        clean_text(seen[side]["mode"] or "-"), seen[side]["state"]]) for side in "ab"]
+    heads = [f"{word} {side}" for word in ("STATUS", "TIME", "TOKENS", "COST") for side in "AB"]
+    rows = [["", "ACTOR", *heads]]
+    for entry in seen["actors"]:
+        words = [word_of(entry[side]) for side in "ab"]
+        rows.append(["≠" if words[0] != words[1] else "", clean_text(entry["task_id"]), *words,
+                     *pair_cells(entry["a"], entry["b"])])
+    total = seen["totals"]
+    words = [f"{t['succeeded']} of {t['actors']} good" for t in (total["a"], total["b"])]
+    rows.append(["", "total", *words, *pair_cells(total["a"], total["b"])])
+    table = render_table(rows, right=range(4, len(heads) + 2), width=width)
+    lines += [paint(table[0], "bold", colour), *table[1:]]
+    for entry in seen["actors"]:
+        lines += render_changes(entry["task_id"], entry["changes"])
+    return [clip_cells(line, width) if width else line for line in lines]
+
+
+def word_of(side: dict | None) -> str:
+    """How an actor ended, or stands; `-` where it is not in the run."""
+    return clean_text(side["status"] or side["state"] or "-") if side else "-"
+
+
+def pair_cells(old: dict | None, new: dict | None) -> list[str]:
+    """Time, tokens and cost of two sides, in pairs."""
+    render = (("duration_ms", lambda ms: render_duration(ms / 1000)), ("tokens", render_tokens),
+              ("cost_usd", render_usd))
+    return [show(side[key]) if side else "-" for key, show in render for side in (old, new)]
+
+
+def render_changes(name: str, changes: dict) -> list[str]:
+    """What differs in git between two runs' work of one actor."""
+    if changes["files"] is None:
+        return [f"{clean_text(name)}  {clean_text(changes['note'])}"]
+    files, note = changes["files"], f"  ({clean_text(changes['note'])})" if changes["note"] else ""
+    title = (f"{clean_text(name)}  {clean_text(changes['a'])} .. {clean_text(changes['b'])}: "
+             + (f"{len(files)} files, +{sum(f['added'] or 0 for f in files)} "
+                f"-{sum(f['removed'] or 0 for f in files)}" if files else "no difference") + note)
+    rows = [["   ", clean_text(f["path"]), "binary" if f["added"] is None else f"+{f['added']}",
+             "" if f["removed"] is None else f"-{f['removed']}"] for f in files[:MAX_FILES_SHOWN]]
+    more = [f"     … and {len(files) - len(rows)} more"] if len(files) > len(rows) else []
+    return [title, *render_table(rows, right=(2,)), *more]
+
+
+MAX_FILES_SHOWN = 30       # of one actor in a diff; --json has all
+
+
+def render_prune(entries: list[dict], applied: bool, width: int) -> list[str]:
+    """The lines of `prune`: what would be, or was, done with each run, and where its worktrees are."""
+    rows = [["RUN", "NAME", "STATE", "IDLE", "SIZE", "ACTION", ""]]
+    for e in entries:
+        action = e["action"] if e["action"] == "leave" or not applied else f"{e['action']}d"
+        rows.append([e["run_id"], clean_text(e["name"] or "-"), e["state"], render_duration(e["idle_secs"]),
+                     render_bytes(e["size_bytes"]), action, clean_text(e["reason"] or "")])
+    lines = render_table(rows, right=(3, 4), width=width)
+    for e in entries:
+        for t in e["worktrees"]:
+            where = t["path"] if e["run_id"] in t["path"] else f"{e['run_id']}  {t['path']}"
+            lines.append(clean_text(f"{t['actor']}  {where}" + (f"  ({t['note']})" if t["note"] else "")))
+    freed = sum(e["size_bytes"] for e in entries if e["action"] == "remove")
+    return lines + ([f"{'freed' if applied else 'would free'} {render_bytes(freed)}"] if freed else [])
 
 
 def render_change(run: RunState, event: dict, verbose: bool) -> str:
@@ -8285,10 +8646,10 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
         rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
                      render_duration((actor.ended_at or now) - (actor.started_at or now)),
                      render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
-    order = rows[:max(1, height - 2)]
+    order = rows[:max(1, height - 3)]        # the title, how many more, and the line of the cursor
     hidden = len(rows) - len(order)
     lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
-    return lines + ([f"… and {hidden} more"] if hidden else [])
+    return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
 def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[str]:
@@ -8902,7 +9263,7 @@ def make_demo() -> str:
 
 
 # ======================================================================================
-# COMMANDS: command table, handlers, main                                          [cli]
+# COMMANDS: command table, handlers, completions, main                             [cli]
 # ======================================================================================
 # One row a command: its handler, its arguments, what it does, an example.  Data goes to
 # standard output, progress and errors to standard error; errors become text in main only.
@@ -9004,8 +9365,8 @@ class Progress:
             size = shutil.get_terminal_size()
             self.drawn_at = time.monotonic()
             now = self.base[0] + time.monotonic() - self.base[1]
-            self.show([self.mask.text(line) for line in render_floor_lines(run, talks, now, size.columns - 1,
-                                                                           size.lines)], keep=False)
+            lines = render_floor_lines(run, talks, now, max(1, size.columns - 1), size.lines)
+            self.show([self.mask.text(line) for line in lines], keep=False)
 
     def show(self, lines: list[str], keep: bool) -> None:
         """Print lines in place of the table; a terminal that is gone stops nothing."""
@@ -9025,7 +9386,7 @@ class Progress:
 
 def want_colour(stream: Any) -> bool:
     """Whether a stream is a terminal that may be given colours."""
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def terminal_width() -> int:
@@ -9166,10 +9527,14 @@ def deal_and_report(run_dir: str, umask: int, options: Any, cancel: str | None =
 
 
 def cmd_resume(options: Any) -> str:
-    """Go on with a run whose dispatcher died, or deal a finished one again as a new run."""
+    """Continue a run whose dispatcher died, or deal a finished one again as a new run."""
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    check_readable(run_dir)
+    if is_foreign(run_dir):
+        return resume_foreign(run_dir, options)
+    check_whole(run_dir)
     meta = read_json(os.path.join(run_dir, "meta.json"))
-    if meta is None:
+    if not isinstance(meta, dict):
         raise Refused(f"{run_dir} has no meta.json that can be read: it is not a whole run folder")
     if is_finished(run_dir):
         return resume_as_new(run_dir, meta, options)
@@ -9215,6 +9580,64 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
                            options)
 
 
+def resume_foreign(run_dir: str, options: Any) -> str:
+    """Deal a run of the Rust tool again as a new one: sessions and worktrees from its records and logs."""
+    seen = look_at_foreign(run_dir, deep=True)
+    past, run_id = seen.foreign, os.path.basename(run_dir)
+    if seen.head["state"] == "running":
+        raise Refused(f"the run {run_id} goes on: the tool that began it holds it", hint="wait for its end")
+    source = next((f for f in past.folders if os.path.exists(os.path.join(f, "manifest.snapshot.toml"))), "")
+    if not source:
+        raise Refused(f"{run_dir} has no manifest.snapshot.toml: it cannot be dealt again")
+    names = [past.lead] if past.lead else list(past.plans)
+    good = {r["task_id"] for r in seen.actors if r["status"] and is_good(r["status"])}
+    wanted = [n for n in names if not (options.failed and n in good)]
+    if names and not wanted:
+        raise Refused("every task of this run succeeded; nothing is left to deal again",
+                      hint=f"pitboss resume {options.run} deals all of them")
+    label, stem, base_dir = foreign_origin(past)
+    loaded = check_manifest(read_snapshot_bytes(source), os.path.join(source, "manifest.snapshot.toml"), stem,
+                            base_dir, os.environ, say_error)
+    tasks = [t for t in loaded.manifest.tasks if not names or t.id in wanted]
+    _, version = find_programs(loaded, os.environ, (t.agent for t in tasks))
+    records, former = {r["task_id"]: r for r in seen.actors}, {}
+    for task in tasks:
+        if task.id in records and records[task.id].get("state") != "Pending":
+            former[task.id] = foreign_former(records[task.id], past, task)
+            check_free(former[task.id].get("path"))
+            warn_of_loss(task.id, former[task.id])
+    runs_dir = os.path.dirname(run_dir)
+    runs_dir = runs_dir if os.access(runs_dir, os.W_OK) else runs_folder(os.environ)
+    order = Order(loaded.data, loaded.manifest, label, stem, base_dir, runs_dir, version,
+                  tuple(wanted) or None, former, run_id)
+    umask = os.umask(0o077)
+    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
+                           options)
+
+
+def foreign_origin(past: Foreign) -> tuple[str, str, str]:
+    """(manifest's path, its name, what its paths are relative to) of a run of the Rust tool."""
+    path = past.meta.get("manifest_path") or past.summary.get("manifest_path")
+    if not isinstance(path, str) or not path:
+        return "stdin", "", os.getcwd()
+    path = os.path.abspath(path)       # a relative one was relative to the folder that it was started in
+    return path, os.path.splitext(os.path.basename(path))[0], os.path.dirname(path)
+
+
+def foreign_former(record: dict, past: Foreign, task: Task) -> dict:
+    """What an actor of the Rust tool had: its session, and the place it worked in."""
+    path, plan = record["worktree_was"], past.plans.get(record["task_id"], {})
+    former = {"session_id": record["claude_session_id"]}
+    if not path or not task.use_worktree:
+        return former
+    head = read_text(os.path.join(worktree_gitdir(path), "HEAD")) if worktree_gitdir(path) else ""
+    branch = head.removeprefix("ref: refs/heads/") if head.startswith("ref: refs/heads/") else None
+    repo = look_at_folder(task.directory)
+    planned = plan.get("branch") if isinstance(plan.get("branch"), str) else None
+    return {**former, "path": path, "branch": branch if head else planned or task.branch, "made": False,
+            "repo": repo.common if isinstance(repo, Repo) else task.directory}
+
+
 def warn_of_loss(name: str, former: dict) -> None:
     """Say so when nothing is left of an actor's worktree: no folder, no branch, no rescue ref."""
     import subprocess
@@ -9232,11 +9655,9 @@ def warn_of_loss(name: str, former: dict) -> None:
 
 def check_free(path: str | None) -> None:
     """Raise Refused when a worktree belongs to an actor that has not settled."""
-    gitdir = worktree_gitdir(path) if path else ""
-    lock = read_text(os.path.join(gitdir, "locked")) if gitdir else ""
-    if lock.startswith(LOCK_PREFIX):
-        raise Refused(f"the worktree {path} belongs to an actor that has not settled: "
-                      f"{lock.removeprefix(LOCK_PREFIX)}",
+    owner = worktree_owner(path) if path else ""
+    if owner:
+        raise Refused(f"the worktree {path} belongs to an actor that has not settled: {owner}",
                       hint="wait for that run, or cancel it")
 
 
@@ -9247,6 +9668,8 @@ def cmd_cancel(options: Any) -> str:
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     run_id = os.path.basename(run_dir)
     if not is_locked(run_dir):
+        check_readable(run_dir)
+        check_whole(run_dir)
         if options.actor:
             find_actor(run_dir, options.actor)
         if is_finished(run_dir):
@@ -9306,28 +9729,179 @@ def run_state(run_dir: str) -> str:
     return "stale" if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else "aborted"
 
 
+# seconds; where nothing tells who writes to it, another tool's run that changed so lately goes on
+FRESH_S = 600.0
+
+
+class Foreign(NamedTuple):
+    """What the files of a run of the Rust tool say; it has no journal, and nothing is ever written to it."""
+
+    folders: list              # with that tool's --run-dir a run lies in two
+    meta: dict
+    summary: dict              # empty: it has not come to its end
+    records: dict              # actor to its last TaskRecord
+    plans: dict                # actor to its table in resolved.json
+    lead: str                  # id of its lead; empty: a flat run
+
+
+def text_of(value: Any) -> str | None:
+    """A text of a JSON document; None for anything else."""
+    return value if isinstance(value, str) and value else None
+
+
+def read_foreign(run_dir: str) -> Foreign:
+    """Read a run folder of the Rust tool, and the other one where it has two."""
+    check_readable(run_dir)
+    run_id, folders = os.path.basename(run_dir), [run_dir]
+
+    def first(name: str) -> dict:
+        found = (read_json(os.path.join(folder, name)) for folder in folders)
+        return next((value for value in found if isinstance(value, dict)), {})
+
+    def add(runs_dir: Any) -> None:
+        folder = os.path.join(runs_dir, run_id) if isinstance(runs_dir, str) else ""
+        known = [os.path.realpath(f) for f in folders]
+        if os.path.isabs(folder) and os.path.isdir(folder) and os.path.realpath(folder) not in known:
+            folders.append(folder)
+
+    add(first("resolved.json").get("run_dir"))
+    add(runs_folder(os.environ))
+    told = [r for folder in folders for r in read_joined(os.path.join(folder, "summary.jsonl"))]
+    summary = first("summary.json")
+    told += summary["tasks"] if isinstance(summary.get("tasks"), list) else []
+    records = {r["task_id"]: r for r in map(read_record, told) if r}
+    for record in records.values():
+        add((record["log_path"] or "").partition(f"{os.sep}{run_id}{os.sep}tasks{os.sep}")[0] or None)
+    resolved = first("resolved.json")
+    lead = resolved.get("lead") if isinstance(resolved.get("lead"), dict) else {}
+    return Foreign(folders, first("meta.json"), summary if isinstance(summary.get("tasks"), list) else {},
+                   records, plans_of(resolved), text_of(lead.get("id")) or "")
+
+
+def plans_of(resolved: Any) -> dict[str, dict]:
+    """The tables of a resolved manifest, actor to its table, a lead first."""
+    if not isinstance(resolved, dict):
+        return {}
+    tasks = resolved.get("tasks")
+    tables = [resolved.get("lead"), *(tasks if isinstance(tasks, list) else ())]
+    return {t["id"]: t for t in tables if isinstance(t, dict) and text_of(t.get("id"))}
+
+
+def look_at_foreign(run_dir: str, deep: bool) -> Overview:
+    """How a run of the Rust tool stands, as far as its files and the process table tell."""
+    past, run_id = read_foreign(run_dir), os.path.basename(run_dir)
+    begun = [n for f in past.folders for n in sorted(names_in(os.path.join(f, "tasks")))]
+    names = dict.fromkeys([*past.plans, *past.records, *begun])
+    actors = [foreign_record(past, name, deep) for name in names]
+    open_ones = [a for a in actors if a["status"] is None]
+    state, alive = "complete", 0
+    if not past.summary:
+        places = {a["task_id"]: [a["worktree_path"] or "", os.path.dirname(a["log_path"] or "")]
+                  for a in open_ones}
+        used = paths_in_use({p for pair in places.values() for p in pair if p})
+        alive = sum(1 for pair in places.values() if any(p in used for p in pair))
+        state = ("running" if is_written(past.folders, run_id) else
+                 "stale" if past.records or any(a["state"] != "Pending" for a in open_ones) else "aborted")
+    costs = [a["cost_usd"] for a in actors if a["cost_usd"] is not None]
+    told = past.summary
+    failed = sum(1 for a in actors if a["status"] and not is_good(a["status"]))
+    stem = foreign_origin(past)[1]
+    head = {"run_id": run_id, "name": text_of(past.meta.get("manifest_name")) or stem or None,
+            "mode": "hierarchical" if past.lead else "flat", "state": state,
+            "tasks_total": read_count(told.get("tasks_total")) or len(actors),
+            "tasks_failed": read_count(told.get("tasks_failed")) or failed,
+            "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
+            "tasks_not_started": sum(1 for a in open_ones if a["state"] == "Pending")}
+    mask = make_mask([os.environ])         # that tool masks nothing
+    return Overview(head, [mask.value(a) for a in actors], None, past)
+
+
+def names_in(folder: str) -> list[str]:
+    """The names in a folder; none where it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def is_written(folders: list[str], run_id: str) -> bool:
+    """Whether some process writes to a run of the Rust tool, or listens for its operators."""
+    if sys.platform != "linux":
+        return any(time.time() - measure_folder(f)[1] < FRESH_S for f in folders)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    sockets = [os.path.join(runtime, "pitboss", f"{run_id}.control.sock")] if runtime else []
+    return bool(paths_in_use([*folders, *sockets], writing=True))
+
+
+def foreign_record(past: Foreign, name: str, deep: bool) -> dict:
+    """The record of an actor of the Rust tool, and what its plan and its folder add; unsettled: a `state`."""
+    plan = past.plans.get(name, {})
+    folders = [os.path.join(f, "tasks", os.path.basename(name)) for f in past.folders]
+    folder = next((f for f in folders if os.path.isdir(f)), folders[0])
+    role = "lead" if name == past.lead else "worker" if past.lead else "task"
+    record = past.records.get(name) or read_record({"task_id": name, "status": None})
+    log = os.path.join(folder, "stdout.log")
+    log = record["log_path"] if record["log_path"] and os.path.exists(record["log_path"]) else log
+    path = record["worktree_path"] or read_text(os.path.join(folder, "worktree.path"))
+    record = {**record, "log_path": log, "role": role, "worktree_was": path or None,
+              "worktree_path": path if path and os.path.isdir(path) else None,
+              "model": record["model"] or text_of(plan.get("model"))}
+    if record["status"] is None:
+        begun = os.path.exists(log)
+        record["state"] = "Running" if begun else "Pending"
+        if deep and begun:
+            talk = read_talk(log, record["model"] or "")
+            record.update(token_usage=talk.usage()._asdict(), words=talk.words,
+                          claude_session_id=talk.session_id or None)
+    usage = Usage(**record["token_usage"])
+    if record["cost_usd"] is None and record["model"] and any(usage):
+        record["cost_usd"] = round(price_usd(record["model"], usage), 10)     # that tool keeps tokens alone
+    return record
+
+
+def read_talk(log: str, model: str) -> Talk:
+    """All that an agent said in a log, in bounded memory."""
+    tail, talk, at = Tail(log, 0), Talk(model), -1
+    while tail.at != at:
+        at = tail.at
+        for line in tail.read(READ_AT_ONCE):
+            fold_line(talk, line, "claude")
+    for line in tail.rest():
+        fold_line(talk, line, "claude")
+    tail.close()
+    return talk
+
+
 class Overview(NamedTuple):
     """A run as reading commands see it."""
 
     head: dict
     actors: list               # records, unsettled ones with status null and a state
     run: RunState | None       # None for a finished run that was read from its summary
+    foreign: Foreign | None = None     # what the files of another tool's run say
 
 
-def look_at_run(run_dir: str) -> Overview:
-    """How a run stands: from its summary when it is finished, else from its journal."""
+def look_at_run(run_dir: str, deep: bool = False) -> Overview:
+    """How a run stands: from its summary when it is finished, else from its journal, else from its files.
+
+    `deep`: of another tool's run the logs of unsettled actors are read too.
+    """
+    if is_foreign(run_dir):
+        return look_at_foreign(run_dir, deep)
     summary = read_json(os.path.join(run_dir, "summary.json"))
     head = {"run_id": os.path.basename(run_dir)}
     if isinstance(summary, dict) and isinstance(summary.get("tasks"), list):
-        flat = all(isinstance(t, dict) and t.get("role", "task") == "task" for t in summary["tasks"])
-        return Overview({**head, "name": summary.get("manifest_name"),
-                         "mode": "flat" if flat else "hierarchical", "state": "complete",
-                         "tasks_total": summary.get("tasks_total", 0),
-                         "tasks_failed": summary.get("tasks_failed", 0),
-                         "total_cost_usd": summary.get("total_cost_usd"), "agents_alive": 0,
-                         "tasks_not_started": summary.get("tasks_not_started", 0)}, summary["tasks"], None)
-    meta = read_json(os.path.join(run_dir, "meta.json")) or {}
-    head = {**head, "name": meta.get("manifest_name"), "mode": meta.get("mode")}
+        tasks = list(filter(None, map(read_record, summary["tasks"])))
+        mode = "flat" if all(t["role"] == "task" for t in tasks) else "hierarchical"
+        return Overview({**head, "name": text_of(summary.get("manifest_name")), "mode": mode,
+                         "state": "complete", "tasks_total": read_count(summary.get("tasks_total")),
+                         "tasks_failed": read_count(summary.get("tasks_failed")),
+                         "total_cost_usd": read_number(summary.get("total_cost_usd")), "agents_alive": 0,
+                         "tasks_not_started": read_count(summary.get("tasks_not_started"))}, tasks, None)
+    check_readable(run_dir)
+    meta = read_json(os.path.join(run_dir, "meta.json"))
+    meta = meta if isinstance(meta, dict) else {}
+    head = {**head, "name": text_of(meta.get("manifest_name")), "mode": text_of(meta.get("mode"))}
     state = run_state(run_dir)
     run = fold_run(run_dir) if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else RunState()
     if state == "stale" and not any(a.hand or a.place for a in run.actors.values()):
@@ -9345,14 +9919,17 @@ def look_at_run(run_dir: str) -> Overview:
                      "tasks_not_started": len(run.waiting)}, actors, run)
 
 
+INNER_KEYS = ("started_unix", "worktree_was", "words")      # of actors, for people and for resume only
+
+
 def cmd_status(options: Any) -> str:
     """Show how every actor of a run stands, and where kept work is."""
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     if options.rebuild:
         rebuild_exports(run_dir)
-    seen = look_at_run(run_dir)
+    seen = look_at_run(run_dir, deep=True)
     if options.json:
-        actors = [{k: v for k, v in a.items() if k != "started_unix"} for a in seen.actors]
+        actors = [{k: v for k, v in a.items() if k not in INNER_KEYS} for a in seen.actors]
         print(json.dumps({**seen.head, "approvals": [], "actors": actors}, indent=2))
         return "ok"
     lines = render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width())
@@ -9360,12 +9937,16 @@ def cmd_status(options: Any) -> str:
         alive = seen.head["agents_alive"]
         lines.append(f"its dispatcher died" + (f"; {alive} agents live without it" if alive else "")
                      + f": pitboss resume {options.run}")
+    if seen.foreign:
+        version = text_of(seen.foreign.meta.get("pitboss_version")) or "of unknown version"
+        lines.append(f"made by the Rust tool, {clean_text(version)}; it is only read here")
     print("\n".join(lines))
     return "ok"
 
 
 def rebuild_exports(run_dir: str) -> None:
     """Write summary.jsonl and, of a finished run, summary.json anew from the journal.  Raises Refused."""
+    check_whole(run_dir)
     lock = take_lock(run_dir)
     try:
         os.umask(0o077)
@@ -9380,6 +9961,322 @@ def rebuild_exports(run_dir: str) -> None:
         os.close(lock)
 
 
+class Work(NamedTuple):
+    """Where one actor's work is in git."""
+
+    repo: str                  # git common dir; empty: none
+    revisions: list            # the first that is there holds it
+    path: str | None           # its kept worktree, which may hold more
+
+
+def works_of(run_dir: str, seen: Overview) -> dict[str, Work]:
+    """The work of every actor of a run: from its records, its journal and its resolved manifest."""
+    run = seen.run
+    if run is None and not seen.foreign:
+        with contextlib.suppress(PitbossError):
+            run = fold_run(run_dir)
+    plans = seen.foreign.plans if seen.foreign else plans_of(read_json(os.path.join(run_dir,
+                                                                                    "resolved.json")))
+    works = {}
+    for record in seen.actors:
+        plan, known = plans.get(record["task_id"], {}), run.actors.get(record["task_id"]) if run else None
+        place = (known.place if known else None) or {}
+        repo, directory = place.get("repo") or "", text_of(plan.get("directory"))
+        if not repo and directory and os.path.isdir(directory):
+            with contextlib.suppress(InvalidInput):        # without git the rest is still compared
+                found = look_at_folder(directory)
+                repo = found.common if isinstance(found, Repo) else ""
+        works[record["task_id"]] = Work(repo, revisions_of(record, place, text_of(plan.get("branch"))
+                                                           if seen.foreign else None),
+                                        record["worktree_path"])
+    return works
+
+
+def revisions_of(record: dict, place: dict, planned: str | None) -> list[str]:
+    """Where an actor's work may be, best first: rescue ref, kept worktree, branch, the commit it began at."""
+    path, branch = record["worktree_path"], record["branch"] or place.get("branch") or planned
+    gitdir = worktree_gitdir(path) if path else ""
+    head = read_text(os.path.join(gitdir, "HEAD")) if gitdir else ""
+    kept = head.removeprefix("ref: ") if head.startswith("ref: ") else head
+    return [r for r in (record["rescue_ref"], kept, f"refs/heads/{branch}" if branch else "",
+                        place.get("base")) if r]
+
+
+async def compare_works(git: Git, old: Work | None, new: Work | None) -> dict:
+    """What differs in git between two runs' work of an actor: {a, b, files, note}; no files: the note why."""
+    told = {"a": None, "b": None, "files": None, "note": ""}
+    if old is None or new is None:
+        return {**told, "note": "only in run " + ("B" if old is None else "A")}
+    if not (old.repo and new.repo and old.revisions and new.revisions):
+        return {**told, "note": "it has no branch in a repository to compare"}
+    if os.path.realpath(old.repo) != os.path.realpath(new.repo):
+        return {**told, "note": "the runs worked in different repositories"}
+    try:
+        found = [await git.find_work(old.repo, work.revisions) for work in (old, new)]
+        if None in found:
+            return {**told, "note": f"its branch of run {'A' if found[0] is None else 'B'} is gone"}
+        files = await git.count_changes(old.repo, found[0][1], found[1][1])
+        unsaved = [await git.list_unsaved(work.path) if work.path else [] for work in (old, new)]
+    except (GitError, OSError) as e:
+        return {**told, "note": clean_text(str(e))}
+    notes = [f"not counted in {side}: {', '.join(kinds)}" for side, kinds in zip("AB", unsaved) if kinds]
+    return {"a": short_ref(found[0][0]), "b": short_ref(found[1][0]), "files": files,
+            "note": "; ".join(notes)}
+
+
+def short_ref(revision: str) -> str:
+    """A revision as people name it."""
+    short = revision.removeprefix("refs/heads/")
+    return short[:10] if re.fullmatch(r"[0-9a-f]{40,64}", short) else short
+
+
+def cmd_diff(options: Any) -> str:
+    """Show two runs side by side, and what differs in git between their work."""
+    runs_dir = runs_folder(os.environ, options.runs_dir)
+    folders = [find_run(runs_dir, prefix) for prefix in (options.run, options.other)]
+    seen = [look_at_run(folder, deep=True) for folder in folders]
+    actors = compare_actors(seen[0].actors, seen[1].actors)
+    works = [works_of(folder, one) for folder, one in zip(folders, seen)]
+
+    async def compare() -> list[dict]:
+        git = Git(os.environ, 0o077)
+        return [await compare_works(git, *(w.get(a["task_id"]) for w in works)) for a in actors]
+
+    shown = {"a": seen[0].head, "b": seen[1].head,
+             "actors": [{**a, "changes": c} for a, c in zip(actors, asyncio.run(compare()))],
+             "totals": {side: sum_sides(a[side] for a in actors) for side in "ab"}}
+    if options.json:
+        print(json.dumps(shown, indent=2))
+    else:
+        print("\n".join(render_diff(shown, terminal_width(), want_colour(sys.stdout))))
+    return "ok"
+
+
+STALE_S = 4 * 3600.0       # how long nothing has changed in a run that prune takes for orphaned
+
+
+class Orphan(NamedTuple):
+    """A run that `prune` looks at."""
+
+    run_dir: str
+    seen: Overview
+    idle_s: float              # since anything in its folder changed
+    size: int                  # bytes of its folder on disk
+    processes: int             # living ones that a hand of it has started
+
+
+def decide_prune(orphan: Orphan, limit_s: float, remove: bool) -> tuple[str, str]:
+    """(settle, remove or leave; why it is left) of a run that was selected."""
+    if orphan.processes:
+        return "leave", f"{orphan.processes} of its processes live; pitboss cancel ends them"
+    if orphan.idle_s < limit_s:
+        return "leave", f"changed less than {render_duration(limit_s)} ago"
+    if remove:
+        return "remove", ""
+    try:
+        check_whole(orphan.run_dir)
+    except Refused:
+        what = "another tool made it" if orphan.seen.foreign else "it is not a whole run folder"
+        return "leave", f"{what}: it can only be removed (--remove)"
+    return "settle", ""
+
+
+def trees_of(orphan: Orphan) -> list[tuple[str, str, dict]]:
+    """(actor, path, place) of each worktree of a run that is still there.  Raises JournalError."""
+    if orphan.seen.foreign:
+        found = [(a["task_id"], a["worktree_path"], {}) for a in orphan.seen.actors if a["worktree_path"]]
+        return [(name, path, place) for name, path, place in found if worktree_gitdir(path)]
+    if not os.path.exists(os.path.join(orphan.run_dir, "journal.jsonl")):
+        return []
+    actors = fold_run(orphan.run_dir).actors.values()
+    return [(a.id, a.place["path"], a.place) for a in actors if a.place and os.path.isdir(a.place["path"])]
+
+
+async def look_at_tree(git: Git, run_id: str, path: str, place: dict, rescue: bool) -> tuple[str, str]:
+    """(why a worktree keeps its run from being removed, what is to be said of it)."""
+    owner = worktree_owner(path)
+    if owner and owner.split()[0] != run_id:
+        return f"another run works in it: {owner}", ""
+    used = paths_in_use([path])
+    if used:
+        return f"process {used[path]} works in it", ""
+    tree = await git.inspect(Place(**place) if place else await foreign_place(git, path))
+    unsaved = "unsaved work: " + ", ".join(tree.unsaved) if tree.unsaved else ""
+    if tree.doubt or (unsaved and not rescue):
+        return tree.doubt or unsaved, ""
+    return "", unsaved + " is saved to a rescue ref first" if unsaved else ""
+
+
+async def foreign_place(git: Git, path: str) -> Place:
+    """The Place of a worktree that another tool made."""
+    repo = await git.look(path)
+    return Place(repo.top, path, None, repo.head, False, repo.common, path, worktree_gitdir(path))
+
+
+async def clear_tree(git: Git, orphan: Orphan, name: str, path: str, place: dict, rescue: bool) -> dict:
+    """Let one worktree of a run go, its work saved; what close_worktree says became of it."""
+    run_id, owner = os.path.basename(orphan.run_dir), worktree_owner(path)
+    if owner and owner.split()[0] != run_id:
+        return {"path": path, "kept": f"another run works in it: {owner}", "restore": None}
+    where = Place(**place) if place else await foreign_place(git, path)
+    return await git.close_worktree(where, "rescue" if rescue else "saved", name,
+                                    f"refs/pitboss/rescue/{run_id[:8]}/{name}",
+                                    f"pitboss: unsaved work of {name} in run {run_id}",
+                                    os.path.join(orphan.run_dir, "tasks", name))
+
+
+def find_obstacles(orphan: Orphan) -> tuple[list[str], list[dict]]:
+    """(what keeps a run from being removed, its worktrees as `prune` shows them).  Nothing is changed."""
+    run_dir, run_id = orphan.run_dir, os.path.basename(orphan.run_dir)
+    strange, rescue = strange_entries(run_dir), saves_unsaved(orphan)
+    used, names = paths_in_use([run_dir]), ", ".join(map(show_value, strange[:3]))
+    found = [f"it holds {names}, which is no part of a run"] if strange else []
+    found += [f"process {used[run_dir]} works in it"] if used else []
+    found += ["it is a link"] if os.path.islink(run_dir) else []
+    trees, shown = trees_of(orphan), []
+    known = {os.path.realpath(path) for _, path, _ in trees}
+    for name in names_in(os.path.join(run_dir, "worktrees")):
+        path = os.path.join(run_dir, "worktrees", name)
+        if os.path.realpath(path) not in known:
+            found.append(f"nobody knows what is in {path}")
+
+    async def look() -> None:
+        git = Git(os.environ, 0o077)
+        for name, path, place in trees:
+            try:
+                why, note = await look_at_tree(git, run_id, path, place, rescue)
+            except (GitError, OSError) as e:
+                why, note = clean_text(str(e)), ""
+            shown.append({"actor": name, "path": path, "note": why or note})
+            found.extend([f"{name}: {why}"] if why else [])
+
+    asyncio.run(look())
+    return found, shown
+
+
+def saves_unsaved(orphan: Orphan) -> bool:
+    """Whether a run's own policy says that unsaved work is committed to a rescue ref."""
+    run = None if orphan.seen.foreign else orphan.seen.run
+    if run is None and os.path.exists(os.path.join(orphan.run_dir, "journal.jsonl")):
+        run = fold_run(orphan.run_dir)
+    return bool(run) and run.facts.get("worktree_cleanup") == "always"
+
+
+def settle_orphan(run_dir: str) -> None:
+    """Bring a run whose dispatcher died to its end, as `cancel` does."""
+    umask = os.umask(0o077)
+    try:
+        _, fault = deal_run(run_dir, dict(os.environ), umask, lambda run, event: None, lambda run,
+                            talks: None, open_doors, cancel="its dispatcher died, and it was pruned")
+    finally:
+        os.umask(umask)
+    if fault:
+        raise fault
+
+
+def remove_orphan(orphan: Orphan) -> tuple[str, list[dict]]:
+    """Remove a run without obstacles: (what kept it after all, its worktrees as they went)."""
+    whole = not orphan.seen.foreign and os.path.exists(os.path.join(orphan.run_dir, "meta.json"))
+    if whole and not is_finished(orphan.run_dir):
+        settle_orphan(orphan.run_dir)
+    umask, lock = os.umask(0o077), None            # git gets the caller's own
+    try:
+        lock = take_lock(orphan.run_dir) if whole else None
+        shown, rescue = [], saves_unsaved(orphan)
+
+        async def clear() -> None:
+            git = Git(os.environ, umask)
+            for name, path, place in trees_of(orphan):
+                told = await clear_tree(git, orphan, name, path, place, rescue)
+                note = f"saved to {told['rescue_ref']}: {told['restore']}" if told["restore"] else "removed"
+                shown.append({"actor": name, "path": path, "note": told["kept"] if told["path"] else note})
+
+        asyncio.run(clear())
+        left = [t for t in trees_of(orphan)] or names_in(os.path.join(orphan.run_dir, "worktrees"))
+        if left or strange_entries(orphan.run_dir):
+            return "a worktree of it could not go" if left else "something was put into it meanwhile", shown
+        remove_run(orphan.run_dir)
+        return "", shown
+    finally:
+        os.umask(umask)
+        if lock is not None:
+            os.close(lock)
+
+
+def prune_run(orphan: Orphan, limit_s: float, options: Any) -> tuple[dict, str]:
+    """(one run's entry as `prune` shows it, a key of EXIT_CODES); with --apply it is done."""
+    head = orphan.seen.head
+    action, reason = decide_prune(orphan, limit_s, options.remove)
+    code, trees = "ok", [{"actor": a["task_id"], "path": a["worktree_path"], "note": a.get("worktree_kept")
+                          or ""} for a in orphan.seen.actors if a["worktree_path"]]
+    try:
+        if action == "remove":
+            obstacles, trees = find_obstacles(orphan)
+            reason = "; ".join(obstacles)
+            if not obstacles and options.apply:
+                reason, trees = remove_orphan(orphan)
+            action, code = ("refuse", "refused") if reason else (action, code)
+        elif action == "settle" and options.apply:
+            settle_orphan(orphan.run_dir)
+            trees = [{"actor": n, "path": path, "note": "kept"} for n, path, _ in trees_of(orphan)]
+    except PitbossError as e:
+        action, reason, code = "refuse", str(e), e.code
+    except OSError as e:
+        action, reason, code = "refuse", str(fault_of(e, "pruning")), "environment"
+    if code != "ok" and not os.path.lexists(orphan.run_dir):
+        action, reason, code = "leave", "somebody else removed it", "ok"
+    return {"run_id": head["run_id"], "name": head["name"], "state": head["state"],
+            "idle_secs": round(orphan.idle_s, 1), "size_bytes": orphan.size, "action": action,
+            "reason": reason or None, "worktrees": trees}, code if options.apply else "ok"
+
+
+def find_orphans(runs_dir: str, states: set[str], say: Callable[[str], None]) -> Iterator[Orphan]:
+    """The runs in one of `states`, newest first; those that cannot be read are told to `say`."""
+    table, now = ProcessTable(), time.time()
+    for run_id in list_runs(runs_dir):
+        run_dir = os.path.join(runs_dir, run_id)
+        try:
+            seen = look_at_run(run_dir)
+        except PitbossError as e:
+            say(f"pitboss: {run_id} is left alone: {clean_text(str(e))}")
+            continue
+        if seen.head["state"] in states:
+            size, changed = measure_folder(run_dir)
+            yield Orphan(run_dir, seen, max(0.0, now - changed), size,
+                         max(seen.head["agents_alive"], table.count_of_run(run_id)))
+
+
+def cmd_prune(options: Any) -> str:
+    """Settle, or with --remove remove, runs whose dispatcher died; without --apply only say so."""
+    import shutil
+
+    try:
+        limit_s = STALE_S if options.older_than is None else parse_duration(options.older_than)
+    except ValueError as e:
+        raise InvalidInput(f"--older-than: found {show_value(options.older_than)}; {e}") from None
+    if options.include_complete and not (options.remove and options.older_than):
+        raise InvalidInput("--include-complete means finished runs, whose records and logs would go: it "
+                           "needs --remove and --older-than",
+                           hint="pitboss prune --remove --include-complete --older-than 30d")
+    states = {"stale", *(["aborted"] if options.include_aborted else []),
+              *(["complete"] if options.include_complete else [])}
+    runs_dir = runs_folder(os.environ, options.runs_dir)
+    done = [prune_run(orphan, limit_s, options) for orphan in find_orphans(runs_dir, states, say_error)]
+    entries, codes = [entry for entry, _ in done], {code for _, code in done}
+    for name in names_in(runs_dir) if options.remove and options.apply else ():
+        if name.startswith(GONE) and re.fullmatch(RUN_ID, name.removeprefix(GONE)):
+            shutil.rmtree(os.path.join(runs_dir, name), ignore_errors=True)      # an earlier removal died
+    if options.json:
+        print(json.dumps({"applied": options.apply, "runs": entries}, indent=2))
+    elif entries:
+        print("\n".join(render_prune(entries, options.apply, terminal_width())))
+    else:
+        say_error(f"nothing to prune in {runs_dir}")
+    if not options.json and not options.apply and any(e["action"] in ("settle", "remove") for e in entries):
+        say_error("nothing was changed; --apply does it")
+    return next((code for code in ("environment", "refused", "failed") if code in codes), "ok")
+
+
 def cmd_list(options: Any) -> str:
     """Show the runs, newest first."""
     runs_dir = runs_folder(os.environ, options.runs_dir)
@@ -9392,7 +10289,7 @@ def cmd_list(options: Any) -> str:
                     "state": f"unreadable: {clean_text(str(e))}", "tasks_total": 0, "tasks_failed": 0,
                     "total_cost_usd": None, "agents_alive": 0}
         if not options.active or head["state"] == "running" or head["agents_alive"]:
-            entries.append({**head, "started_unix": int(run_id.replace("-", "")[:12], 16) / 1000})
+            entries.append({**head, "started_unix": minted_at(run_id)})
     if options.json:
         print(json.dumps([{**{k: v for k, v in e.items() if k != "started_unix"},
                            "started_at": render_time(e["started_unix"])} for e in entries], indent=2))
@@ -9411,11 +10308,11 @@ def cmd_attach(options: Any) -> str:
     seen = look_at_run(run_dir)
     found = next((a for a in seen.actors if a["task_id"] == options.actor), None)
     if found is None:
-        names = ", ".join(a["task_id"] for a in seen.actors)
+        names = ", ".join(clean_text(a["task_id"]) for a in seen.actors)
         raise NotFound(f"no actor {show_value(options.actor)} in this run; there are: "
                        f"{names}{did_you_mean(options.actor, names.split(', '))}")
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
-    log = os.path.join(run_dir, "tasks", options.actor, "stdout.log")
+    log = found["log_path"] if seen.foreign else os.path.join(run_dir, "tasks", options.actor, "stdout.log")
     tail, colour = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout)
     settled, seen_size = found["status"] is not None, -1
     with contextlib.suppress(KeyboardInterrupt):
@@ -9426,7 +10323,7 @@ def cmd_attach(options: Any) -> str:
                 break
             show_log_lines(lines, form, options.raw, colour)
             if not lines and not (tail.fd is not None and tail.behind()):
-                time.sleep(0.1)
+                time.sleep(1.0 if seen.foreign else 0.1)     # its end is found by looking at all processes
                 size = journal_size(run_dir)
                 if size != seen_size or not size[1]:         # while a dispatcher lives, only an event settles
                     settled, seen_size = settled or is_settled(run_dir, options.actor), size
@@ -9451,6 +10348,10 @@ def journal_size(run_dir: str) -> tuple[int, bool]:
 
 def is_settled(run_dir: str, actor: str) -> bool:
     """Whether an actor has ended, or nobody is there to say so."""
+    if is_foreign(run_dir):
+        seen = look_at_foreign(run_dir, deep=False)
+        return seen.head["state"] != "running" or any(a["task_id"] == actor and a["status"]
+                                                      for a in seen.actors)
     found = fold_run(run_dir).actors[actor]
     alone = not is_locked(run_dir) and not (found.handle and is_hand_alive(found.handle))
     return found.state in ("closing", "settled") or alone
@@ -9515,10 +10416,8 @@ def cmd_demo(options: Any) -> str:
                      f"The manifest      {path}", f"The repository    {loaded.base_dir}/repo (git log --all "
                                                   f"--oneline shows the branches)",
                      f"The run folder    {run_dir}", f"Its logs          {run_dir}/tasks/*/stdout.log",
-                     "Look closer       " + f"python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} "
-                                            f"status {run_id[:13]}{extra}",
-                     f"                  python3 {os.path.basename(sys.argv[0]) or 'pitboss.py'} attach "
-                     f"{run_id[:13]} slow{extra}"]))
+                     f"Look closer       {typed_name()} status {run_id[:13]}{extra}",
+                     f"                  {typed_name()} attach {run_id[:13]} slow{extra}"]))
     went = {a["task_id"]: a["status"] for a in seen.actors}
     if went != DEMO_EXPECTED:
         say_error(f"pitboss: the demonstration should have ended with {DEMO_EXPECTED}")
@@ -9565,7 +10464,7 @@ class Finding(NamedTuple):
 
 
 def cmd_doctor(options: Any) -> str:
-    """Say what this machine has and what that means for pitboss."""
+    """Say what this machine has, and what that means for pitboss."""
     findings = [*look_at_machine(os.environ, options.runs_dir)]
     if options.json:
         print(json.dumps([f._asdict() for f in findings], indent=2))
@@ -9714,9 +10613,631 @@ def cmd_schema(options: Any) -> str:
     return "failed" if diff else "ok"
 
 
+class Name(NamedTuple):
+    """A name that the program is called by, through a link or a copy."""
+
+    name: str
+    words: tuple               # what its command line begins with
+    own: tuple = ("complete", "completions", "--version", "-V")      # these stay as they are
+
+
+NAMES = {n.name: n for n in (
+    Name("pitboss", ()),
+)}
+
+
+def called_as() -> str:
+    """The name that this program was called by."""
+    return os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
+
+
+def plain_name() -> str:
+    """The name that the program was called by, without an extension."""
+    name = os.path.splitext(called_as())[0]
+    return name if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) else "pitboss"
+
+
+def typed_name() -> str:
+    """What is typed to call the program as it was called: a file is given to python3."""
+    return f"python3 {called_as()}" if called_as().endswith(".py") else plain_name()
+
+
+def expand_name(prog: str, argv: list[str]) -> list[str]:
+    """The command line that one under another name stands for."""
+    row = NAMES.get(prog)
+    return argv if row is None or argv[:1] and argv[0] in row.own else [*row.words, *argv]
+
+
+class Typed(NamedTuple):
+    """What can be typed where a command takes a value."""
+
+    kind: str                  # files, folders or words
+    words: Callable | None = None      # (values typed before, by dest) -> (word, what it is) pairs
+
+
+MAX_OFFERED = 200          # runs; each costs a look into its folder
+
+
+def typed_folder(given: Mapping[str, str]) -> str:
+    """The folder of runs that a command line being typed means."""
+    said = given.get("runs_dir") or None
+    if said and not os.path.isdir(said):
+        said = os.path.expanduser(os.path.expandvars(said))
+    return runs_folder(os.environ, said)
+
+
+def complete_runs(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Run ids, newest first, each with the run's name and age."""
+    runs_dir, now = typed_folder(given), time.time()
+    ids = [r for r in list_runs(runs_dir) if r.startswith(given["typed"])]
+    for run_id in ids[:MAX_OFFERED]:
+        meta = read_json(os.path.join(runs_dir, run_id, "meta.json"))
+        name = meta.get("manifest_name") if isinstance(meta, dict) else None
+        yield run_id, f"{name or '-'}, {render_duration(now - minted_at(run_id))} ago"
+
+
+def complete_actors(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The actors of the run that was typed: those of its manifest, and those dealt since."""
+    try:
+        run_dir = find_run(typed_folder(given), given.get("run", ""))
+    except NotFound:
+        return
+    resolved = read_json(os.path.join(run_dir, "resolved.json"))
+    resolved = resolved if isinstance(resolved, dict) else {}
+    names = [t["id"] for t in [*(resolved.get("tasks") or ()), resolved.get("lead")]
+             if isinstance(t, dict) and isinstance(t.get("id"), str)]
+    with contextlib.suppress(OSError):
+        names += sorted(os.listdir(os.path.join(run_dir, "tasks")))
+    for name in dict.fromkeys(names):
+        yield name, ""
+
+
+TYPED = {
+    # metavar of the argument: what
+    "MANIFEST": Typed("files"),
+    "FILE": Typed("files"),
+    "OUT": Typed("files"),
+    "DIR": Typed("folders"),
+    "RUN": Typed("words", complete_runs),
+    "OTHER": Typed("words", complete_runs),
+    "ACTOR": Typed("words", complete_actors),
+    "AGE": Typed("words"),
+    "TEXT": Typed("words"),
+    "N": Typed("words"),
+}
+
+
+def takes_value(settings: Mapping[str, Any]) -> bool:
+    """Whether a flag with these settings of add_argument is followed by a value."""
+    return settings.get("action") in (None, "append", "extend") and settings.get("nargs") != 0
+
+
+def dest_of(names: tuple, settings: Mapping[str, Any]) -> str:
+    """The name that an argument's value has among the options."""
+    long = next((n for n in names if n.startswith("--")), names[0])
+    return settings.get("dest") or long.lstrip("-").replace("-", "_")
+
+
+def offer_flags(command: Cli | None) -> list[tuple[str, str, bool]]:
+    """(flag, what it does, whether a value follows) for each flag of a command, None: of none."""
+    rows = [*(command.args if command else ()), *ALWAYS_FLAGS]
+    return [(flag, settings.get("help", ""), takes_value(settings)) for names, settings in rows
+            for flag in names if flag.startswith("-")]
+
+
+def offer_commands() -> list[tuple[str, str]]:
+    """(name, what it does) for each command that is shown."""
+    return [(c.name, c.help) for c in COMMANDS.values() if c.help]
+
+
+def offer_words(words: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """(kind of a Typed, candidates) for the last of `words`; those before it are whole.
+
+    A value in `--flag=value` is offered without the flag.
+    """
+    *before, typed = words or [""]
+    if not before:
+        shown = [row[:2] for row in offer_flags(None)] if typed.startswith("-") else offer_commands()
+        return "words", [row for row in shown if row[0].startswith(typed)]
+    command = COMMANDS.get(before[0])
+    if command is None:
+        return "words", []
+    flags = {flag: row for row in command.args for flag in row[0] if flag.startswith("-")}
+    places = [row for row in command.args if not row[0][0].startswith("-")]
+    given, at, row = {}, 0, None
+    for word in before[1:]:
+        flag, equals, value = word.partition("=")
+        if row:
+            given[dest_of(*row)], row = word, None
+        elif flag in flags:
+            row = flags[flag] if takes_value(flags[flag][1]) else None
+            if row and equals:
+                given[dest_of(*row)], row = value, None
+        elif not (word.startswith("-") and len(word) > 1) and at < len(places):
+            given[dest_of(*places[at])] = word
+            at += places[at][1].get("nargs") not in ("*", "+")
+    flag, equals, value = typed.partition("=")
+    if row is None and typed.startswith("-") and not equals:
+        return "words", [f[:2] for f in offer_flags(command) if f[0].startswith(typed)]
+    if row is None and equals and flag in flags:
+        row, typed = flags[flag], value
+    row = row or (places[at] if at < len(places) else None)
+    return offer_values(row[1], {**given, "typed": typed}) if row else ("words", [])
+
+
+def offer_values(settings: Mapping[str, Any],
+                 given: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]]:
+    """(kind of a Typed, candidates) for the value of one argument; `given["typed"]` is its beginning."""
+    place = TYPED.get(settings.get("metavar", ""), Typed("words"))
+    found = [(str(c), "") for c in settings.get("choices") or ()]
+    if not found and place.words:
+        found = [*place.words(given)]
+    return place.kind, [(w, clean_text(what)) for w, what in found if w.startswith(given["typed"])]
+
+
+def split_typed(line: str) -> list[str]:
+    """The words of a command line up to the cursor, without their quotes; the last is being typed."""
+    import shlex
+
+    for end in ("", "'", '"'):
+        with contextlib.suppress(ValueError):
+            words = shlex.split(line + end)
+            return words + [""] * (not end and line[-1:].isspace())
+    return [""]
+
+
+def cmd_complete(options: Any) -> str:
+    """Print what can come next on a command line: a kind of place, then a line for each candidate."""
+    words = split_typed(options.line)[1:] if options.line is not None else options.words
+    row = NAMES.get(called_as())
+    kind, found = offer_words([*(row.words if row else ()), *words])
+    print("\n".join([kind, *("\t".join(filter(None, pair)) for pair in found)]))
+    return "ok"
+
+
+class Shell(NamedTuple):
+    """How one shell is told what to complete.
+
+    What never changes stands in the script; values are asked of the program itself.  The places of a
+    script are @NAME@, @ID@ (the same as part of a function's name), @FIRST@ (how many words stand before
+    a command, 0: there is none), @COMMANDS@ and @FLAGS@.
+    """
+
+    name: str
+    script: str
+    command: str               # one command: name, help
+    commands_joint: str        # what stands between two of them
+    flag: str                  # one flag: name (of the command), flag, help, dash (-l or -s), bare (without
+                               # its dashes), value
+    flags_joint: str
+    flags: str                 # all flags of one command: name, flags
+    value: str                 # added to a flag that a value follows
+    quote: tuple               # what stands for ' and for \ inside '...'
+    place: str                 # where the shell looks, below the user's data folder; empty: nowhere
+    advice: str                # what its users may have to do once
+
+
+BASH_COMPLETION = r"""# Completion of @NAME@ for bash, as `@NAME@ completions bash` prints it.
+_@ID@() {
+    local program=$1 cur=$2 command='' words='' kind='' line tab=$'\t'
+    case $program in \~/*) program=$HOME/${program#\~/} ;; esac
+    compopt +o default 2>/dev/null    # bash 3.2 cannot, and offers files where nothing else fits
+    COMPREPLY=()
+    if [ "$COMP_CWORD" -gt 1 ]; then
+        command=${COMP_WORDS[1]}
+    else
+        words='@COMMANDS@'
+    fi
+    case $cur in
+    -*)
+        case $command in
+@FLAGS@
+        esac
+        ;;
+    esac
+    if [ -n "$words" ]; then
+        COMPREPLY=($(IFS=' ' compgen -W "$words" -- "$cur"))
+        return
+    fi
+    while IFS= read -r line; do
+        if [ -z "$kind" ]; then kind=$line; else COMPREPLY+=("${line%%$tab*}"); fi
+    done < <("$program" complete --line="${COMP_LINE:0:COMP_POINT}" 2>/dev/null </dev/null)
+    case $kind in
+    files) compopt -o default 2>/dev/null ;;
+    folders) compopt -o dirnames 2>/dev/null ;;
+    words) compopt -o nosort 2>/dev/null ;;
+    esac
+}
+complete -o default -F _@ID@ @NAME@
+"""
+
+ZSH_COMPLETION = r"""#compdef @NAME@
+# Completion of @NAME@ for zsh, as `@NAME@ completions zsh` prints it.
+_@ID@() {
+    local program=${${(Q)words[1]}/#\~\//$HOME/} kind command=''
+    local -a commands flags lines
+    commands=(
+@COMMANDS@
+    )
+    (( CURRENT > 2 )) && command=$words[2]
+    if [[ $PREFIX == -* && $PREFIX != *=* ]]; then
+        case $command in
+@FLAGS@
+        esac
+    fi
+    if (( $#flags )); then
+        _describe -o option flags
+        return
+    fi
+    if (( CURRENT == 2 && $#commands )); then
+        _describe command commands
+        return
+    fi
+    lines=("${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}")
+    lines=("${(@f)$("$program" complete -- "${(@)lines}" 2>/dev/null </dev/null)}")
+    kind=$lines[1]
+    shift lines
+    compset -P '--*='
+    case $kind in
+        files) _files ;;
+        folders) _files -/ ;;
+        words) lines=("${(@)lines/$'\t'/:}"); _describe -V value lines ;;
+    esac
+}
+if [[ $funcstack[1] == _@ID@ ]]; then
+    _@ID@ "$@"
+else
+    compdef _@ID@ @NAME@
+fi
+"""
+
+FISH_COMPLETION = r"""# Completion of @NAME@ for fish, as `@NAME@ completions fish` prints it.
+function __@ID@_first
+    test (count (commandline -opc)) -eq @FIRST@
+end
+function __@ID@_in
+    set -l words (commandline -opc)
+    test "$words[2]" = $argv[1]
+end
+function __@ID@_values
+    set -l words (commandline -opc)
+    set -l typed (commandline -ct)
+    set -l value (string replace -r -- '^--[a-z-]*=' '' $typed)
+    set -l program (string replace -r -- '^~/' $HOME/ $words[1])
+    set -l lines ($program complete -- $words[2..-1] "$typed" 2>/dev/null </dev/null)
+    switch "$lines[1]"
+        case files
+            __fish_complete_path "$value"
+        case folders
+            __fish_complete_directories "$value"
+        case words
+            string join \n -- $lines[2..-1]
+    end
+end
+complete -c @NAME@ -f
+complete -c @NAME@ -k -n 'not __@ID@_first' -a '(__@ID@_values)'
+@COMMANDS@
+@FLAGS@
+"""
+
+ELVISH_COMPLETION = r"""# Completion of @NAME@ for elvish, as `@NAME@ completions elvish` prints it.
+use str
+set edit:completion:arg-completer[@NAME@] = {|@words|
+    var commands = [
+@COMMANDS@
+    ]
+    var flags = [
+@FLAGS@
+    ]
+    fn offer {|pairs|
+        for pair $pairs {
+            edit:complex-candidate $pair[0] &code-suffix=' ' &display=$pair[0]'  '$pair[1]
+        }
+    }
+    var typed = $words[-1]
+    var command = ''
+    if (> (count $words) 2) { set command = $words[1] }
+    if (and (str:has-prefix $typed '-') (has-key $flags $command) (not (str:contains $typed '='))) {
+        offer $flags[$command]
+    } elif (and (== (count $words) 2) (> (count $commands) 0)) {
+        offer $commands
+    } else {
+        var lines = [words]
+        try {
+            set lines = [((external $words[0]) complete -- (all $words[1..]) 2>/dev/null </dev/null)]
+        } catch e { }
+        if (eq $lines[0] words) {
+            offer [(for line $lines[1..] { put [(str:split "\t" $line"\t")] })]
+        } else {
+            edit:complete-filename $typed
+        }
+    }
+}
+"""
+
+POWERSHELL_COMPLETION = r"""# Completion of @NAME@, as `@NAME@ completions powershell` prints it.
+Register-ArgumentCompleter -Native -CommandName '@NAME@' -ScriptBlock {
+    param($typed, $ast, $cursor)
+    $commands = @(
+@COMMANDS@
+    )
+    $flags = @{
+@FLAGS@
+    }
+    $to = $cursor - $ast.Extent.StartOffset
+    $line = $ast.ToString().PadRight($to).Substring(0, $to)
+    $before = @($ast.CommandElements | Where-Object { $_.Extent.EndOffset -lt $cursor })
+    $command = if ($before.Count -gt 1) { $before[1].ToString() } else { '' }
+    $pairs = @()
+    if ($typed.StartsWith('-') -and $flags.ContainsKey($command) -and -not $typed.Contains('=')) {
+        $pairs = $flags[$command]
+    } elseif ($before.Count -eq 1 -and $commands.Count) {
+        $pairs = $commands
+    } else {
+        $lines = @(& $before[0].ToString() complete "--line=$line" 2>$null)
+        if ($lines.Count -gt 1 -and $lines[0] -eq 'words') {
+            foreach ($row in $lines[1..($lines.Count - 1)]) { $pairs += ("$row`t" -split "`t")[0..1] }
+        }
+    }
+    for ($i = 0; $i -lt $pairs.Count; $i += 2) {
+        if ($pairs[$i].StartsWith($typed)) {
+            $about = if ($pairs[$i + 1]) { $pairs[$i + 1] } else { $pairs[$i] }
+            $shown = @($pairs[$i], $pairs[$i], 'ParameterValue', $about)
+            New-Object System.Management.Automation.CompletionResult -ArgumentList $shown
+        }
+    }
+}
+"""
+
+SHELLS = {s.name: s for s in (
+    Shell("bash", BASH_COMPLETION, "{name}", " ", "{flag}", " ", "        '{name}') words='{flags}' ;;", "",
+          ("'\\''", "\\"), "bash-completion/completions/{name}",
+          "bash reads it where the package bash-completion is set up; elsewhere put into ~/.bashrc:  "
+          "source {path}"),
+    Shell("zsh", ZSH_COMPLETION, "        '{name}:{help}'", "\n", "'{flag}:{help}'", " ",
+          "            '{name}') flags=({flags}) ;;", "", ("'\\''", "\\"),
+          "zsh/site-functions/_{name}",
+          "zsh reads it with this line in ~/.zshrc, before compinit:  fpath=({folder} $fpath)"),
+    Shell("fish", FISH_COMPLETION, "complete -c @NAME@ -n __@ID@_first -a '{name}' -d '{help}'", "\n",
+          "complete -c @NAME@ -n '__@ID@_in \"{name}\"' {dash} '{bare}'{value} -d '{help}'", "\n", "{flags}",
+          " -x -a '(__@ID@_values)'", ("\\'", "\\\\"), "fish/vendor_completions.d/{name}.fish", ""),
+    Shell("elvish", ELVISH_COMPLETION, "        ['{name}' '{help}']", "\n", "['{flag}' '{help}']", " ",
+          "        &'{name}'=[{flags}]", "", ("''", "\\"), "", ""),
+    Shell("powershell", POWERSHELL_COMPLETION, "        '{name}', '{help}'", ",\n", "'{flag}', '{help}'",
+          ", ", "        '{name}' = @({flags})", "", ("''", "\\"), "", ""),
+)}
+
+
+def render_completion(shell: Shell, name: str) -> str:
+    """The script that completes for one shell, under one name of the program."""
+    plain = not (NAMES[name].words if name in NAMES else ())
+    listed = [("", "", offer_flags(None))] + [(c.name, c.help, offer_flags(c)) for c in COMMANDS.values()
+                                              if c.help] if plain else []
+
+    def quoted(text: str) -> str:
+        return text.replace("\\", shell.quote[1]).replace("'", shell.quote[0])
+
+    def shown(command: str, flags: list) -> str:
+        rows = [shell.flag.format(name=command, flag=flag, help=quoted(what), bare=flag.lstrip("-"),
+                                  dash="-l" if flag.startswith("--") else "-s",
+                                  value=shell.value if valued else "") for flag, what, valued in flags]
+        return shell.flags.format(name=command, flags=shell.flags_joint.join(rows))
+
+    commands = shell.commands_joint.join(shell.command.format(name=c, help=quoted(what))
+                                         for c, what, _ in listed if c)
+    flags = "\n".join(shown(c, flags) for c, _, flags in listed)
+    script = shell.script.replace("@COMMANDS@", commands).replace("@FLAGS@", flags)
+    return (script.replace("@FIRST@", str(int(plain))).replace("@NAME@", name)
+            .replace("@ID@", re.sub(r"\W", "_", name)))
+
+
+def cmd_completions(options: Any) -> str:
+    """Print the script that lets a shell complete commands, flags, runs and actors."""
+    print(render_completion(SHELLS[options.shell], plain_name()), end="")
+    return "ok"
+
+
+LAUNCHER = """#!/bin/sh
+# Starts pitboss; `pitboss install --remove` takes it away.
+for python in {python} python3; do
+    if command -v "$python" >/dev/null 2>&1; then
+        exec "$python" -I -S {start} "$0" "$@"
+    fi
+done
+echo "pitboss: there is no Python at "{python}", and no python3 on PATH" >&2
+exit 2
+"""
+
+INSTALLED_START = b"""import sys
+sys.path[0:0] = [__file__.rpartition('/')[0]]
+del sys.argv[0]
+from pitboss import main
+sys.exit(main())
+"""
+
+
+class Put(NamedTuple):
+    """A file that `install` writes."""
+
+    path: str
+    data: bytes
+    mode: int
+    needed: bool               # somebody else's file in its place: refuse, or leave that and say so
+    advice: str = ""
+
+
+class Installed(NamedTuple):
+    """What `install` put below one folder, as its installed.json says."""
+
+    files: dict                # path: hashes of what was put there
+    folders: list              # made for that, outermost first
+
+
+def files_to_install(bin_dir: str, env: Mapping[str, str]) -> list[Put]:
+    """Everything that `install` writes, bytecode left out; the launchers last: what they start is there."""
+    import shlex
+    import shutil
+
+    home, share = os.path.join(bin_dir, ".pitboss"), os.path.dirname(data_folder(env))
+    start = os.path.join(home, "start")
+    launcher = LAUNCHER.format(python=shlex.quote(sys.executable), start=shlex.quote(start)).encode()
+    files = [Put(os.path.join(home, "pitboss.py"), read_self(), 0o644, True),
+             Put(start, INSTALLED_START, 0o644, True)]
+    for shell in filter(lambda s: s.place, SHELLS.values()):
+        for name in NAMES:
+            path = os.path.join(share, shell.place.format(name=name))
+            advice = shell.advice.format(path=shlex.quote(path), folder=shlex.quote(os.path.dirname(path)))
+            files.append(Put(path, render_completion(shell, name).encode(), 0o644, False,
+                             advice if shutil.which(shell.name, path=env.get("PATH")) else ""))
+    return files + [Put(os.path.join(bin_dir, name), launcher, 0o755, True) for name in NAMES]
+
+
+def read_installed(bin_dir: str) -> Installed:
+    """What was installed below a folder; nothing where there is no record."""
+    record = read_json(os.path.join(bin_dir, ".pitboss", "installed.json"))
+    files, folders = (record.get(k) for k in Installed._fields) if isinstance(record, dict) else (None, None)
+    return Installed(files if isinstance(files, dict) else {}, folders if isinstance(folders, list) else [])
+
+
+def write_installed(bin_dir: str, installed: Installed) -> None:
+    """Record what is installed.  Raises OSError."""
+    write_file(os.path.join(bin_dir, ".pitboss", "installed.json"),
+               (json.dumps(installed._asdict(), indent=2) + "\n").encode(), mode=0o644)
+
+
+def hash_file(path: str) -> str:
+    """The sha256 of a file's content; empty for a link, and where it cannot be read."""
+    import hashlib
+
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as f:
+            return hashlib.sha256(f.read()).hexdigest()
+    except OSError:
+        return ""
+
+
+def make_folders(path: str) -> list[str]:
+    """Make a folder and those above it; returns those that were missing, outermost first."""
+    missing = []
+    while path and not os.path.isdir(path):
+        missing.insert(0, path)
+        path = os.path.dirname(path)
+    for folder in missing:
+        os.mkdir(folder)
+    return missing
+
+
+def install_to(bin_dir: str, env: Mapping[str, str]) -> list[str]:
+    """Install; returns lines for people.  Raises Refused for somebody else's file, and OSError."""
+    import hashlib
+
+    files, old, advice = files_to_install(bin_dir, env), read_installed(bin_dir), []
+    hashes = {f.path: hashlib.sha256(f.data).hexdigest() for f in files}
+    foreign = [f for f in files if os.path.lexists(f.path)
+               and hash_file(f.path) not in (*old.files.get(f.path, ()), hashes[f.path])]
+    for f in foreign:
+        if f.needed:
+            raise Refused(f"{f.path} is there, and is not as `pitboss install` leaves it; it stays",
+                          hint="move it away, or name another folder: pitboss install DIR")
+    home, lines = os.path.join(bin_dir, ".pitboss"), []
+    folders = old.folders + make_folders(home)
+    known = {**old.files, **{f.path: [*old.files.get(f.path, ()), hashes[f.path]] for f in files
+                             if f not in foreign}}
+    for f in files:
+        if f in foreign:
+            lines.append(f"left       {f.path}: somebody else's; it stays as it is")
+            continue
+        try:
+            folders += make_folders(os.path.dirname(f.path))
+            write_installed(bin_dir, Installed(known, folders))      # first: nothing is left unrecorded
+            write_file(f.path, f.data, mode=f.mode)
+        except OSError as e:
+            if f.needed:
+                raise
+            lines.append(f"left out   {f.path}: {e.strerror}")
+            continue
+        if f.path.endswith(".py"):
+            compile_installed(f.path)
+        lines += [f"installed  {f.path}"] * (os.path.dirname(f.path) != home)
+        known[f.path] = [hashes[f.path]]
+        advice += [f.advice] * bool(f.advice)
+    write_installed(bin_dir, Installed(known, folders))
+    return [*lines, *advice, *path_advice(bin_dir, env)]
+
+
+def compile_installed(path: str) -> None:
+    """Put bytecode beside an installed copy, in place of that of its forerunner, by whatever Python."""
+    import py_compile
+
+    drop_bytecode(os.path.dirname(path))
+    py_compile.compile(path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+
+
+def drop_bytecode(home: str) -> None:
+    """Remove the bytecode of an installed copy: of this Python, and of others that have started it."""
+    import glob
+
+    for path in glob.glob(os.path.join(glob.escape(home), "__pycache__", "pitboss.*.pyc")):
+        os.unlink(path)
+
+
+def path_advice(bin_dir: str, env: Mapping[str, str]) -> list[str]:
+    """What is to be done so that the installed program is found by its name."""
+    import shlex
+    import shutil
+
+    folders = [os.path.realpath(p) for p in env.get("PATH", "").split(os.pathsep) if p]
+    if os.path.realpath(bin_dir) not in folders:
+        return [f"{bin_dir} is not on PATH; put this line into ~/.profile, or the like of your shell:",
+                f"  export PATH={shlex.quote(bin_dir)}:\"$PATH\""]
+    first = shutil.which("pitboss", path=env.get("PATH"))
+    mine = os.path.join(bin_dir, "pitboss")
+    if first and os.path.realpath(first) != os.path.realpath(mine):
+        return [f"another one comes first on PATH: {first}"]
+    return []
+
+
+def remove_installed(bin_dir: str) -> list[str]:
+    """Take away what `install` put there; returns lines for people.  Raises NotFound and OSError."""
+    home = os.path.join(bin_dir, ".pitboss")
+    record, installed = os.path.join(home, "installed.json"), read_installed(bin_dir)
+    if not installed.files:
+        raise NotFound(f"nothing was installed in {bin_dir}",
+                       hint="pitboss install --remove DIR names another folder")
+    lines = []
+    for path in reversed(installed.files):           # the launchers first
+        if not os.path.lexists(path):
+            continue
+        if hash_file(path) in installed.files[path]:
+            os.unlink(path)
+            lines.append(f"removed    {path}")
+        else:
+            lines.append(f"left       {path}: it was changed since")
+    drop_bytecode(home)
+    os.unlink(record)
+    for folder in [os.path.join(home, "__pycache__"), home, *reversed(installed.folders)]:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+    return lines
+
+
+def cmd_install(options: Any) -> str:
+    """Install this program for yourself: a launcher, a compiled copy of this file, and completions."""
+    bin_dir = (os.path.abspath(os.path.expanduser(options.dir)) if options.dir
+               else os.path.join(home_folder(os.environ), ".local", "bin"))
+    try:
+        lines = remove_installed(bin_dir) if options.remove else install_to(bin_dir, os.environ)
+    except OSError as e:
+        raise EnvironmentFault(f"{e.filename or bin_dir}: {e.strerror or e}",
+                               hint="name a folder that you may write to: pitboss install DIR") from None
+    if not options.quiet:
+        print("\n".join(lines))
+    return "ok"
+
+
 def cmd_version(options: Any) -> str:
-    """Print the version."""
-    print(f"pitboss {VERSION}")
+    """Print the program's name and its version."""
+    print(f"{plain_name() if plain_name() in NAMES else 'pitboss'} {VERSION}")
     return "ok"
 
 
@@ -9761,9 +11282,13 @@ _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"
 _MANIFEST = (("manifest",), {"metavar": "MANIFEST", "help": "a TOML file, or - for standard input"})
 _JSON = (("--json",), {"action": "store_true", "help": "print JSON"})
 _RUNS_DIR = (("--run-dir", "--runs-dir"), {"dest": "runs_dir", "metavar": "DIR",
-                                           "help": "another folder of runs"})
+                                           "help": "the folder of runs, if not the usual one"})
 _QUIET = (("-q", "--quiet"), {"action": "store_true", "help": "print no progress"})
 _VERBOSE = (("-v", "--verbose"), {"action": "store_true", "help": "print more progress"})
+ALWAYS_FLAGS = (
+    (("-h", "--help"), {"action": "help", "help": "say what can be given here"}),
+    (("-V", "--version"), {"action": "store_true", "help": "print the version"}),
+)
 
 COMMANDS = {c.name: c for c in (
     Cli("validate", cmd_validate, "MANIFEST", (_MANIFEST, _JSON),
@@ -9777,8 +11302,9 @@ COMMANDS = {c.name: c for c in (
         "deal a run; the last line is the run folder", "dispatch fix.toml"),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
-        (("--failed",), {"action": "store_true", "help": "of a finished run, only what did not succeed"})),
-        "go on with a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
+        (("--failed",), {"action": "store_true",
+                         "help": "of a finished run, deal only what did not succeed"})),
+        "continue a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
     Cli("cancel", cmd_cancel, "RUN [ACTOR]", (
         _RUN, (("actor",), {"metavar": "ACTOR", "nargs": "?", "help": "only this one"}), _RUNS_DIR, _QUIET,
         _VERBOSE,
@@ -9795,11 +11321,28 @@ COMMANDS = {c.name: c for c in (
                                                                            "agents live"})),
         "show the runs, newest first", "list --active"),
     Cli("attach", cmd_attach, "RUN ACTOR", (
-        _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of a task"}), _RUNS_DIR,
-        (("--raw",), {"action": "store_true", "help": "the log as it is"}),
+        _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of an actor, as status shows it"}), _RUNS_DIR,
+        (("--raw",), {"action": "store_true", "help": "show the log as it is"}),
         (("--lines",), {"type": int, "default": 20, "metavar": "N",
                         "help": "begin with the last N lines (20)"})),
         "follow one actor's log until it settles", "attach 0192f3 hello"),
+    Cli("diff", cmd_diff, "RUN OTHER", (
+        _RUN, (("other",), {"metavar": "OTHER", "help": "another run id, or the beginning of one"}), _JSON,
+        _RUNS_DIR),
+        "show two runs side by side: status, time, tokens, cost, what differs in git",
+        "diff 0192f3 0192f8"),
+    Cli("prune", cmd_prune, "", (
+        (("--apply",), {"action": "store_true", "help": "do it; without this, only say what would be done"}),
+        (("--remove",), {"action": "store_true", "help": "remove run folders, logs and journal included, and "
+                                                         "their worktrees whose work a branch holds"}),
+        (("--older-than",), {"metavar": "AGE", "help": "only runs in which nothing has changed for so long: "
+                                                       "90m, 24h, 7d (4h)"}),
+        (("--include-aborted",), {"action": "store_true", "help": "also runs in which nothing began"}),
+        (("--include-complete",), {"action": "store_true", "help": "also finished runs; only with --remove "
+                                                                   "and --older-than"}),
+        _JSON, _RUNS_DIR),
+        "settle or remove runs whose dispatcher died long ago; never unsaved work",
+        "prune --remove --older-than 7d"),
     Cli("demo", cmd_demo, "", (_RUNS_DIR, _QUIET, _VERBOSE), "deal five scripted agents in a temporary "
                                                              "repository", "demo"),
     Cli("doctor", cmd_doctor, "", (_JSON, _RUNS_DIR), "say what this machine has and what that means",
@@ -9819,8 +11362,17 @@ COMMANDS = {c.name: c for c in (
         (("--check",), {"metavar": "FILE", "help": "compare a saved copy: print the difference, exit 1 when "
                                                    "there is one"})),
         "print every key of a manifest", "schema --format json-schema"),
+    Cli("completions", cmd_completions, "SHELL", (
+        (("shell",), {"metavar": "SHELL", "choices": tuple(SHELLS), "help": ", ".join(SHELLS)}),),
+        "print the script that lets a shell complete what is typed", "completions bash"),
+    Cli("install", cmd_install, "[DIR]", (
+        (("dir",), {"metavar": "DIR", "nargs": "?", "help": "where the program goes (~/.local/bin)"}),
+        (("-q", "--quiet"), {"action": "store_true", "help": "say nothing when it works"}),
+        (("--remove",), {"action": "store_true", "help": "take away exactly what was installed there"})),
+        "install this program for yourself, with completions", "install ~/.local/bin"),
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
+    Cli("complete", cmd_complete, "", ((("words",), {"nargs": "*"}), (("--line",), {})), ""),
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
     Cli("mcp-bridge", cmd_mcp_bridge, "", (
         (("socket",), {}), (("--actor-id",), {"required": True, "metavar": "I"}),
@@ -9833,34 +11385,43 @@ COMMANDS = {c.name: c for c in (
 )}
 
 
+HELP_WIDTH = 98            # columns of a help text, on a wider terminal too
+
+
 def make_parser(prog: str, name: str) -> Any:
     """The argument parser of one command, or with an empty name the one that lists them all."""
     import argparse
+    import shutil
+
+    width = min(HELP_WIDTH, shutil.get_terminal_size().columns - 2)
 
     class Parser(argparse.ArgumentParser):
-        """Errors are raised, so that main alone prints them."""
+        """Errors are raised, so that main alone prints them; an example and a sentence come first."""
+
+        first = ""
 
         def error(self, message: str) -> Any:
-            raise InvalidInput(message, hint=f"{self.prog} --help")
+            raise InvalidInput(f"{name}: {message}".removeprefix(": "), hint=f"{self.prog} --help")
 
-    if name:
-        command = COMMANDS[name]
-        example = f"Example: {prog} {command.example}\n\n" if command.example else ""
+        def format_help(self) -> str:
+            return self.first + super().format_help()
+
+        def print_help(self, file: Any = None) -> None:
+            print(self.format_help(), end="", file=file)       # argparse hides that there is no room
+
+    parser = Parser(prog=f"{prog} {name}".rstrip(), usage=None if name else f"{prog} COMMAND ...",
+                    add_help=False, epilog=exit_codes_text(),
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
+    command = COMMANDS.get(name)
+    if command:
         about = (command.run.__doc__ or command.help).splitlines()[0]
-        parser = Parser(prog=f"{prog} {name}",
-                        description=f"{about}\n\n{example}".rstrip(),
-                        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=exit_codes_text())
-        for flags, settings in command.args:
-            near = functools.partial(pick_choice, settings.get("choices", ()))
-            parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
-        return parser
-    listed = "\n".join(f"  {pad_cells(c.name + ' ' + c.usage, 22)} {c.help}" for c in COMMANDS.values()
-                       if c.help)
-    parser = Parser(prog=prog, usage=f"{prog} COMMAND ...",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True,
-                    description=f"Deals work to coding agents and never loses a hand.\n\ncommands:\n{listed}",
-                    epilog=f"{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}")
-    parser.add_argument("-V", "--version", action="store_true", help="print the version")
+        parser.first = f"Example: {prog} {command.example}\n\n{about}\n\n" if command.example else ""
+    else:
+        parser.first = f"Example: {prog} demo\n\nDeals work to coding agents and never loses a hand.\n\n"
+        parser.description = (f"{commands_text()}\n\n{prog} COMMAND --help says more of one command.")
+    for flags, settings in [*(command.args if command else ()), *ALWAYS_FLAGS]:
+        near = functools.partial(pick_choice, settings.get("choices", ()))
+        parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
     return parser
 
 
@@ -9874,6 +11435,15 @@ def pick_choice(choices: tuple, word: str) -> str:
                                      f"{did_you_mean(word, choices)}")
 
 
+def commands_text() -> str:
+    """Every command with its arguments, and what it does."""
+    rows = [(f"{c.name} {c.usage}".strip(), c.help) for c in COMMANDS.values() if c.help]
+    wide = min(24, max(len(call) for call, _ in rows))
+    lines = [f"  {call:{wide}}  {what}" if len(call) <= wide else f"  {call}\n  {'':{wide}}  {what}"
+             for call, what in rows]
+    return "commands:\n" + "\n".join(lines)
+
+
 def exit_codes_text() -> str:
     """The exit codes, as they stand below every help text."""
     return "exit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.values())
@@ -9881,8 +11451,11 @@ def exit_codes_text() -> str:
 
 def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
     """(name of the command, its options).  Raises InvalidInput with what is allowed."""
-    if "--version" in argv[:2] or "-V" in argv[:2]:
+    before = argv[:argv.index("--")] if "--" in argv else argv
+    if "--version" in before or "-V" in before:
         return "version", None
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         parser = make_parser(prog, "")
         parser.print_help(sys.stdout if argv else sys.stderr)
@@ -9904,7 +11477,6 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; return its exit code.  The only place where errors become text."""
-    prog = os.path.basename(sys.argv[0]) if sys.argv and sys.argv[0] else "pitboss"
     open_streams()
     try:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")     # LC_ALL=C must not break a name
@@ -9913,17 +11485,15 @@ def main(argv: list[str] | None = None) -> int:
         pass
     code = "bug"
     try:
-        name, options = parse_command(sys.argv[1:] if argv is None else argv, prog)
-        code = COMMANDS[name].run(options)
+        number = run_command(expand_name(called_as(), sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+        return number
     except PitbossError as e:
         code = e.code
         say_error(f"pitboss: {make_mask([os.environ]).text(str(e))}" + (f"\n  try: {e.hint}" if e.hint
                                                                         else ""))
     except KeyboardInterrupt:
         code = "interrupted"
-    except SystemExit as e:          # argparse has printed a help text
-        return leave_quietly(int(e.code or 0))
     except BrokenPipeError:
         return leave_quietly(0)
     except OSError as e:
@@ -9935,7 +11505,16 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:  # boundary: a bug is reported in one line, with its traceback in a file
         say_error(f"pitboss: this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}\n  its "
                   f"traceback: {save_traceback()}")
-    return EXIT_CODES[code][0]
+    return leave_quietly(EXIT_CODES[code][0])
+
+
+def run_command(argv: list[str]) -> int:
+    """Parse and run one command; its exit code."""
+    try:
+        name, options = parse_command(argv, typed_name())
+        return EXIT_CODES[COMMANDS[name].run(options)][0]
+    except SystemExit as e:          # argparse has printed a help text
+        return int(e.code or 0)
 
 
 def open_streams() -> None:

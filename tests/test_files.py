@@ -522,6 +522,20 @@ def test_a_dead_process_has_no_start():
 
 # ------------------------------------------------------------------ the pinned copy
 
+def test_bytecode_of_an_earlier_source_is_not_pinned(run_dir, tmp_path):
+    source = Path(pitboss.__file__).read_text(encoding="utf-8")
+    copy = tmp_path / "lib" / "pitboss.py"
+    copy.parent.mkdir()
+    copy.write_text(source.replace(f'"{pitboss.VERSION}"', '"1.0.0"'), encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "py_compile", copy], check=True)
+    copy.write_text(source.replace(f'"{pitboss.VERSION}"', '"20.0.0"'), encoding="utf-8")
+    script = f"import pitboss; pitboss.pin_self({str(run_dir)!r})"
+    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy.parent)}
+    subprocess.run([sys.executable, "-c", script], env=env, cwd=copy.parent, check=True)
+    done = subprocess.run([*pitboss.self_argv(str(run_dir)), "version"], capture_output=True, text=True)
+    assert done.stdout == "pitboss 20.0.0\n", done.stderr
+
+
 def test_the_pinned_copy_runs_without_the_file_it_came_from(run_dir):
     pitboss.pin_self(str(run_dir))
     here = run_dir / "self"
@@ -531,3 +545,53 @@ def test_the_pinned_copy_runs_without_the_file_it_came_from(run_dir):
                           cwd="/",
                           env={"PATH": os.environ["PATH"]}, check=False)
     assert done.stdout == f"pitboss {pitboss.VERSION}\n", done.stderr
+
+
+# ------------------------------------------------------------------ run folders of other tools
+
+@pytest.mark.parametrize("text, values", [
+    ('{"a": 1}{"a": 2}', [{"a": 1}, {"a": 2}]), ('{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]), ("", []), ("\n \n", []),
+    ('{"a": 1}{"a": 2', [{"a": 1}]), ('{"a"\n{"a": 2}', [{"a": 2}]), ('{"a": 1}x{"b": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),
+    ('\ufeff{"a": 1}\n[2]', [[2]]), ("[" * 100_000 + '\n{"a": 2}', [{"a": 2}]),
+])
+def test_values_are_read_whether_or_not_a_line_break_stands_between(tmp_path, text, values):
+    (tmp_path / "f").write_text(text, encoding="utf-8")
+    assert pitboss.read_joined(str(tmp_path / "f")) == values
+    assert pitboss.read_joined(str(tmp_path / "missing")) == []
+
+
+@pytest.mark.parametrize("names, foreign", [
+    ((), False), (("lock",), False), (("meta.json",), True), (("summary.jsonl",), True), (("tasks",), True),
+    (("meta.json", "journal.jsonl"), False), (("meta.json", "self"), False), (("notes.txt",), False),
+])
+def test_a_folder_of_another_tool_has_neither_journal_nor_pinned_code(run_dir, names, foreign):
+    for name in names:
+        (run_dir / name).touch()
+    assert pitboss.is_foreign(str(run_dir)) == foreign
+    with pytest.raises(pitboss.Refused):
+        pitboss.check_whole(str(run_dir))
+
+
+def test_what_is_no_part_of_a_run_is_seen(run_dir):
+    for name in ("journal.jsonl", "meta.json", "control.sock", "journal.jsonl.123.new", "notes.txt", "lock2"):
+        (run_dir / name).touch()
+    assert pitboss.strange_entries(str(run_dir)) == ["lock2", "notes.txt"]
+
+
+def test_a_removed_run_is_out_of_sight_at_once_and_then_gone(run_dir, monkeypatch):
+    import shutil
+
+    run = run_dir / "019d9900-aaaa-7000-8000-000000000001"
+    (run / "tasks").mkdir(parents=True)
+    monkeypatch.setattr(shutil, "rmtree", fail_with(errno.EACCES))
+    with pytest.raises(PermissionError):
+        pitboss.remove_run(str(run))
+    assert pitboss.list_runs(str(run_dir)) == [] and len(os.listdir(run_dir)) == 1
+    monkeypatch.undo()
+    run.mkdir()
+    with pytest.raises(OSError):                 # what an earlier removal left is in the way
+        (run_dir / f"{pitboss.GONE}{run.name}" / "x").touch()
+        pitboss.remove_run(str(run))
+    shutil.rmtree(run_dir / f"{pitboss.GONE}{run.name}")
+    pitboss.remove_run(str(run))
+    assert os.listdir(run_dir) == []

@@ -421,6 +421,26 @@ def test_agents_are_started_without_their_prompt_in_sight():
     assert all(f"`{name}`" in known for name in pitboss.AGENTS)
 
 
+# ------------------------------------------------------------------ RUN: records
+
+def test_record_keys_are_those_of_every_record():
+    events = [{"seq": 1, "at": 1.0, "kind": "run_opened", "run_id": "r", "name": "n", "mode": "flat", "max_parallel": 1},
+              {"seq": 2, "at": 2.0, "kind": "actor_added", "actor": "a", "role": "task", "agent": "demo", "model": "m",
+               "directory": "/", "use_worktree": False, "timeout_s": 1.0, "branch": None}]
+    run = pitboss.fold(events)
+    record = pitboss.record_of(run, run.actors["a"], "log")
+    assert set(record) == set(pitboss.RECORD_KEYS)
+    assert pitboss.read_record(record) == record
+    empty = pitboss.read_record({"task_id": "a"})
+    assert set(empty) == set(record) and set(empty["token_usage"]) == set(record["token_usage"])
+    for key in pitboss.RECORD_KEYS:
+        odd = pitboss.read_record({"task_id": "a", key: object()})
+        assert odd is None if key == "task_id" else odd[key] == empty[key]
+    assert pitboss.read_record({"task_id": "a", "cost_usd": float("nan")})["cost_usd"] is None
+    for value in (None, 5, "x", [], {}, {"task_id": ""}):
+        assert pitboss.read_record(value) is None
+
+
 # ------------------------------------------------------------------ VIEWS, DEMO, COMMANDS
 
 LOG_SAMPLES = {

@@ -28,6 +28,18 @@ def test_durations(seconds, shown):
     assert pitboss.render_duration(seconds) == shown
 
 
+@pytest.mark.parametrize("text, seconds", [
+    ("0s", 0), ("30s", 30), ("90m", 5400), ("24h", 86400), ("7d", 604800), ("2w", 1209600), ("1d12h", 129600), ("0.5h", 1800)])
+def test_durations_are_read(text, seconds):
+    assert pitboss.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "4", "h", "-1h", "1 h", "1h ", "1e3s", "nan", "inf", "1H", "٣h", "1.h", "1..5h", "9" * 400 + "d"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match="24h"):
+        pitboss.parse_duration(text)
+
+
 @pytest.mark.parametrize("count, shown", [
     (0, "0"), (950, "950"), (999, "999"), (1000, "1.0k"), (12_300, "12.3k"), (4_500_000, "4.5M")])
 def test_tokens(count, shown):
