@@ -3717,7 +3717,7 @@ def find_run(runs_dir: str, prefix: str) -> str:
 RUN_ENTRIES = ("manifest.snapshot.toml", "resolved.json", "meta.json", "journal.jsonl", "journal.torn",
                "lock", "reserve", "summary.json", "summary.jsonl", "events.jsonl", "shared-store.json",
                "sockets.json", "sockets.log", "notifications.jsonl", "self", "tasks", "blobs", "worktrees",
-               "approvals", "wishes", "*.sock", "pitboss-bug-*.txt", "*.new")
+               "approvals", "*.sock", "pitboss-bug-*.txt", "*.new")
 GONE = ".gone-"            # what a run folder's name begins with while it is being removed
 
 
@@ -6658,13 +6658,13 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """INT and TERM drain, then cancel, then kill; USR1: there are wishes; HUP changes nothing."""
+        """INT and TERM drain, then cancel, then kill; HUP changes nothing."""
         import signal
 
         loop = asyncio.get_running_loop()
         wanted = {signal.SIGINT: lambda: self.guard(self.on_signal, "INT"),
                   signal.SIGTERM: lambda: self.guard(self.on_signal, "TERM"),
-                  signal.SIGUSR1: lambda: self.guard(self.take_wishes), signal.SIGHUP: lambda: None}
+                  signal.SIGHUP: lambda: None}
         for number, handler in wanted.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -6700,20 +6700,6 @@ class Dispatcher:
             self.record("cancelled", why="signal", signal=name, done=self.done_hands())
         else:
             self.kill_everything()
-
-    def take_wishes(self) -> None:
-        """Do what operators asked for: each wish is a file in RUN/wishes, and gone when it was taken up."""
-        folder = os.path.join(self.run_dir, "wishes")
-        try:
-            names = sorted(n for n in os.listdir(folder) if n.endswith(".json"))
-        except OSError:
-            return
-        for name in names:
-            wish = read_json(os.path.join(folder, name))
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, name))
-            if isinstance(wish, dict):
-                self.cancel(wish.get("actor"), str(wish.get("reason") or ""))
 
     def cancel(self, actor: str | None, reason: str) -> None:
         """An operator cancels one actor, or with None the run; what has ended already stays as it is."""
@@ -6767,7 +6753,6 @@ class Dispatcher:
                         self.look_at(live, now, late)
                 if os.fstat(self.journal.fd).st_nlink == 0:
                     return await self.abandon()
-                self.take_wishes()
             except EnvironmentFault as e:
                 return self.give_up(e)
             self.reap_orphans()
@@ -7629,9 +7614,6 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
-    import signal
-
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)      # until the loop listens; wishes are looked for anyway
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw, doors=doors)
@@ -8374,7 +8356,6 @@ LOG_MARKS = {
 
 MAX_WORDS = 64 << 10       # characters of one line of a log that are shown
 
-STATE_WORDS = {"waiting": "Pending", "placing": "Pending", "dealing": "Pending"}      # the rest is Running
 
 
 def paint(text: str, colour: str, on: bool) -> str:
@@ -8437,7 +8418,7 @@ def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
     """The record of an actor as `status` shows it: unsettled ones have no status and a `state`."""
     record = record_of(run, actor, log_path)
     if actor.state != "settled":
-        record = {**record, "status": None, "state": STATE_WORDS.get(actor.state, "Running")}
+        record = {**record, "status": None, "state": STATES[actor.state].tool}
     return record
 
 
@@ -9416,8 +9397,15 @@ def cmd_validate(options: Any) -> str:
             say_error(f"pitboss: note: agent {name}: {row.limits}")
     counts = f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
     if options.json:
+        house = {"lead": manifest.tasks[0].id, "max_workers": manifest.rules.max_workers,
+                 "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s}
         print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks),
-                          "max_parallel": manifest.rules.max_parallel}))
+                          "max_parallel": manifest.rules.max_parallel,
+                          **(house if manifest.mode == "hierarchical" else {})}))
+    elif manifest.mode == "hierarchical":
+        lead = manifest.tasks[0]
+        print(f"OK: hierarchical, 1 lead ({lead.id}), max_workers={manifest.rules.max_workers}, budget_usd="
+              f"{manifest.rules.budget_usd:g}, lead_timeout_secs={lead.timeout_s}")
     else:
         print(f"OK: {manifest.mode}, {counts}, max_parallel={manifest.rules.max_parallel}")
     return "ok"
@@ -9661,10 +9649,11 @@ def check_free(path: str | None) -> None:
                       hint="wait for that run, or cancel it")
 
 
+CONNECT_S, NO_WAIT_S = 5.0, 0.5     # until a dispatcher must answer; for a refusal, where nobody waits
+
+
 def cmd_cancel(options: Any) -> str:
     """Stop one actor, or every agent of a run; a run whose dispatcher died is taken over for that."""
-    import signal
-
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     run_id = os.path.basename(run_dir)
     if not is_locked(run_dir):
@@ -9686,20 +9675,96 @@ def cmd_cancel(options: Any) -> str:
                       hint="cancel it there")
     if options.actor:
         find_actor(run_dir, options.actor)
-    folder = os.path.join(run_dir, "wishes")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    os.umask(0o077)
-    write_json(os.path.join(folder, f"{time.time_ns()}.json"), {"actor": options.actor,
-                                                                "reason": options.reason},
-               make_mask([os.environ]))
-    send_signal(holder["pid"], holder["start"], signal.SIGUSR1)
-    what = options.actor or f"run {run_id}"
+    if options.actor:
+        ask_dispatcher(run_dir, "cancel_worker", task_id=options.actor, reason=options.reason)
+    else:
+        ask_dispatcher(run_dir, "cancel_run", reason=options.reason)
     while not options.no_wait and is_locked(run_dir) and is_living_holder(holder):
         if options.actor and fold_run(run_dir).actors[options.actor].state == "settled":
             break
         time.sleep(0.1)
-    say_error(f"pitboss: {what} is {'being ' if options.no_wait else ''}cancelled")
+    what = options.actor or f"run {run_id}"
+    return tell_done(options, f"{what} is {'being ' if options.no_wait else ''}cancelled",
+                     {"event": "op_acked"})
+
+
+def ask_dispatcher(run_dir: str, op: str, wait: bool = True, **fields: Any) -> dict:
+    """Ask a run's dispatcher to do something; its answer, once that has happened.
+
+    Without `wait` only a refusal that comes at once is waited for.  Raises Refused: it said no, or it died.
+    """
+    import socket
+
+    run_id, patience = os.path.basename(run_dir), time.monotonic() + CONNECT_S
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        while True:
+            if not is_locked(run_dir):
+                raise Refused(f"the dispatcher of run {run_id} died",
+                              hint=f"pitboss resume {run_id}, or cancel " "the whole run")
+            try:
+                client.connect((read_sockets(run_dir) or {}).get("control",
+                                                                 os.path.join(run_dir, "control.sock")))
+                break
+            except OSError as e:
+                if time.monotonic() > patience:
+                    raise Refused(f"the dispatcher of run {run_id} does not answer: {e.strerror}",
+                                  hint=f"pitboss status {run_id}") from None
+                time.sleep(0.05)
+        message = {"op": op, "id": 1, **{k: v for k, v in fields.items() if v is not None}}
+        client.sendall(b'{"op": "hello", "client_version": "%b"}\n' % VERSION.encode()
+                       + json.dumps(message).encode() + b"\n")
+        client.settimeout(None if wait else NO_WAIT_S)
+        try:
+            answer = next((m for m in map(json.loads, client.makefile("rb")) if m.get("id") == 1), None)
+        except TimeoutError:
+            return {"event": "op_sent", "op": op}
+        except (OSError, ValueError):
+            answer = None
+    if answer is None:
+        raise Refused(f"the dispatcher of run {run_id} ended before it answered",
+                      hint=f"pitboss status {run_id}")
+    if answer["event"] not in ("op_acked", "workers_snapshot"):
+        raise Refused(answer.get("error") or f"{op}: {answer['event']}")
+    return answer
+
+
+def tell_done(options: Any, words: str, answer: dict) -> str:
+    """Say that an operator's wish was carried out."""
+    if options.json:
+        print(json.dumps({"ok": True, **{k: v for k, v in answer.items() if k not in ("event", "op", "id")}}))
+    else:
+        say_error(f"pitboss: {words}")
     return "ok"
+
+
+def find_living(options: Any) -> str:
+    """The folder of the run that an operator's command names, and its actor is one of the run's."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    check_readable(run_dir)
+    check_whole(run_dir)
+    find_actor(run_dir, options.actor)
+    return run_dir
+
+
+def cmd_pause(options: Any) -> str:
+    """Let an actor rest until it is continued: its session is kept, or --freeze stops it where it stands."""
+    answer = ask_dispatcher(find_living(options), "pause_worker", not options.no_wait, task_id=options.actor,
+                            mode="freeze" if options.freeze else "cancel")
+    return tell_done(options, f"{options.actor} is {'frozen' if options.freeze else 'paused'}", answer)
+
+
+def cmd_continue(options: Any) -> str:
+    """Let a paused or frozen actor go on."""
+    answer = ask_dispatcher(find_living(options), "continue_worker", not options.no_wait,
+                            task_id=options.actor, prompt=options.prompt)
+    return tell_done(options, f"{options.actor} goes on", answer)
+
+
+def cmd_reprompt(options: Any) -> str:
+    """Interrupt what an actor does and tell it something, in its session."""
+    answer = ask_dispatcher(find_living(options), "reprompt_worker", not options.no_wait,
+                            task_id=options.actor, prompt=options.text)
+    return tell_done(options, f"{options.actor} was told ({answer.get('delivery', 'on its way')})", answer)
 
 
 def find_actor(run_dir: str, name: str) -> Actor:
@@ -11290,6 +11355,9 @@ ALWAYS_FLAGS = (
     (("-V", "--version"), {"action": "store_true", "help": "print the version"}),
 )
 
+_ACTOR = (("actor",), {"metavar": "ACTOR", "help": "the id of one of its actors"})
+_NO_WAIT = (("--no-wait",), {"action": "store_true", "help": "do not wait until it has happened"})
+
 COMMANDS = {c.name: c for c in (
     Cli("validate", cmd_validate, "MANIFEST", (_MANIFEST, _JSON),
         "check a manifest without starting anything", "validate fix.toml"),
@@ -11307,10 +11375,22 @@ COMMANDS = {c.name: c for c in (
         "continue a run whose dispatcher died, or deal a finished one again", "resume 0192f3"),
     Cli("cancel", cmd_cancel, "RUN [ACTOR]", (
         _RUN, (("actor",), {"metavar": "ACTOR", "nargs": "?", "help": "only this one"}), _RUNS_DIR, _QUIET,
-        _VERBOSE,
+        _VERBOSE, _JSON,
         (("--reason",), {"metavar": "TEXT", "help": "why; it goes into the records"}),
         (("--no-wait",), {"action": "store_true", "help": "do not wait until every agent is gone"})),
         "stop one actor, or every agent of a run and settle it", "cancel 0192f3 --reason 'wrong branch'"),
+    Cli("pause", cmd_pause, "RUN ACTOR", (
+        _RUN, _ACTOR, _RUNS_DIR, _JSON, _NO_WAIT,
+        (("--freeze",), {"action": "store_true", "help": "stop its processes where they stand (SIGSTOP)"})),
+        "let an actor rest until it is continued", "pause 0192f3 worker-1"),
+    Cli("continue", cmd_continue, "RUN ACTOR", (
+        _RUN, _ACTOR, _RUNS_DIR, _JSON, _NO_WAIT,
+        (("--prompt",), {"metavar": "TEXT", "help": "what it is told"})),
+        "let a paused or frozen actor go on", "continue 0192f3 worker-1"),
+    Cli("reprompt", cmd_reprompt, "RUN ACTOR TEXT", (
+        _RUN, _ACTOR, (("text",), {"metavar": "TEXT", "help": "what it is told"}), _RUNS_DIR, _JSON,
+        _NO_WAIT),
+        "interrupt an actor and tell it something else", "reprompt 0192f3 worker-1 'use the old parser'"),
     Cli("status", cmd_status, "RUN", (
         _RUN, _JSON, _RUNS_DIR,
         (("--rebuild",), {"action": "store_true", "help": "write summary.jsonl and summary.json anew from "
