@@ -7667,6 +7667,14 @@ def result_schema(keys: Mapping[str, str]) -> dict:
             **({} if "..." in keys else {"additionalProperties": False})}
 
 
+def arguments_schema(fields: tuple[Field, ...]) -> dict:
+    """The JSON schema of a tool's arguments, under their first spellings; the others are accepted too.
+
+    The model is not even shown a tool with allOf, anyOf or oneOf at the top of its schema (claude 2.1.197).
+    """
+    return schema_of(tuple(f._replace(also=()) for f in fields))
+
+
 class Peers(NamedTuple):
     """The actors of a layer, as SHARED asks for them."""
 
@@ -8099,7 +8107,7 @@ TOOLS = {t.name: t for t in (
 def tools_of(role: str) -> list[dict]:
     """The tools that a role may use, as tools/list shows them."""
     return [{"name": t.name, "title": t.title, "description": t.help[0].upper() + t.help[1:] + ".",
-             "inputSchema": schema_of(t.fields), "outputSchema": result_schema(t.result),
+             "inputSchema": arguments_schema(t.fields), "outputSchema": result_schema(t.result),
              "annotations": {"title": t.title, "readOnlyHint": t.read_only}}
             for t in TOOLS.values() if role in t.roles]
 
