@@ -11,6 +11,7 @@ Street map.  Each section may name only the sections above it.
     FAILURES   exit status and log to status and reason                            [pure]
     RUN        the run's state and its one reducer: step, fold                     [pure]
     FILES      atomic write, journal, lock, paths, pinned copy of this file        [io]
+    HOUSE      sqlite: what several runs of one user share; versioned schema       [io]
     GIT        worktrees, rescue refs                                              [async]
     PROCESS    shim, adoption, signals, process trees, log tail                    [async]
     AGENTS     adapter table: argv, environment, input, resume                     [pure]
@@ -30,6 +31,7 @@ Where do I add ...
     a command           one handler and one row in COMMANDS
     a completed value   one row in TYPED, under the metavar of the argument
     a shell             one script and one row in SHELLS
+    a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
 """
 from __future__ import annotations
@@ -169,12 +171,33 @@ class State(NamedTuple):
 STATES = {s.name: s for s in (
     #     name        live   meaning
     State("waiting",  False, "no free slot yet"),
+    State("held",     False, "its next hand waits until its provider takes requests again"),
     State("placing",  True,  "its worktree is being made"),
     State("dealing",  True,  "a hand of it is about to start"),
     State("running",  True,  "its process is alive"),
     State("stopping", True,  "its process is being stopped"),
     State("closing",  False, "it has ended; leftovers and its worktree are being dealt with"),
     State("settled",  False, "its record is final"),
+)}
+
+class HoldKind(NamedTuple):
+    """One reason why hands of an account do not start."""
+
+    name: str
+    starts: int                # hands of the account that may live at once and still be started
+    final: bool                # it does not end while this dispatcher lives
+    words: str                 # for people
+    meaning: str
+
+
+HOLDS = {h.name: h for h in (
+    #        name    starts  final  words                  meaning
+    HoldKind("limit", 0,     False, "api rate-limited",    "until a moment that the provider told, or a "
+                                                           "back-off"),
+    HoldKind("auth",  0,     True,  "api auth failed",     "the credentials were refused: what has not "
+                                                           "started never does"),
+    HoldKind("probe", 1,     False, "one hand at a time",  "until one is answered: nobody knows whether the "
+                                                           "provider takes requests again"),
 )}
 
 FAILURE_KINDS = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument",
@@ -185,6 +208,10 @@ MAX_LOST_HANDS = 3        # hands that vanished without a trace, before an actor
 LINGER_S = 10.0           # from the close of an agent's input, or its result, to its exit
 INTERRUPT_S, TERMINATE_S, KILL_S = 2.0, 3.0, 10.0      # the steps of the stop ladder
 USAGE_EVERY_S = 5.0       # at most one usage event of a hand in that time
+BACKOFF_S, MAX_BACKOFF_S = 5.0, 900.0      # the first and the longest hold where no end of a limit is told
+MAX_TOLD_S = 14 * 86400.0 # a limit that is said to end later than that is taken as one without an end
+MAX_BLIND_HOLDS = 20      # of one actor in a row, without an answer and without a told end: about 3 hours
+AUTH_KEPT_S = 3600.0      # how long refused credentials of one run make the others careful
 
 
 # ======================================================================================
@@ -1350,6 +1377,7 @@ class Talk:
         self.result: dict | None = None         # the last one
         self.error = ""               # code of the last synthetic message: the machine-readable reason
         self.resets_at: float | None = None     # when a usage limit ends, unix seconds
+        self.answered = False         # the provider took a request of this hand
         self.retries = 0              # requests that the agent repeats by itself
         self.text = ""                # last text of the main conversation
         self.lines: list[str] = []    # of a program that prints text: the last ones
@@ -1471,8 +1499,12 @@ def read_usage(usage: dict) -> tuple[int, int, int]:
 
 
 def _fold_limit(talk: Talk, event: dict) -> None:
-    resets_at = read_number((event.get("rate_limit_info") or {}).get("resetsAt"))
-    if resets_at is not None and resets_at <= MAX_MOMENT:
+    """A limit is one that rejects: what is still allowed tells when its window ends, too."""
+    info = event.get("rate_limit_info") or {}
+    resets_at = read_number(info.get("resetsAt"))
+    if info.get("status", "rejected") != "rejected":
+        talk.resets_at = None
+    elif resets_at is not None and resets_at <= MAX_MOMENT:
         talk.resets_at = resets_at
 
 
@@ -1490,6 +1522,7 @@ def _fold_message(talk: Talk, event: dict) -> None:
     if message.get("model") == "<synthetic>":
         talk.error = str(event.get("error") or "")
         return
+    talk.answered = True
     said, own = 0, event.get("parent_tool_use_id") is None
     for block in message.get("content") or ():
         kind = block.get("type")
@@ -1720,6 +1753,7 @@ class Actor(NamedTuple):
     prompt_preview: str = ""
     format: str = "claude"
     resumes: bool = True           # its agent can go on in a session
+    account: str = ""              # whose limits and credentials its hands share; empty: nobody's
     session_id: str = ""
     # of the run that this one resumes: {path, branch, base, repo, rescue_ref, made}
     former: dict | None = None
@@ -1732,6 +1766,7 @@ class Actor(NamedTuple):
     hands: int = 0                 # how many were started
     lost: int = 0                  # hands that vanished and were dealt again
     afresh: bool = False           # a hand that never began was dealt again once
+    blind: int = 0                 # holds in a row that no answer and no told end came between
     handle: dict | None = None     # of the living process; opaque outside PROCESS
     hand_at: float = 0.0           # when this hand started
     log_at: int = 0                # size of its log then, bytes
@@ -1753,6 +1788,18 @@ class Actor(NamedTuple):
     closed: dict | None = None     # {path, rescue_ref, kept, restore, leftovers}
 
 
+class Hold(NamedTuple):
+    """Why hands of an account do not start."""
+
+    account: str
+    kind: str                      # a key of HOLDS
+    since: float
+    until: float | None = None     # unix seconds; None: no moment ends it
+    told: bool = False             # that moment is the provider's own
+    tries: int = 0                 # limits of the account in a row, without an answer between them
+    run: str = ""                  # the run that met it; empty: this one
+
+
 class RunState:
     """The tables of a run.  Only the handlers of EVENTS change them."""
 
@@ -1762,7 +1809,12 @@ class RunState:
         self.facts: dict = {}                     # of run_opened: what does not change
         self.actors: dict[str, Actor] = {}        # in the order they were added
         self.waiting: dict[str, None] = {}        # an ordered set
+        self.held: dict[str, None] = {}           # the same, of those that had a slot and are held
         self.live = 0                             # actors that hold a slot
+        self.live_by: dict[str, int] = {}         # the same for each account
+        self.holds: dict[str, Hold] = {}          # by account
+        self.tries: dict[str, int] = {}           # limits in a row of an account
+        self.cleared: dict[str, float] = {}       # when an account was last seen to be well
         self.closing = 0                          # actors that have ended and are not settled
         self.failed = 0                           # settled or closing ones that are not Success
         self.settled: list[str] = []              # in the order in which their records became final
@@ -1825,12 +1877,26 @@ def on_actor_added(run: RunState, event: dict) -> None:
     facts = {k: v for k, v in event.items() if k in Actor._fields}
     run.actors[event["actor"]] = Actor(id=event["actor"], **facts)
     run.waiting[event["actor"]] = None
+    if may_start(run, run.actors[event["actor"]].account):
+        fill_slots(run)
+
+
+def on_account_changed(run: RunState, event: dict) -> None:
+    """An actor's next hand has other credentials than its last."""
+    old = run.actors[event["actor"]]
+    live = STATES[old.state].live
+    count_live(run, old.account, -live)
+    change(run, old.id, account=event["account"])
+    count_live(run, event["account"], live)
     fill_slots(run)
 
 
 def on_dispatcher_started(run: RunState, event: dict) -> None:
-    """A dispatcher took the run over: a drain of the one before is lifted."""
+    """A dispatcher took the run over: a drain is lifted, and refused credentials are tried again."""
     run.draining = run.signal = ""
+    for hold in list(run.holds.values()):
+        if HOLDS[hold.kind].final:
+            run.holds[hold.account] = hold._replace(kind="probe", since=event["at"])
     fill_slots(run)
     finish_when_done(run)
 
@@ -1842,7 +1908,7 @@ def on_placed(run: RunState, event: dict) -> None:
     if actor.stop:
         end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
     else:
-        owe(run, "deal", actor.id)
+        deal_or_park(run, actor, event["at"])
 
 
 def on_place_failed(run: RunState, event: dict) -> None:
@@ -1863,7 +1929,14 @@ def on_hand_dealt(run: RunState, event: dict) -> None:
 def on_hand_voided(run: RunState, event: dict) -> None:
     """A hand that was dealt never started and never will: its number is fenced off."""
     run.owed.pop(("spawn", event["actor"]), None)
-    owe(run, "deal", event["actor"])
+    deal_or_park(run, run.actors[event["actor"]], event["at"])
+
+
+def on_hand_held(run: RunState, event: dict) -> None:
+    """A hold began before a hand had started: it will be dealt anew."""
+    for verb in ("deal", "spawn"):
+        run.owed.pop((verb, event["actor"]), None)
+    park(run, event["actor"], event["at"])
 
 
 def on_hand_started(run: RunState, event: dict) -> None:
@@ -1902,9 +1975,10 @@ def on_stop_decided(run: RunState, event: dict) -> None:
     """An actor is to be stopped, wherever it stands."""
     actor = change(run, event["actor"], stop=event["why"], stop_reason=event.get("reason", ""),
                    stop_done=event.get("done", False))
-    if actor.state == "waiting":
+    if actor.state in ("waiting", "held"):
         run.waiting.pop(actor.id, None)
-        run.live += 1            # end_actor gives back what it never had
+        run.held.pop(actor.id, None)
+        count_live(run, actor.account, 1)            # end_actor gives back what it never had
         end_actor(run, actor.id, "Cancelled", event["at"], reason=stop_reason(actor))
     elif actor.state == "running":
         change(run, actor.id, state="stopping")
@@ -1923,11 +1997,13 @@ def on_hand_ended(run: RunState, event: dict) -> None:
            session_id=event.get("session_id") or actor.session_id,
            final=event["final"] if event.get("final") is not None else actor.final)
     again = event.get("again")
+    if event.get("status") == "Success":
+        run.tries.pop(actor.account, None)
     if again:
-        change(run, actor.id, state="dealing", how=again, stop="", stop_done=False,
-               lost=actor.lost + (event["cause"] == "lost"),
-               afresh=actor.afresh or event["cause"] == "unbegun")
-        owe(run, "deal", actor.id)
+        new = change(run, actor.id, state="dealing", how=again, stop="", stop_done=False,
+                     lost=actor.lost + (event["cause"] == "lost"), blind=event.get("blind", actor.blind),
+                     afresh=actor.afresh or event["cause"] == "unbegun", reason=event.get("reason"))
+        deal_or_park(run, new, event["at"])
     else:
         end_actor(run, actor.id, event["status"], event["at"], reason=event.get("reason"))
 
@@ -1945,6 +2021,7 @@ def on_closed(run: RunState, event: dict) -> None:
 def on_drained(run: RunState, event: dict) -> None:
     """Nothing new starts from now on."""
     run.draining, run.signal = event["why"], run.signal or event.get("signal", "")
+    drop_held(run, event["at"])
     finish_when_done(run)
 
 
@@ -1958,7 +2035,35 @@ def on_cancelled(run: RunState, event: dict) -> None:
             if actor.state == "running":
                 change(run, actor.id, state="stopping")
                 owe(run, "stop", actor.id)
+    for name in run.held:
+        change(run, name, stop="cancel", stop_reason=event.get("reason", ""))
+    drop_held(run, event["at"])
     finish_when_done(run)
+
+
+def on_hold_began(run: RunState, event: dict) -> None:
+    """Hands of an account do not start; what can never start is at its end."""
+    hold = Hold(event["account"], event["hold"], event["at"], event.get("until"), event.get("told", False),
+                event.get("tries", 0), event.get("run", ""))
+    run.holds[hold.account] = hold
+    if hold.tries:
+        run.tries[hold.account] = hold.tries
+    drop_held(run, event["at"])
+    fill_slots(run)
+    finish_when_done(run)
+
+
+def on_hold_ended(run: RunState, event: dict) -> None:
+    """Hands of an account may start again."""
+    run.holds.pop(event["account"], None)
+    if event["why"] == "answered":
+        run.cleared[event["account"]] = event["at"]
+        run.tries.pop(event["account"], None)
+    fill_slots(run)
+
+
+def on_house_lost(run: RunState, event: dict) -> None:
+    """What other runs know cannot be read or told; the run goes on with its own knowledge."""
 
 
 def on_run_finished(run: RunState, event: dict) -> None:
@@ -1978,12 +2083,14 @@ EVENTS = {
     #  kind                         handler                durable
     "run_opened":         EventKind(on_run_opened,         True),
     "actor_added":        EventKind(on_actor_added),
+    "account_changed":    EventKind(on_account_changed),
     "dispatcher_started": EventKind(on_dispatcher_started),
     "placed":             EventKind(on_placed),
     "place_failed":       EventKind(on_place_failed,       True),
     "hand_dealt":         EventKind(on_hand_dealt),
     "hand_voided":        EventKind(on_hand_voided),
     "hand_skipped":       EventKind(on_hand_skipped,       True),
+    "hand_held":          EventKind(on_hand_held),
     "hand_started":       EventKind(on_hand_started),
     "spawn_failed":       EventKind(on_spawn_failed,       True),
     "usage":              EventKind(on_usage),
@@ -1992,21 +2099,85 @@ EVENTS = {
     "closed":             EventKind(on_closed),
     "drained":            EventKind(on_drained),
     "cancelled":          EventKind(on_cancelled),
+    "hold_began":         EventKind(on_hold_began),
+    "hold_ended":         EventKind(on_hold_ended),
+    "house_lost":         EventKind(on_house_lost),
     "run_finished":       EventKind(on_run_finished,       True),
 }
 
 
+def count_live(run: RunState, account: str, by: int) -> None:
+    """An actor of an account takes a slot (1) or gives it back (-1)."""
+    run.live += by
+    if account:
+        run.live_by[account] = run.live_by.get(account, 0) + by
+
+
+def may_start(run: RunState, account: str, own: int = 0) -> bool:
+    """Whether a hand of an account may start; `own` of its slots belong to the one that asks."""
+    hold = run.holds.get(account)
+    return hold is None or run.live_by.get(account, 0) - own < HOLDS[hold.kind].starts
+
+
+def never_starts(run: RunState, account: str) -> bool:
+    """Whether no hand of an account starts any more while this dispatcher lives; no space is not an end."""
+    hold = run.holds.get(account)
+    at_end = run.halted or run.cancelled or run.draining not in ("", "no_space")
+    return bool(at_end) or (hold is not None and HOLDS[hold.kind].final)
+
+
+def next_actor(run: RunState) -> str:
+    """Who gets the next free slot: the longest held, then the one that waits longest; empty: nobody may."""
+    if run.draining or run.halted or run.cancelled:
+        return ""
+    if not run.holds:
+        return next(iter(run.held), "") or next(iter(run.waiting), "")
+    return next((a for line in (run.held, run.waiting) for a in line
+                 if may_start(run, run.actors[a].account)), "")
+
+
 def fill_slots(run: RunState) -> None:
-    """Give each free slot to the actor that waits longest."""
+    """Give each free slot to the next actor."""
     limit = run.facts.get("max_parallel", 0)
-    while run.waiting and run.live < limit and not (run.draining or run.halted or run.cancelled):
-        actor = run.actors[next(iter(run.waiting))]
-        del run.waiting[actor.id]
-        run.live += 1
+    while run.live < limit and (name := next_actor(run)):
+        actor = run.actors[name]
+        for line in (run.held, run.waiting):
+            line.pop(name, None)
+        count_live(run, actor.account, 1)
         verb = "place" if actor.use_worktree and actor.place is None else "deal"
-        change(run, actor.id, state="placing" if verb == "place" else "dealing")
+        change(run, actor.id, state="placing" if verb == "place" else "dealing", reason=None)
         run.owed.pop(("finish", ""), None)
         owe(run, verb, actor.id)
+
+
+def deal_or_park(run: RunState, actor: Actor, at: float) -> None:
+    """Owe an actor's next hand; where its account is held it gives its slot to another one."""
+    if actor.stop or may_start(run, actor.account, own=1):
+        owe(run, "deal", actor.id)
+    else:
+        park(run, actor.id, at)
+
+
+def park(run: RunState, name: str, at: float) -> None:
+    """An actor that is held gives its slot back, and will be the first to get one."""
+    actor = change(run, name, state="held")
+    run.held[name] = None
+    count_live(run, actor.account, -1)
+    drop_held(run, at)
+    fill_slots(run)
+
+
+def drop_held(run: RunState, at: float) -> None:
+    """End the held ones whose next hand will never start: each has work, so each gets a record."""
+    for name in list(run.held):
+        actor = run.actors[name]
+        if name in run.held and never_starts(run, actor.account):
+            del run.held[name]
+            count_live(run, actor.account, 1)            # end_actor gives back what it does not have
+            began = actor.hands and not run.cancelled
+            unstarted = {"kind": "unknown", "message": "its provider was held, and nothing more starts"}
+            end_actor(run, name, "Failed" if began else "Cancelled", at,
+                      reason=stop_reason(actor) if run.cancelled else actor.reason or unstarted)
 
 
 def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | None = None) -> None:
@@ -2014,12 +2185,14 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
     old = run.actors[actor]
     change(run, actor, state="closing", status=status, reason=reason, ended_at=at,
            started_at=at if old.started_at is None else old.started_at)
-    run.live -= 1
+    count_live(run, old.account, -1)
     run.closing += 1
     if not STATUSES[status].good:
         run.failed += 1
         run.halted = run.halted or bool(run.facts.get("halt_on_failure"))
     owe(run, "close", actor)
+    if run.halted:
+        drop_held(run, at)
     fill_slots(run)
 
 
@@ -2028,8 +2201,9 @@ def finish_when_done(run: RunState) -> None:
 
     A run that drained for want of room is not at its end: it is resumed.
     """
-    may_start = run.waiting and not (run.draining or run.halted or run.cancelled)
-    at_work = run.live or run.closing or may_start
+    may_come = not run.draining and any(not never_starts(run, run.actors[a].account)
+                                        for line in (run.held, run.waiting) for a in line)
+    at_work = run.live or run.closing or may_come
     if not at_work and run.finished_at is None and run.draining != "no_space":
         owe(run, "finish")
 
@@ -2039,10 +2213,11 @@ def stop_reason(actor: Actor) -> dict | None:
     return {"kind": "unknown", "message": actor.stop_reason} if actor.stop_reason else None
 
 
-def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
+def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> dict:
     """What the end of a hand means: the facts of its `hand_ended` event beyond the measured ones.
 
-    Either `again` (how the next hand goes) with its `cause`, or `status` and `reason`.
+    Either `again` (how the next hand goes) with its `cause`, or `status` and `reason`.  `now`, unix seconds,
+    tells whether the end of a limit lies ahead.
     """
     form = actor.format
     was_done = actor.stop_done and FORMATS[form].results
@@ -2061,6 +2236,8 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
         return {"status": "Success", "reason": None}
     if actor.stop and actor.stop != "linger":       # no other hand for an actor that was stopped
         return {"status": "Failed", "reason": find_reason(talk, end)}
+    if limit := decide_again_after_limit(actor, talk, end, now):
+        return limit
     errors = " ".join((talk.result or {}).get("errors") or ()) + end.stderr
     unknown_session = "No conversation found" in errors or "is already in use" in errors
     silent = not talk.began and talk.result is None
@@ -2076,6 +2253,86 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
         again = "again" if silent and actor.how == "again" else "resume"
         return {"again": again if actor.resumes else "prompt", "cause": "lost"}
     return {"status": "Failed", "reason": find_reason(talk, end)}
+
+
+def decide_again_after_limit(actor: Actor, talk: Talk, end: Ending, now: float) -> dict | None:
+    """How a hand that met a limit is dealt again, which no failure is; None where that was not its end.
+
+    While the provider tells when a limit ends, or answers between two of them, there is no end to it.
+    """
+    reason = find_reason(talk, end)
+    blind = 0 if talk.answered or is_told(talk.resets_at, now) else actor.blind + 1
+    if reason["kind"] != "rate_limit" or not actor.account or blind > MAX_BLIND_HOLDS:
+        return None
+    unheard = not talk.answered and actor.how == "again"       # that prompt is not in the session yet
+    again = ("again" if unheard else "resume") if actor.resumes else "prompt"
+    return {"again": again, "cause": "limit", "blind": blind, "reason": reason}
+
+
+def is_told(until: float | None, now: float) -> bool:
+    """Whether a moment that a provider tells can be the end of a limit."""
+    return until is not None and now < until <= now + MAX_TOLD_S
+
+
+def decide_hold(run: RunState, actor: Actor, talk: Talk, reason: dict | None, now: float,
+                jitter: float) -> dict | None:
+    """The facts of the `hold_began` that the end of a hand calls for; None: none, or one stands already.
+
+    `jitter`, from 0 to 1, keeps runs from coming back at the same moment.
+    """
+    kind, old = (reason or {}).get("kind"), run.holds.get(actor.account)
+    if not actor.account or kind not in ("rate_limit", "auth_failure") or (old and HOLDS[old.kind].final):
+        return None
+    if kind == "auth_failure":
+        return {"account": actor.account, "hold": "auth", "actor": actor.id}
+    standing = old is not None and old.kind == "limit"
+    tries = old.tries if standing else 1 if talk.answered else run.tries.get(actor.account, 0) + 1
+    told = is_told(talk.resets_at, now)
+    # a provider that tells end after end, and answers nothing between, is not asked at each of them
+    tries_blind = tries - 1 if told else tries
+    delay = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** (tries_blind - 1)) if tries_blind else 0.0
+    until = now + delay * (0.75 + jitter / 2)
+    until = max(until, talk.resets_at + jitter) if told else until
+    if standing and (until <= old.until + 1.0 or not told):
+        return None
+    return {"account": actor.account, "hold": "limit", "until": round(until, 3), "told": told, "tries": tries,
+            "actor": actor.id}
+
+
+def decide_told(run: RunState, health: Any, now: float) -> tuple[str, dict] | None:
+    """The event, with its facts, that another run's knowledge of an account calls for; None: nothing new.
+
+    `health` has the fields of Health in HOUSE.  Credentials that another run saw refused may have been mended
+    since, so they are tried, with one hand.
+    """
+    if health is None or health.run == run.run_id:
+        return None
+    old, facts = run.holds.get(health.account), {"account": health.account, "run": health.run}
+    if old and HOLDS[old.kind].final:
+        return None
+    news = health.since > max(old.since if old else 0.0, run.cleared.get(health.account, 0.0))
+    if health.state == "ok" and old and old.until is None and news:
+        return "hold_ended", {**facts, "why": "answered"}
+    longer = health.until is not None and is_told(health.until, now) and (
+        health.until > old.until + 1.0 if old and old.until else news)
+    if health.state == "limit" and longer:
+        return "hold_began", {**facts, "hold": "limit", "until": health.until, "told": health.told,
+                              "tries": health.tries}
+    if health.state == "auth" and old is None and news and now < health.since + AUTH_KEPT_S:
+        return "hold_began", {**facts, "hold": "probe"}
+    return None
+
+
+def decide_hold_end(hold: Hold, now: float) -> tuple[str, dict] | None:
+    """The event, with its facts, that the passing of time calls for; None: the hold stands.
+
+    After a back-off nobody knows whether the provider is well: one hand asks for all.
+    """
+    if hold.until is None or now < hold.until:
+        return None
+    if hold.told:
+        return "hold_ended", {"account": hold.account, "why": "time"}
+    return "hold_began", {"account": hold.account, "hold": "probe", "run": hold.run}
 
 
 def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -2759,6 +3016,145 @@ RUNNING_CODE: dict = {}    # `code`: of this module, when it is the program that
 def self_argv(run_dir: str) -> list[str]:
     """The command that starts the run's pinned copy of this file."""
     return [sys.executable, "-I", "-S", os.path.join(run_dir, "self", "start")]
+
+
+# ======================================================================================
+# HOUSE: sqlite: what several runs of one user share                                [io]
+# ======================================================================================
+# One small database in the data folder.  A run works without it: whatever is wrong with it is
+# a HouseFault, which is said once, and the run goes on with what it knows itself.
+# To change its shape: one more row in HOUSE_STEPS; a step that was released is never changed.
+
+HOUSE_STEPS = (
+    # the account's name tells nothing of its credentials; moments are unix seconds
+    """CREATE TABLE health (account TEXT PRIMARY KEY, state TEXT NOT NULL, since REAL NOT NULL, until REAL,
+                             told INTEGER NOT NULL, tries INTEGER NOT NULL, run TEXT NOT NULL)""",
+)
+HOUSE_PATIENCE_S = 0.1     # for a database that somebody else writes: an event loop waits meanwhile
+HOUSE_AGAIN_S = 5.0        # from one that could not be read to the next look at it
+
+
+class HouseFault(EnvironmentFault):
+    """The shared database cannot be used now; nothing was changed in it."""
+
+
+class Health(NamedTuple):
+    """What a run found out about an account: the columns of the table `health`."""
+
+    account: str
+    state: str                 # ok, or a key of HOLDS that a hand met: limit auth
+    since: float
+    until: float | None = None
+    told: bool = False
+    tries: int = 0
+    run: str = ""
+
+
+def house_path(env: Mapping[str, str]) -> str:
+    """Where the shared database is."""
+    return os.path.join(data_folder(env), "house.sqlite")
+
+
+@contextlib.contextmanager
+def open_house(path: str, write: bool) -> Iterator[Any]:
+    """A connection to the shared database, brought up to date to be written.  Raises HouseFault."""
+    import urllib.parse
+
+    try:
+        import sqlite3
+    except ImportError:
+        raise HouseFault("this Python has no sqlite3") from None
+    db = None
+    try:
+        if write:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode={'rw' if write else 'ro'}", uri=True,
+                             timeout=HOUSE_PATIENCE_S, isolation_level=None)
+        if write:
+            migrate_house(db, path)
+        else:
+            check_house_version(house_version(db), path)
+        yield db
+    except sqlite3.Error as e:
+        raise HouseFault(f"the shared database {path}: {e}") from None
+    except OSError as e:
+        raise HouseFault(f"the shared database {path}: {e.strerror or e}") from None
+    finally:
+        if db is not None:
+            db.close()
+
+
+def house_version(db: Any) -> int:
+    """How many of HOUSE_STEPS a database has seen."""
+    return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def check_house_version(version: int, path: str) -> None:
+    """Raise HouseFault for a database of a newer version."""
+    if version > len(HOUSE_STEPS):
+        raise HouseFault(f"the shared database {path} has version {version}; this pitboss knows versions "
+                         f"up to {len(HOUSE_STEPS)}")
+
+
+def migrate_house(db: Any, path: str) -> None:
+    """Bring a database forwards in one transaction.  Raises HouseFault for one of a newer version."""
+    version = house_version(db)
+    check_house_version(version, path)
+    if version == len(HOUSE_STEPS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for step_text in HOUSE_STEPS[house_version(db):]:        # somebody else may have done it just now
+            db.execute(step_text)
+        db.execute(f"PRAGMA user_version = {len(HOUSE_STEPS)}")
+        db.execute("COMMIT")
+    except BaseException:  # boundary: an open transaction is never left behind
+        db.execute("ROLLBACK")
+        raise
+
+
+def read_health(path: str) -> dict[str, Health]:
+    """What runs found out, by account; nothing where there is no database yet.  Raises HouseFault."""
+    if not os.path.exists(path):
+        return {}
+    with open_house(path, write=False) as db:
+        if not house_version(db):
+            return {}
+        rows = db.execute(f"SELECT {', '.join(Health._fields)} FROM health").fetchall()
+    found = [Health(str(a), str(state), read_number(since) or 0.0, read_number(until), bool(told),
+                    read_count(tries), str(run)) for a, state, since, until, told, tries, run in rows]
+    return {h.account: h for h in found}
+
+
+def write_health(path: str, health: Health) -> None:
+    """Tell the other runs of an account.  Raises HouseFault."""
+    places = ", ".join("?" * len(Health._fields))
+    with open_house(path, write=True) as db:
+        db.execute(f"INSERT OR REPLACE INTO health ({', '.join(Health._fields)}) VALUES ({places})", health)
+
+
+class House:
+    """The shared database as one run uses it: read when it has changed, and not at every look."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.stamp: tuple | None = None    # of the file when it was last read
+        self.again_at = -math.inf          # monotonic: not before that, after a fault
+
+    def news(self) -> dict[str, Health] | None:
+        """What it holds, when that may have changed since the last call.  Raises HouseFault."""
+        try:
+            stat = os.stat(self.path)
+            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        except OSError:
+            stamp = None
+        if stamp == self.stamp or time.monotonic() < self.again_at:
+            return None
+        self.again_at = time.monotonic() + HOUSE_AGAIN_S       # a fault leaves it so
+        health = read_health(self.path)
+        self.stamp, self.again_at = stamp, -math.inf
+        return health
 
 
 # ======================================================================================
@@ -3982,6 +4378,8 @@ class Agent(NamedTuple):
     interrupt: str             # a line that interrupts a turn; empty: SIGINT
     version: tuple             # arguments that print its version; empty: it is not asked
     limits: str                # what it cannot do, for people
+    # globs of the variables that tell one account of its provider from another
+    account: tuple = (*SECRET_NAMES, "*_BASE_URL", "HOME", "XDG_CONFIG_HOME")
 
 
 def argv_claude(deal: Deal) -> list:
@@ -4043,9 +4441,12 @@ def env_nothing(deal: Deal) -> dict:
 CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"subtype":"interrupt"}}'
 
 AGENTS = {a.name: a for a in (Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True,
-                                    CLAUDE_INTERRUPT, ("--version",), ""),
+                                    CLAUDE_INTERRUPT, ("--version",), "",
+                                    ("ANTHROPIC_*", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_*",
+                                     "CLAUDE_CONFIG_DIR", "HOME", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")),
                               Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (),
-                                    "follows the script in its prompt; no model, no network"),)}
+                                    "follows the script in its prompt; no model, no network",
+                                    ("PITBOSS_DEMO_ACCOUNT",)),)}
 
 
 def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
@@ -4057,6 +4458,15 @@ def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
     return Agent(name, own.command[0], argv_command, env_nothing, own.format,
                  "none" if takes_file else "prompt", False, "", (), "no message can reach it while it runs"
                  + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
+
+
+def account_of(row: Agent, env: Mapping[str, str]) -> str:
+    """The name of the account that hands of an agent use in an environment; it gives no credential away."""
+    import fnmatch
+    import hashlib
+
+    own = sorted((k, v) for k, v in env.items() if any(fnmatch.fnmatchcase(k, g) for g in row.account))
+    return f"{row.name}:{hashlib.sha256(json.dumps([row.program, own]).encode()).hexdigest()[:12]}"
 
 
 def first_message(deal: Deal) -> str:
@@ -4155,6 +4565,8 @@ class Dispatcher:
         self.kill_now = False
         self.programs: dict[str, tuple] = {}
         self.summary: int | None = None                # descriptor of summary.jsonl
+        self.house = House(house_path(env))
+        self.house_lost = False                        # that was said
         self.cancel_first: str | None = None           # a reason: the run is cancelled before anything else
 
     # ---- recording
@@ -4298,7 +4710,8 @@ class Dispatcher:
             self.record("cancelled", why="operator", reason=reason, done=self.done_hands())
         elif actor in self.run.actors:
             known = self.run.actors[actor]
-            if (known.state == "waiting" or STATES[known.state].live) and not known.stop:
+            may_come = known.state in ("waiting", "held")
+            if (may_come or STATES[known.state].live) and not known.stop:
                 self.record("stop_decided", actor=actor, why="cancel", reason=reason,
                             done=actor in self.done_hands())
 
@@ -4339,6 +4752,8 @@ class Dispatcher:
                 if os.fstat(self.journal.fd).st_nlink == 0:
                     return await self.abandon()
                 self.take_wishes()
+                self.consult_house()
+                self.look_at_holds()
             except EnvironmentFault as e:
                 return self.give_up(e)
             self.reap_orphans()
@@ -4367,6 +4782,61 @@ class Dispatcher:
             self.record("stop_decided", actor=actor.id, why="linger", done=True)
         elif actor.lived_s + now - live.began > actor.timeout_s:
             self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
+
+    # ---- holds
+
+    def look_at_holds(self) -> None:
+        """End the holds whose time has come, or that a hand disproves which was started since."""
+        for hold in list(self.run.holds.values()):
+            # wall time: it is the provider's, and goes on while the machine sleeps
+            ended = decide_hold_end(hold, max(time.time(), self.journal.now()))
+            if ended:
+                self.record(ended[0], **ended[1])
+        for live in self.hands.values() if self.run.holds else ():
+            if live.talk.answered:
+                self.clear_account(self.run.actors[live.actor])
+
+    def clear_account(self, actor: Actor) -> None:
+        """The provider took a request of an actor's hand: whoever was careful since before it need not be."""
+        hold = self.run.holds.get(actor.account)
+        if hold and hold.kind == "probe" and actor.hand_at >= hold.since:
+            self.record("hold_ended", account=hold.account, why="answered")
+            self.tell_house(Health(hold.account, "ok", time.time(), run=self.run.run_id))
+
+    def hold_account(self, actor: Actor, talk: Talk, facts: dict) -> None:
+        """Record what the end of a hand means for others of its account, and tell other runs."""
+        import random
+
+        hold = decide_hold(self.run, actor, talk, facts.get("reason"), time.time(), random.random())
+        if hold:
+            self.record("hold_began", **hold)
+            self.tell_house(Health(hold["account"], hold["hold"], time.time(), hold.get("until"),
+                                   hold.get("told", False), hold.get("tries", 0), self.run.run_id))
+
+    def tell_house(self, health: Health) -> None:
+        """Tell other runs; when that cannot be, it is said once."""
+        try:
+            write_health(self.house.path, health)
+        except HouseFault as e:
+            self.lose_house(e)
+
+    def consult_house(self) -> None:
+        """Take over what other runs newly found out."""
+        try:
+            news = self.house.news()
+        except HouseFault as e:
+            return self.lose_house(e)
+        if news:
+            for account in {a.account for a in self.run.actors.values() if a.state != "settled"}:
+                told = decide_told(self.run, news.get(account), time.time())
+                if told:
+                    self.record(told[0], **told[1])
+
+    def lose_house(self, fault: HouseFault) -> None:
+        """Say once that the shared database cannot be used."""
+        if not self.house_lost:
+            self.house_lost = True
+            self.record("house_lost", message=str(fault))
 
     def has_left(self, live: LiveHand) -> bool:
         """Whether its exit is already on file or its process gone, before anything is called a timeout."""
@@ -4461,6 +4931,8 @@ class Dispatcher:
         actor = self.run.actors[name]
         if actor.stop:
             return self.record("hand_skipped", actor=name)
+        if not may_start(self.run, actor.account, own=1):
+            return self.record("hand_held", actor=name)
         log = os.path.join(self.make_task_dir(name), "stdout.log")
         fresh = actor.how == "afresh" or not actor.session_id
         self.dealt.add((name, actor.hand + 1))
@@ -4475,6 +4947,8 @@ class Dispatcher:
             return await self.find_spawned(actor)
         if actor.stop:
             return self.record("hand_skipped", actor=name)
+        if not may_start(self.run, actor.account, own=1):
+            return self.record("hand_held", actor=name)
         try:
             live = self.start_hand(actor)
         except OSError as e:
@@ -4574,13 +5048,16 @@ class Dispatcher:
         live.tail.close()
         usage, tells = live.talk.usage(), FORMATS[live.form].tells_cost
         final = (live.talk.result or {}).get("result")
-        facts = decide_hand_end(actor, live.talk, end)
+        facts = decide_hand_end(actor, live.talk, end, time.time())
+        self.hold_account(actor, live.talk, facts)
         del self.hands[name]
         self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal,
                     usage=list(usage), cost_usd=live.talk.cost_usd() if tells else None,
                     session_id=live.talk.session_id, final=final if isinstance(final, str)
                     else live.talk.last_text() or None, log_at=live.tail.at, lived_s=self.lived(live, end),
                     skipped=live.talk.skipped, **facts)
+        if facts.get("status") == "Success":
+            self.clear_account(actor)
 
     def lived(self, live: LiveHand, end: Ending) -> float:
         """Seconds that a dead hand lived; of one that vanished while nobody watched, until its last word."""
@@ -4965,7 +5442,7 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
         check_reachable(run)
         mask = mask_for(manifest, env)
         journal = Journal(run_dir, mask, run.seq, run.last_at)
-        open_journal(journal, run, manifest, meta)
+        open_journal(journal, run, manifest, meta, env)
         export_records(run_dir, run, mask)
         with contextlib.suppress(OSError):
             keep_reserve(run_dir)
@@ -5004,9 +5481,12 @@ def check_reachable(run: RunState) -> None:
                                f"started in")
 
 
-def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict) -> None:
-    """Append what a begun journal lacks: its opening, and the actors that it does not know yet."""
+def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict,
+                 env: Mapping[str, str]) -> None:
+    """Append what a begun journal lacks: its opening, what other runs know of its accounts, its actors."""
     rules = manifest.rules
+    rows = {t.agent: agent_row(t.agent, manifest.agents) for t in manifest.tasks}
+    accounts = {t.id: account_of(rows[t.agent], {**env, **t.env}) for t in manifest.tasks}
 
     def append(kind: str, **facts: Any) -> None:
         step(run, journal.append(kind, facts))
@@ -5016,14 +5496,23 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                mode=manifest.mode, max_parallel=meta.get("max_parallel") or rules.max_parallel,
                halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
                worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir)
+    with contextlib.suppress(HouseFault):          # the dispatcher will say so
+        health = read_health(house_path(env))
+        for account in dict.fromkeys(accounts.values()):
+            told = decide_told(run, health.get(account), time.time())
+            if told:
+                append(told[0], **told[1])
     for task in manifest.tasks:
-        if task.id in run.actors or (meta.get("only") is not None and task.id not in meta["only"]):
+        known = run.actors.get(task.id)
+        if known and known.state != "settled" and known.account != accounts[task.id]:
+            append("account_changed", actor=task.id, account=accounts[task.id])
+        if known or (meta.get("only") is not None and task.id not in meta["only"]):
             continue
-        row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
+        row, former = rows[task.agent], (meta.get("former") or {}).get(task.id)
         session = (former or {}).get("session_id")
         append("actor_added", actor=task.id, role="task", agent=task.agent, model=task.model,
                directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
-               branch=task.branch, format=row.format, resumes=row.resumes,
+               branch=task.branch, format=row.format, resumes=row.resumes, account=accounts[task.id],
                prompt_preview=preview(task.prompt), **({"former": former} if former else {}),
                **({"session_id": session, "how": "again"} if session and row.resumes else {}))
     journal.sync()
@@ -5099,7 +5588,8 @@ LOG_MARKS = {
 
 MAX_WORDS = 64 << 10       # characters of one line of a log that are shown
 
-STATE_WORDS = {"waiting": "Pending", "placing": "Pending", "dealing": "Pending"}      # the rest is Running
+STATE_WORDS = {"waiting": "Pending", "placing": "Pending", "dealing": "Pending",      # the rest is Running
+               "held": "Pending"}
 
 
 def paint(text: str, colour: str, on: bool) -> str:
@@ -5163,7 +5653,44 @@ def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
     record = record_of(run, actor, log_path)
     if actor.state != "settled":
         record = {**record, "status": None, "state": STATE_WORDS.get(actor.state, "Running")}
+    hold = run.holds.get(actor.account) if actor.state in ("waiting", "held") else None
+    if hold:
+        record = {**record, "held_until": render_time(hold.until)}
     return record
+
+
+def holds_of(run: RunState) -> list[dict]:
+    """The holds of a run's accounts, as `status --json` shows them."""
+    waiting: dict[str, int] = {}
+    for line in (run.held, run.waiting):
+        for name in line:
+            waiting[run.actors[name].account] = waiting.get(run.actors[name].account, 0) + 1
+    return [{"account": h.account, "agent": h.account.partition(":")[0], "kind": h.kind,
+             "since": render_time(h.since), "until": render_time(h.until), "until_unix": h.until,
+             "told": h.told, "tries": h.tries, "run": h.run or run.run_id,
+             "waiting": waiting.get(h.account, 0)}
+            for h in run.holds.values()]
+
+
+def render_hold(hold: dict, now: float) -> str:
+    """One hold of `holds_of` in words: `demo: api rate-limited: held until … (in 2.5s); 15 wait`."""
+    words = f"{hold['agent']}: {HOLDS[hold['kind']].words}"
+    if hold["until"]:
+        words += f": held until {hold['until']} (in {render_duration(hold['until_unix'] - now)})"
+    return f"{words}; {hold['waiting']} wait"
+
+
+def render_hold_change(run: RunState, event: dict) -> str:
+    """The line for the begin or the end of a hold."""
+    agent, foreign = event["account"].partition(":")[0], event.get("run", "")
+    if event["kind"] == "hold_ended":
+        return f"{agent}: its provider takes requests again; starting goes on"
+    hold = next(h for h in holds_of(run) if h["account"] == event["account"])
+    words = render_hold(hold, event["at"]) + (f" (seen by run {foreign[:8]})" if foreign else "")
+    if HOLDS[event["hold"]].final:
+        words += (f"; nothing more of it is started. Mend its login or key, then: pitboss resume "
+                  f"{run.run_id} --failed")
+    return words
 
 
 def render_status(head: dict, actors: list[dict], now: float, colour: bool, width: int) -> list[str]:
@@ -5180,6 +5707,7 @@ def render_status(head: dict, actors: list[dict], now: float, colour: bool, widt
     for line, actor in zip(lines[1:], actors):
         row = STATUSES.get(actor["status"] or "")
         shown.append(paint(line, row.colour if row else "cyan", colour))
+    shown += [paint(f"held  {render_hold(h, now)}", "yellow", colour) for h in head.get("holds") or ()]
     return shown + kept_lines(actors)
 
 
@@ -5327,7 +5855,12 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
         return f"{name}: hand {event['hand']} runs" + (f" in {actor.place['path']}" if verbose and actor.place
                                                        else "")
     if kind == "hand_ended" and event.get("again"):
-        return f"{name}: hand {event['hand']} is dealt again ({event['cause']})"
+        return f"{name}: hand {event['hand']} " + ("met a limit and goes on after it" if event["cause"] == "limit"
+                                                  else f"is dealt again ({event['cause']})")
+    if kind in ("hold_began", "hold_ended"):
+        return render_hold_change(run, event)
+    if kind == "house_lost":
+        return f"note: {event['message']}; the run goes on with what it knows itself"
     if kind == "stop_decided":
         return f"{name}: being stopped ({event['why']})"
     if kind == "closed":
@@ -5355,7 +5888,8 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
     settled, cost = len(run.settled), sum(a.cost_usd or 0
                                           for a in run.actors.values()) + sum(t.cost_usd()
                                                                               for t in talks.values())
-    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting)} waiting, {settled} "
+    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting) + len(run.held)} waiting, "
+             f"{settled} "
              f"settled, {run.failed} failed, "
              f"{render_usd(cost)}, {render_duration(now - run.opened_at)}")
     rows = []
@@ -5371,9 +5905,11 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
         rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
                      render_duration((actor.ended_at or now) - (actor.started_at or now)),
                      render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
-    order = rows[:max(1, height - 3)]        # the title, how many more, and the line of the cursor
+    holds = [clip_cells(f"held: {render_hold(h, now)}", width) for h in holds_of(run)] if run.holds else []
+    holds = holds[:max(0, height - 4)]
+    order = rows[:max(1, height - 3 - len(holds))]        # the title, how many more, and the line of the cursor
     hidden = len(rows) - len(order)
-    lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
+    lines = [clip_cells(title, width), *holds, *render_table(order, right=(3, 4, 5), width=width)]
     return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
@@ -5393,6 +5929,7 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
 # that begin with `$ ` are its script.  To add a step: one step_ method, one row in STEPS.
 
 DEMO_TOKENS = 100          # input tokens of each made-up message
+LIMIT_WORDS = "API Error: Request rejected (429) · a limit of the script"
 
 
 class DemoEnd(BaseException):
@@ -5686,10 +6223,35 @@ class DemoAgent:
         if self.session["limits"] > times:
             return
         self.save()
+        self.say_limit(time.time() + seconds)
+
+    def say_limit(self, resets_at: float) -> None:
+        """Meet a usage limit whose end is told."""
         self.say_raw({"type": "rate_limit_event", "rate_limit_info": {"status": "rejected",
-                                                                      "resetsAt": time.time() + seconds},
+                                                                      "resetsAt": resets_at},
                       "uuid": mint_uuid(), "session_id": self.session_id})
-        self.api_error(429, "rate_limit", "API Error: Request rejected (429) · a limit of the script")
+        self.api_error(429, "rate_limit", LIMIT_WORDS)
+
+    def step_quota(self, rest: str) -> None:
+        """Meet a usage limit that all who name its file share: the first one sets when it ends."""
+        seconds, _, path = rest.partition(" ")
+        beside, ends_at = f"{path}.{os.getpid()}", time.time() + float(seconds)
+        with open(beside, "w", encoding="ascii") as f:
+            f.write(str(ends_at))
+        with contextlib.suppress(FileExistsError):
+            os.link(beside, path)
+        os.unlink(beside)
+        with open(path, encoding="ascii") as f:
+            ends_at = float(f.read())
+        if time.time() < ends_at:
+            self.say_limit(ends_at)
+
+    def step_throttle(self, rest: str) -> None:
+        """Meet a limit whose end nobody tells."""
+        self.session["limits"] += 1
+        if self.session["limits"] <= (float(rest) if rest else math.inf):
+            self.save()
+            self.api_error(429, "rate_limit", LIMIT_WORDS)
 
     def step_retry(self, rest: str, status: int = 529, code: str = "overloaded") -> None:
         """Repeat a request, as claude does when a provider is busy."""
@@ -5767,6 +6329,11 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
          "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]",
                         "meet a usage limit (429) that resets in SECONDS"
                         " (60); with N only the first N times"),
+         "quota":  Step(DemoAgent.step_quota,  "quota SECONDS PATH",
+                        "meet a limit that all who name PATH share, and that ends SECONDS after the first "
+                        "came"),
+         "throttle": Step(DemoAgent.step_throttle, "throttle [N]",
+                          "meet a limit (429) that tells no end; with N only the first N times"),
          "retry":  Step(DemoAgent.step_retry,  "retry [N]",
                         "say N times that a request is repeated"),
          "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
@@ -6527,7 +7094,8 @@ def look_at_run(run_dir: str, deep: bool = False) -> Overview:
                          "state": "complete", "tasks_total": read_count(summary.get("tasks_total")),
                          "tasks_failed": read_count(summary.get("tasks_failed")),
                          "total_cost_usd": read_number(summary.get("total_cost_usd")), "agents_alive": 0,
-                         "tasks_not_started": read_count(summary.get("tasks_not_started"))}, tasks, None)
+                         "tasks_not_started": read_count(summary.get("tasks_not_started")), "holds": []},
+                        tasks, None)
     check_readable(run_dir)
     meta = read_json(os.path.join(run_dir, "meta.json"))
     meta = meta if isinstance(meta, dict) else {}
@@ -6546,7 +7114,7 @@ def look_at_run(run_dir: str, deep: bool = False) -> Overview:
     costs = [a["cost_usd"] for a in actors if a["cost_usd"] is not None]
     return Overview({**head, "state": state, "tasks_total": len(run.actors), "tasks_failed": run.failed,
                      "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
-                     "tasks_not_started": len(run.waiting)}, actors, run)
+                     "tasks_not_started": len(run.waiting), "holds": holds_of(run)}, actors, run)
 
 
 INNER_KEYS = ("started_unix", "worktree_was", "words")      # of actors, for people and for resume only
