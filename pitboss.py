@@ -1487,7 +1487,7 @@ def skim_claude(talk: Talk, line: bytes) -> bool:
         talk.last_usage = {}
         talk.count_message(talk.last_id, talk.skimmed[1])
     talk.running[talk.last_id][1] += -((text - end) // CHARS_PER_TOKEN)
-    talk.began = talk.open = True
+    talk.began = talk.open = talk.answered = True
     talk.unread = line
     return True
 
@@ -5855,8 +5855,8 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
         return f"{name}: hand {event['hand']} runs" + (f" in {actor.place['path']}" if verbose and actor.place
                                                        else "")
     if kind == "hand_ended" and event.get("again"):
-        return f"{name}: hand {event['hand']} " + ("met a limit and goes on after it" if event["cause"] == "limit"
-                                                  else f"is dealt again ({event['cause']})")
+        return f"{name}: hand {event['hand']} " + {"limit": "met a limit and goes on after it"}.get(
+            event["cause"], f"is dealt again ({event['cause']})")
     if kind in ("hold_began", "hold_ended"):
         return render_hold_change(run, event)
     if kind == "house_lost":
