@@ -1889,6 +1889,7 @@ def on_account_changed(run: RunState, event: dict) -> None:
     change(run, old.id, account=event["account"])
     count_live(run, event["account"], live)
     fill_slots(run)
+    finish_when_done(run)
 
 
 def on_dispatcher_started(run: RunState, event: dict) -> None:
@@ -2060,6 +2061,7 @@ def on_hold_ended(run: RunState, event: dict) -> None:
         run.cleared[event["account"]] = event["at"]
         run.tries.pop(event["account"], None)
     fill_slots(run)
+    finish_when_done(run)
 
 
 def on_house_lost(run: RunState, event: dict) -> None:
@@ -2204,7 +2206,9 @@ def finish_when_done(run: RunState) -> None:
     may_come = not run.draining and any(not never_starts(run, run.actors[a].account)
                                         for line in (run.held, run.waiting) for a in line)
     at_work = run.live or run.closing or may_come
-    if not at_work and run.finished_at is None and run.draining != "no_space":
+    if at_work:
+        run.owed.pop(("finish", ""), None)
+    elif run.finished_at is None and run.draining != "no_space":
         owe(run, "finish")
 
 
@@ -4442,8 +4446,9 @@ CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"su
 
 AGENTS = {a.name: a for a in (Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True,
                                     CLAUDE_INTERRUPT, ("--version",), "",
-                                    ("ANTHROPIC_*", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_*",
-                                     "CLAUDE_CONFIG_DIR", "HOME", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")),
+                                    ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_*BASE_URL",
+                                     "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_*", "CLAUDE_CONFIG_DIR",
+                                     "HOME", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")),
                               Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (),
                                     "follows the script in its prompt; no model, no network",
                                     ("PITBOSS_DEMO_ACCOUNT",)),)}
