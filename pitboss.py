@@ -2289,18 +2289,24 @@ def decide_hold(run: RunState, actor: Actor, talk: Talk, reason: dict | None, no
         return None
     if kind == "auth_failure":
         return {"account": actor.account, "hold": "auth", "actor": actor.id}
-    standing = old is not None and old.kind == "limit"
-    tries = old.tries if standing else 1 if talk.answered else run.tries.get(actor.account, 0) + 1
     told = is_told(talk.resets_at, now)
-    # a provider that tells end after end, and answers nothing between, is not asked at each of them
-    tries_blind = tries - 1 if told else tries
-    delay = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** (tries_blind - 1)) if tries_blind else 0.0
-    until = now + delay * (0.75 + jitter / 2)
-    until = max(until, talk.resets_at + jitter) if told else until
-    if standing and (until <= old.until + 1.0 or not told):
-        return None
+    if old and old.kind == "limit":
+        if not told or talk.resets_at <= old.until + 1.0:
+            return None
+        until, tries = talk.resets_at, old.tries
+    else:
+        tries = 1 if talk.answered else run.tries.get(actor.account, 0) + 1
+        # a provider that tells end after end, and answers nothing between, is not asked at each of them
+        until = now + back_off(tries - 1 if told else tries) * (0.75 + jitter / 2)
+        until = max(until, talk.resets_at) if told else until
+    until += jitter
     return {"account": actor.account, "hold": "limit", "until": round(until, 3), "told": told, "tries": tries,
             "actor": actor.id}
+
+
+def back_off(tries: int) -> float:
+    """Seconds to wait after so many limits in a row."""
+    return min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(tries - 1, 30)) if tries else 0.0
 
 
 def decide_told(run: RunState, health: Any, now: float) -> tuple[str, dict] | None:
@@ -4465,6 +4471,11 @@ def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
                  + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
 
 
+def accounts_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
+    """The account of each task's hands."""
+    return {t.id: account_of(agent_row(t.agent, manifest.agents), {**env, **t.env}) for t in manifest.tasks}
+
+
 def account_of(row: Agent, env: Mapping[str, str]) -> str:
     """The name of the account that hands of an agent use in an environment; it gives no credential away."""
     import fnmatch
@@ -4570,6 +4581,7 @@ class Dispatcher:
         self.kill_now = False
         self.programs: dict[str, tuple] = {}
         self.summary: int | None = None                # descriptor of summary.jsonl
+        self.accounts = accounts_of(manifest, env)     # of the hands that this process starts
         self.house = House(house_path(env))
         self.house_lost = False                        # that was said
         self.cancel_first: str | None = None           # a reason: the run is cancelled before anything else
@@ -4818,6 +4830,12 @@ class Dispatcher:
             self.tell_house(Health(hold["account"], hold["hold"], time.time(), hold.get("until"),
                                    hold.get("told", False), hold.get("tries", 0), self.run.run_id))
 
+    def refresh_account(self, name: str) -> None:
+        """An actor's next hand uses what this process has; its last one may have had other credentials."""
+        old = self.run.actors[name].account
+        if self.accounts.get(name, old) != old:
+            self.record("account_changed", actor=name, account=self.accounts[name])
+
     def tell_house(self, health: Health) -> None:
         """Tell other runs; when that cannot be, it is said once."""
         try:
@@ -4973,6 +4991,7 @@ class Dispatcher:
         if handle:
             self.record("hand_started", actor=actor.id, hand=actor.hand, handle=handle)
         else:
+            self.refresh_account(actor.id)
             self.record("hand_voided", actor=actor.id, hand=actor.hand)
 
     def marker_of(self, actor: Actor) -> str:
@@ -5055,6 +5074,7 @@ class Dispatcher:
         final = (live.talk.result or {}).get("result")
         facts = decide_hand_end(actor, live.talk, end, time.time())
         self.hold_account(actor, live.talk, facts)
+        self.refresh_account(name)
         del self.hands[name]
         self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal,
                     usage=list(usage), cost_usd=live.talk.cost_usd() if tells else None,
@@ -5490,8 +5510,7 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                  env: Mapping[str, str]) -> None:
     """Append what a begun journal lacks: its opening, what other runs know of its accounts, its actors."""
     rules = manifest.rules
-    rows = {t.agent: agent_row(t.agent, manifest.agents) for t in manifest.tasks}
-    accounts = {t.id: account_of(rows[t.agent], {**env, **t.env}) for t in manifest.tasks}
+    accounts = accounts_of(manifest, env)
 
     def append(kind: str, **facts: Any) -> None:
         step(run, journal.append(kind, facts))
@@ -5509,11 +5528,12 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                 append(told[0], **told[1])
     for task in manifest.tasks:
         known = run.actors.get(task.id)
-        if known and known.state != "settled" and known.account != accounts[task.id]:
+        in_hand = {("watch", task.id), ("spawn", task.id)} & run.owed.keys()     # of an earlier dispatcher
+        if known and known.state != "settled" and not in_hand and known.account != accounts[task.id]:
             append("account_changed", actor=task.id, account=accounts[task.id])
         if known or (meta.get("only") is not None and task.id not in meta["only"]):
             continue
-        row, former = rows[task.agent], (meta.get("former") or {}).get(task.id)
+        row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
         session = (former or {}).get("session_id")
         append("actor_added", actor=task.id, role="task", agent=task.agent, model=task.model,
                directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
@@ -6265,7 +6285,9 @@ class DemoAgent:
                        error_status=status, error=code)
 
     def step_auth(self, rest: str) -> None:
-        """Fail to log in."""
+        """Fail to log in, as long as a file is missing."""
+        if rest and os.path.exists(rest):
+            return
         self.api_error(401, "authentication_failed", "Invalid API key · Fix external API key")
 
     def step_fail(self, rest: str) -> None:
@@ -6341,7 +6363,8 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
                           "meet a limit (429) that tells no end; with N only the first N times"),
          "retry":  Step(DemoAgent.step_retry,  "retry [N]",
                         "say N times that a request is repeated"),
-         "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
+         "auth":   Step(DemoAgent.step_auth,   "auth [PATH]",
+                        "fail to log in (401); with PATH as long as there is no such file"),
          "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",
                         "end with a result that is an error, exit " "status 1"),
          "exit":   Step(DemoAgent.step_exit,   "exit CODE",           "exit at once, without a result"),

@@ -153,7 +153,8 @@ def test_the_recorded_journals_show_every_kind_of_event_and_end():
     events = [e for path in JOURNALS for e in events_of(path)]
     assert {e["kind"] for e in events} == set(pitboss.EVENTS)
     assert {e["status"] for e in events if e.get("status")} | {"SpawnFailed"} == set(pitboss.STATUSES)
-    assert {e["cause"] for e in events if e.get("again")} >= {"lost"}
+    assert {e["cause"] for e in events if e.get("again")} >= {"lost", "limit"}
+    assert {e["hold"] for e in events if e["kind"] == "hold_began"} >= {"limit", "auth"}
 
 
 @by_journal
@@ -171,7 +172,7 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
 
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
-           "halted": "failed"}
+           "halted": "failed", "limited": "ok", "told": "ok", "refused": "failed"}
 
 
 @by_journal
