@@ -4954,8 +4954,6 @@ class Dispatcher:
         actor = self.run.actors[name]
         if actor.stop:
             return self.record("hand_skipped", actor=name)
-        if not may_start(self.run, actor.account, own=1):
-            return self.record("hand_held", actor=name)
         log = os.path.join(self.make_task_dir(name), "stdout.log")
         fresh = actor.how == "afresh" or not actor.session_id
         self.dealt.add((name, actor.hand + 1))
@@ -4970,7 +4968,7 @@ class Dispatcher:
             return await self.find_spawned(actor)
         if actor.stop:
             return self.record("hand_skipped", actor=name)
-        if not may_start(self.run, actor.account, own=1):
+        if not may_start(self.run, actor.account, own=1):      # a hold began since it was owed
             return self.record("hand_held", actor=name)
         try:
             live = self.start_hand(actor)

@@ -44,9 +44,9 @@ def deal_until(home: Home, manifest: Path, point: str, number: int) -> None:
 
 
 def has_event(home: Home, kind: str, actor: str) -> bool:
-    if not home.runs.is_dir() or not (home.run_dir() / "journal.jsonl").exists():
-        return False
-    return any(e["kind"] == kind and e.get("actor") == actor for e in read_events(home.run_dir()))
+    newest = max(home.runs.glob("0*"), default=None)
+    return newest is not None and (newest / "journal.jsonl").exists() and any(
+        e["kind"] == kind and e.get("actor") == actor for e in read_events(newest))
 
 
 def plain(home: Home) -> None:

@@ -412,6 +412,24 @@ def test_a_resume_with_another_key_need_not_wait(home):
     assert {r["hands"] for r in read_records(run)} == {1, 2} and has(home, "account_changed", 2)
 
 
+def test_a_limit_of_the_former_key_holds_nobody_who_has_another(home):
+    """The hand met it after its dispatcher had died; the next dispatcher has another key."""
+    go = home.root / "go"
+    met = f"$ run until [ -e {go} ]; do sleep 0.02; done\n$ limit 60 1\n$ say done"
+    process = home.start("dispatch", write(home, {"a": met, "b": "$ say b"}, max_parallel=1))
+    wait_for(lambda: has(home, "hand_started"))
+    process.kill()
+    process.wait()
+    run = home.run_dir()
+    resumed = home.start("resume", run.name, env={"PITBOSS_DEMO_ACCOUNT": "another"})
+    wait_for(lambda: has(home, "dispatcher_started", 2))
+    go.touch()
+    assert resumed.wait(30) == 0
+    accounts = {e["account"] for e in events_of(home) if e["kind"] == "actor_added"}
+    assert {e["account"] for e in events_of(home) if e["kind"] == "hold_began"} == accounts
+    assert {r["task_id"]: r["hands"] for r in read_records(run)} == {"a": 2, "b": 1}
+
+
 @pytest.mark.slow
 def test_after_a_back_off_one_hand_asks_for_all(home):
     """Nobody told when the limit ends: the hold is a guess, and only one hand makes sure."""
@@ -463,6 +481,37 @@ def test_a_second_run_tries_refused_credentials_with_one_hand(home):
     assert len(read_records(home.run_dir())) == 1 and not has(home, "hand_started", 2)
     home.pitboss("dispatch", refused(home), check=1, env={"PITBOSS_DEMO_ACCOUNT": "another"})
     assert not has(home, "hold_began", hold="probe"), "other credentials are another account"
+
+
+def test_a_hand_from_before_proves_nothing(home):
+    """It was answered long ago; only one that started since tells whether the credentials are good again."""
+    go = home.root / "go"
+    waits = f"$ say hi\n$ run until [ -e {go} ]; do sleep 0.02; done"
+    second = home.start("dispatch", write(home, {"w": waits, "n": "$ say x"}, "second.toml", max_parallel=1))
+    wait_for(lambda: any(b'"hi"' in log.read_bytes() for log in home.runs.glob("0*/tasks/w/stdout.log")))
+    two = home.run_dir()
+    home.pitboss("dispatch", refused(home, 1), check=1)
+    wait_for(lambda: has(home, "hold_began", run=two, hold="probe"))
+    go.touch()
+    assert second.wait(30) == 0
+    order = [(e["kind"], e.get("actor")) for e in read_events(two)]
+    assert order.index(("hand_started", "n")) < order.index(("hold_ended", None))
+
+
+def test_a_resumed_run_tries_refused_credentials_again(home):
+    """Its dispatcher died while another hand still worked; somebody asks for it, so perhaps it was mended."""
+    go = home.root / "go"
+    tasks = {"bad": f"$ auth {home.root}/login", "works": f"$ run until [ -e {go} ]; do sleep 0.02; done",
+             **{f"t{n}": f"$ auth {home.root}/login" for n in range(3)}}
+    process = home.start("dispatch", write(home, tasks, max_parallel=2))
+    wait_for(lambda: has(home, "closed", actor="bad") and has(home, "hand_started", actor="works"))
+    process.kill()
+    process.wait()
+    go.touch()
+    (home.root / "login").touch()
+    home.pitboss("resume", home.run_dir().name, check=1)
+    assert {r["task_id"]: r["status"] for r in read_records(home.run_dir())} == {
+        "bad": "Failed", "works": "Success", "t0": "Success", "t1": "Success", "t2": "Success"}
 
 
 def test_other_accounts_go_on_when_one_is_refused(home):

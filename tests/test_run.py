@@ -232,8 +232,6 @@ class History:
         actor = self.run.actors[name]
         if actor.stop:
             return self.record("hand_skipped", actor=name)
-        if not pitboss.may_start(self.run, actor.account, own=1):
-            return self.record("hand_held", actor=name)
         self.dealt.add((name, actor.hand + 1))
         self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id="u", log_at=0,
                     session_id="s")
