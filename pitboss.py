@@ -3079,8 +3079,9 @@ def open_house(path: str, write: bool) -> Iterator[Any]:
         if write:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode={'rw' if write else 'ro'}", uri=True,
-                             timeout=HOUSE_PATIENCE_S, isolation_level=None)
+        # rw: never made here, and read only where the file is; ro could not mend what a killed writer left
+        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=HOUSE_PATIENCE_S,
+                             isolation_level=None)
         if write:
             migrate_house(db, path)
         else:
@@ -5700,7 +5701,7 @@ def render_hold(hold: dict, now: float) -> str:
     words = f"{hold['agent']}: {HOLDS[hold['kind']].words}"
     if hold["until"]:
         words += f": held until {hold['until']} (in {render_duration(hold['until_unix'] - now)})"
-    return f"{words}; {hold['waiting']} wait"
+    return words + (f"; {hold['waiting']} wait" if hold["waiting"] else "")
 
 
 def render_hold_change(run: RunState, event: dict) -> str:

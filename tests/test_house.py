@@ -4,6 +4,9 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 
 import pytest
@@ -128,6 +131,35 @@ def test_a_database_that_somebody_else_writes_is_not_waited_for_long(path):
             attempt(path)
     other.execute("COMMIT")
     other.close()
+    assert pitboss.read_health(path) == {"demo:1": LIMIT}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_database_that_may_only_be_read_is_read():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        path = os.path.join(folder, "house.sqlite")
+        pitboss.write_health(path, LIMIT)
+        os.chmod(path, 0o644)
+        os.seteuid(65534)
+        try:
+            assert pitboss.read_health(path) == {"demo:1": LIMIT}
+            with pytest.raises(pitboss.HouseFault, match="ermission denied"):
+                pitboss.write_health(path, LIMIT)
+        finally:
+            os.seteuid(0)
+
+
+def test_what_a_killed_writer_left_is_mended(path):
+    """It was killed between two pages: the next one, also one that only reads, sees the state before."""
+    pitboss.write_health(path, LIMIT)
+    code = ("import os, sqlite3, sys\ndb = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+            "db.execute('PRAGMA cache_size = 1')\ndb.execute('BEGIN IMMEDIATE')\n"
+            "db.execute('DELETE FROM health')\n"
+            "db.executemany('INSERT INTO health VALUES (?, ?, 1, 1, 1, 1, ?)',"
+            " [(str(n), 'x' * 3000, 'r') for n in range(200)])\nos.kill(os.getpid(), 9)")
+    assert subprocess.run([sys.executable, "-c", code, path]).returncode == -9
+    assert os.path.exists(path + "-journal"), "it left nothing to mend"
     assert pitboss.read_health(path) == {"demo:1": LIMIT}
 
 
