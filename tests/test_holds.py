@@ -225,6 +225,39 @@ def test_no_hand_is_owed_in_a_hold_wherever_an_actor_stands(history):
         ("deal", "a")}
 
 
+def test_the_live_table_and_the_lines_of_progress_say_so():
+    run = play(PLACED, DEALT, STARTED, HELD, ("hand_ended", {**LOST[1], "cause": "limit"}))
+    until = pitboss.render_time(99.0)
+    title, held, *rows = pitboss.render_floor_lines(run, {}, 69.0, 200, 24)
+    assert "0 running, 1 waiting" in title and held == f"held: x: api rate-limited: held until {until} (in 30s); 1 wait"
+    assert [row.split()[:3] for row in rows] == [["▸", "a", "held"]]
+    began = {"at": 69.0, "kind": "hold_began", **HELD[1]}
+    assert pitboss.render_change(run, began, False) == held.removeprefix("held: ")
+    assert pitboss.render_change(run, {**began, "run": "0123456789"}, False).endswith(" (seen by run 01234567)")
+    assert "limit" in pitboss.render_change(run, {"at": 1.0, "kind": "hand_ended", **LOST[1], "cause": "limit"}, False)
+    assert "again" in pitboss.render_change(run, {"at": 1.0, "kind": "hold_ended", **OVER[1]}, False)
+
+
+def test_a_held_crowd_costs_each_event_what_it_touches():
+    """Ten thousand actors of a held account are added, and one of another account runs, without a look at them all."""
+    looks = 0
+
+    def counted(run, account, own=0):
+        nonlocal looks
+        looks += 1
+        return real(run, account, own)
+
+    real, pitboss.may_start = pitboss.may_start, counted
+    try:
+        added = {"role": "task", "agent": "demo", "model": "m", "directory": "/d", "timeout_s": 60,
+                 "use_worktree": False, "branch": None}
+        run = play(HELD, *(("actor_added", {"actor": f"t{n}", "account": "x", **added}) for n in range(10_000)),
+                   ("actor_added", {"actor": "z", "account": "y", **added}))
+    finally:
+        pitboss.may_start = real
+    assert (run.actors["z"].state, run.actors["t9999"].state, looks < 50_000) == ("dealing", "waiting", True), looks
+
+
 # ------------------------------------------------------------------ whole runs
 
 def write(home, tasks: dict[str, str], name: str = "m.toml", more: dict[str, dict] = {}, **run) -> Path:
@@ -253,11 +286,11 @@ def quota(home, seconds: float) -> str:
     return f"$ quota {seconds} {home.root}/quota"
 
 
-def crowd(home, seconds: float) -> dict[str, str]:
-    """Twenty tasks; the first five wait for each other and then meet one limit."""
+def crowd(home, seconds: float, name: str = "t", meeting: int = 5) -> dict[str, str]:
+    """Twenty tasks; the first five wait until so many have come, and then meet one limit."""
     ready = f"{home.root}/ready"
-    meet = f"$ run touch {ready}.$PITBOSS_TASK_ID; until [ $(ls {ready}.* | wc -l) -ge 5 ]; do sleep 0.02; done"
-    return {f"t{n:02}": "\n".join([*([meet] if n < 5 else []), quota(home, seconds), "$ say done"])
+    meet = f"$ run touch {ready}.$PITBOSS_TASK_ID; until [ $(ls {ready}.* | wc -l) -ge {meeting} ]; do sleep 0.02; done"
+    return {f"{name}{n:02}": "\n".join([*([meet] if n < 5 else []), quota(home, seconds), "$ say done"])
             for n in range(20)}
 
 
@@ -277,6 +310,18 @@ def test_a_limit_holds_the_account_and_everything_succeeds(home):
     assert has(home, "hold_began", hold="limit", told=True) and has(home, "hold_ended", why="time")
     assert done.stderr.count("api rate-limited: held until") == 1, done.stderr
     assert "takes requests again" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_crowds_side_by_side_lose_nothing(home):
+    """Both began before the limit was met; from then on neither starts anything until it ends."""
+    first = home.start("dispatch", write(home, crowd(home, 3, "t", 10)))
+    second = home.start("dispatch", write(home, crowd(home, 3, "s", 10), "second.toml"))
+    assert first.wait(60) == second.wait(60) == 0
+    for run in home.runs.glob("0*"):
+        assert check_holds(run, hands=5) == []
+        assert [r["status"] for r in read_records(run)] == ["Success"] * 20
+        assert {a.lost for a in pitboss.fold_run(str(run)).actors.values()} == {0}
 
 
 def test_a_second_run_does_not_meet_the_limit_of_the_first(home):
@@ -362,6 +407,14 @@ def test_a_cancel_in_a_hold_works_at_once(home, whole_run):
     assert process.wait(10) == 1
     statuses = {r["task_id"]: r["status"] for r in read_records(home.run_dir())}
     assert statuses == ({"a": "Cancelled"} if whole_run else {"a": "Cancelled", "b": "Cancelled"})
+
+
+def test_a_dead_run_that_is_held_can_be_cancelled(home):
+    process = start_held(home)
+    process.kill()
+    process.wait()
+    home.pitboss("cancel", home.run_dir().name, check=0, timeout=20)
+    assert {r["task_id"]: r["status"] for r in read_records(home.run_dir())} == {"a": "Cancelled"}
 
 
 def test_a_halt_in_a_hold_ends_at_once(home):
