@@ -1377,7 +1377,7 @@ class Talk:
         self.result: dict | None = None         # the last one
         self.error = ""               # code of the last synthetic message: the machine-readable reason
         self.resets_at: float | None = None     # when a usage limit ends, unix seconds
-        self.answered = False         # the provider took a request of this hand
+        self.answers = 0              # messages that its provider sent: it took these requests
         self.retries = 0              # requests that the agent repeats by itself
         self.text = ""                # last text of the main conversation
         self.lines: list[str] = []    # of a program that prints text: the last ones
@@ -1487,7 +1487,8 @@ def skim_claude(talk: Talk, line: bytes) -> bool:
         talk.last_usage = {}
         talk.count_message(talk.last_id, talk.skimmed[1])
     talk.running[talk.last_id][1] += -((text - end) // CHARS_PER_TOKEN)
-    talk.began = talk.open = talk.answered = True
+    talk.began = talk.open = True
+    talk.answers += 1
     talk.unread = line
     return True
 
@@ -1522,7 +1523,7 @@ def _fold_message(talk: Talk, event: dict) -> None:
     if message.get("model") == "<synthetic>":
         talk.error = str(event.get("error") or "")
         return
-    talk.answered = True
+    talk.answers += 1
     said, own = 0, event.get("parent_tool_use_id") is None
     for block in message.get("content") or ():
         kind = block.get("type")
@@ -1888,6 +1889,7 @@ def on_account_changed(run: RunState, event: dict) -> None:
     count_live(run, old.account, -live)
     change(run, old.id, account=event["account"])
     count_live(run, event["account"], live)
+    drop_held(run, event["at"])
     fill_slots(run)
     finish_when_done(run)
 
@@ -2265,10 +2267,10 @@ def decide_again_after_limit(actor: Actor, talk: Talk, end: Ending, now: float) 
     While the provider tells when a limit ends, or answers between two of them, there is no end to it.
     """
     reason = find_reason(talk, end)
-    blind = 0 if talk.answered or is_told(talk.resets_at, now) else actor.blind + 1
+    blind = 0 if talk.answers or is_told(talk.resets_at, now) else actor.blind + 1
     if reason["kind"] != "rate_limit" or not actor.account or blind > MAX_BLIND_HOLDS:
         return None
-    unheard = not talk.answered and actor.how == "again"       # that prompt is not in the session yet
+    unheard = not talk.answers and actor.how == "again"       # that prompt is not in the session yet
     again = ("again" if unheard else "resume") if actor.resumes else "prompt"
     return {"again": again, "cause": "limit", "blind": blind, "reason": reason}
 
@@ -2295,7 +2297,7 @@ def decide_hold(run: RunState, actor: Actor, talk: Talk, reason: dict | None, no
             return None
         until, tries = talk.resets_at, old.tries
     else:
-        tries = 1 if talk.answered else run.tries.get(actor.account, 0) + 1
+        tries = 1 if talk.answers else run.tries.get(actor.account, 0) + 1
         # a provider that tells end after end, and answers nothing between, is not asked at each of them
         until = now + back_off(tries - 1 if told else tries) * (0.75 + jitter / 2)
         until = max(until, talk.resets_at) if told else until
@@ -3110,14 +3112,14 @@ def check_house_version(version: int, path: str) -> None:
 
 def migrate_house(db: Any, path: str) -> None:
     """Bring a database forwards in one transaction.  Raises HouseFault for one of a newer version."""
-    version = house_version(db)
-    check_house_version(version, path)
-    if version == len(HOUSE_STEPS):
+    if house_version(db) == len(HOUSE_STEPS):
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        for step_text in HOUSE_STEPS[house_version(db):]:        # somebody else may have done it just now
-            db.execute(step_text)
+        version = house_version(db)        # somebody else may have moved it just now
+        check_house_version(version, path)
+        for words in HOUSE_STEPS[version:]:
+            db.execute(words)
         db.execute(f"PRAGMA user_version = {len(HOUSE_STEPS)}")
         db.execute("COMMIT")
     except BaseException:  # boundary: an open transaction is never left behind
@@ -4537,6 +4539,7 @@ class LiveHand:
         self.idle_at: float | None = None  # since when it is done and should leave
         self.known: dict[int, str] = {}    # processes of it seen so far
         self.told_at = began               # last usage event
+        self.heard: dict[float, int] = {}  # begin of a hold to its answers until then
         self.stopped: asyncio.Event | None = None      # set when the stop ladder has come to its end
         self.exit: asyncio.Future | None = None
 
@@ -4811,13 +4814,21 @@ class Dispatcher:
             if ended:
                 self.record(ended[0], **ended[1])
         for live in self.hands.values() if self.run.holds else ():
-            if live.talk.answered:
-                self.clear_account(self.run.actors[live.actor])
+            if live.tail.fd is not None and not live.tail.behind():
+                self.clear_account(live)
 
-    def clear_account(self, actor: Actor) -> None:
-        """The provider took a request of an actor's hand: whoever was careful since before it need not be."""
+    def clear_account(self, live: LiveHand, succeeded: bool = False) -> None:
+        """End the care about an account when its provider took a request of a hand since that care began.
+
+        A hand that was started since and succeeded is as good, for agents that tell of no answers.
+        """
+        actor = self.run.actors[live.actor]
         hold = self.run.holds.get(actor.account)
-        if hold and hold.kind == "probe" and actor.hand_at >= hold.since:
+        if hold is None or hold.kind != "probe":
+            return
+        later = actor.hand_at >= hold.since
+        before = 0 if later else live.heard.setdefault(hold.since, live.talk.answers)
+        if live.talk.answers > before or (later and succeeded):
             self.record("hold_ended", account=hold.account, why="answered")
             self.tell_house(Health(hold.account, "ok", time.time(), run=self.run.run_id))
 
@@ -5080,8 +5091,7 @@ class Dispatcher:
                     session_id=live.talk.session_id, final=final if isinstance(final, str)
                     else live.talk.last_text() or None, log_at=live.tail.at, lived_s=self.lived(live, end),
                     skipped=live.talk.skipped, **facts)
-        if facts.get("status") == "Success":
-            self.clear_account(actor)
+        self.clear_account(live, facts.get("status") == "Success")
 
     def lived(self, live: LiveHand, end: Ending) -> float:
         """Seconds that a dead hand lived; of one that vanished while nobody watched, until its last word."""

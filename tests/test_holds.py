@@ -67,7 +67,7 @@ MET = [
     *(Met(f"limit {n} in a row", LIMITED, ("limit", NOW + seconds, False, n), tries=n - 1)
       for n, seconds in enumerate(BACK_OFF, 1)),
     Met("limit 2000 in a row", LIMITED, ("limit", NOW + 900, False, 2000), tries=1999),
-    Met("an answer ends the row", LIMITED, ("limit", NOW + 5, False, 1), {"answered": True}, tries=7),
+    Met("an answer ends the row", LIMITED, ("limit", NOW + 5, False, 1), {"answers": 1}, tries=7),
     Met("held already, nothing told", LIMITED, None, standing=hold(until=NOW + 2, tries=3)),
     Met("held already, the same end", LIMITED, None, {"resets_at": NOW + 60}, hold(until=NOW + 60)),
     Met("held already, a later end", LIMITED, ("limit", NOW + 60, True, 3), {"resets_at": NOW + 60},
@@ -536,8 +536,8 @@ def test_a_second_run_tries_refused_credentials_with_one_hand(home):
     assert not has(home, "hold_began", hold="probe"), "other credentials are another account"
 
 
-def test_a_hand_from_before_proves_nothing(home):
-    """It was answered long ago; only one that started since tells whether the credentials are good again."""
+def test_an_answer_from_before_proves_nothing(home):
+    """It came before another run was refused; only a later one tells whether the credentials are good again."""
     go = home.root / "go"
     waits = f"$ say hi\n$ run until [ -e {go} ]; do sleep 0.02; done"
     second = home.start("dispatch", write(home, {"w": waits, "n": "$ say x"}, "second.toml", max_parallel=1))
@@ -549,6 +549,25 @@ def test_a_hand_from_before_proves_nothing(home):
     assert second.wait(30) == 0
     order = [(e["kind"], e.get("actor")) for e in read_events(two)]
     assert order.index(("hand_started", "n")) < order.index(("hold_ended", None))
+
+
+def test_an_answer_since_proves_it_whoever_got_it(home):
+    """A hand that works on and on shows that the provider takes requests: the others need not wait for its end."""
+    go = home.root / "go"
+    works = f"$ loop 500\n$ say hi\n$ sleep 0.1\n$ run test ! -e {go}\n$ end"
+    ends = f"$ run until [ -e {home.root}/one ]; do sleep 0.02; done"
+    second = home.start("dispatch", write(home, {"w": works, "v": ends, "n": f"$ run touch {go}"}, "second.toml",
+                                          max_parallel=2))
+    wait_for(lambda: has(home, "hand_started", 2))
+    two = home.run_dir()
+    home.pitboss("dispatch", refused(home, 1), check=1)
+    wait_for(lambda: has(home, "hold_ended", run=two, why="answered"))
+    (home.root / "one").touch()
+    wait_for(go.exists)
+    order = [(e["kind"], e.get("actor")) for e in read_events(two)]
+    assert ("closed", "w") not in order and order.index(("hold_ended", None)) < order.index(("hand_started", "n"))
+    second.kill()
+    second.wait()
 
 
 def test_a_resumed_run_tries_refused_credentials_again(home):

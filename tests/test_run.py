@@ -255,7 +255,7 @@ class History:
         if not talk.result or talk.result["is_error"]:
             talk.error = self.chance.choice(("", "rate_limit", "rate_limit", "authentication_failed"))
             talk.resets_at = self.chance.choice((None, self.at + 5, self.at - 5))
-        talk.answered = self.chance.random() < 0.5
+        talk.answers = self.chance.randrange(2)
         end = self.chance.choice((pitboss.Ending(0), pitboss.Ending(1), pitboss.Ending(None, 9),
                                   pitboss.Ending(None, vanished=True)))
         facts = pitboss.decide_hand_end(actor, talk, end, self.at)
