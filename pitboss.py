@@ -7045,7 +7045,7 @@ def look_at_foreign(run_dir: str, deep: bool) -> Overview:
             "tasks_total": read_count(told.get("tasks_total")) or len(actors),
             "tasks_failed": read_count(told.get("tasks_failed")) or failed,
             "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
-            "tasks_not_started": sum(1 for a in open_ones if a["state"] == "Pending")}
+            "tasks_not_started": sum(1 for a in open_ones if a["state"] == "Pending"), "holds": []}
     mask = make_mask([os.environ])         # that tool masks nothing
     return Overview(head, [mask.value(a) for a in actors], None, past)
 
