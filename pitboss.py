@@ -5941,7 +5941,7 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
                      render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
     holds = [clip_cells(f"held: {render_hold(h, now)}", width) for h in holds_of(run)] if run.holds else []
     holds = holds[:max(0, height - 4)]
-    order = rows[:max(1, height - 3 - len(holds))]        # the title, how many more, and the line of the cursor
+    order = rows[:max(1, height - 3 - len(holds))]    # the title, how many more, the cursor
     hidden = len(rows) - len(order)
     lines = [clip_cells(title, width), *holds, *render_table(order, right=(3, 4, 5), width=width)]
     return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
