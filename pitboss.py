@@ -1845,6 +1845,7 @@ class Format(NamedTuple):
     counts_on: bool = False   # its usage is the session's, not the process's
     # what it says on its error output, or in its result, of a session that it cannot go on with
     no_session: tuple = ()
+    no_start: str = ""        # what it says there of a start that came to nothing, and may be repeated
     # an exit status from here on is its own: below, 128 + n is signal n
     own_status: int = 256
 
@@ -1855,10 +1856,12 @@ FORMATS = {
     "codex":    Format(fold_codex, skim_nothing, results=True, tells_cost=False, counts_on=True,
                        no_session=("no rollout found for thread id",)),
     "opencode": Format(fold_opencode, skim_nothing, results=True, tells_cost=True,
-                       no_session=("Session not found",)),
+                       no_session=("Session not found",),
+                       no_start="database is locked"),      # two first starts at once in a new home
     # it exits with an HTTP status modulo 256: 144 for 400, 145 for 401
     "gemini":   Format(fold_gemini, skim_nothing, results=True, tells_cost=False, own_status=144,
-                       no_session=("Invalid session identifier", "already exists. Use --resume")),
+                       no_session=("Invalid session identifier", "No previous sessions found",
+                                   "already exists. Use --resume")),
     "text":     Format(fold_text, skim_nothing, results=False, tells_cost=False),
 }
 
@@ -2350,6 +2353,7 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     silent = not talk.began and talk.result is None
     unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0
                                                                                or end.signal is not None)
+    unbegun = unbegun or silent and bool(FORMATS[form].no_start) and FORMATS[form].no_start in end.stderr
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and silent and not actor.afresh and actor.how not in ("resume",
@@ -4252,6 +4256,7 @@ class Deal(NamedTuple):
     sessions: str              # a folder beside the runs, for agents that keep sessions there
     superuser: bool
     servers: tuple = ()        # the MCP servers that mcp_config holds
+    memory: tuple = ()         # (path, text) of the files that the row's `reads` names, the root's first
 
     def goes_on(self) -> bool:
         """Whether the hand goes on in the session that is named, rather than beginning one."""
@@ -4284,6 +4289,8 @@ class Agent(NamedTuple):
     model_form: tuple = ("", "")    # pattern of its model names, and what that is in words; empty: any
     measured: str = ""         # the version that this row was measured with
     files: Callable = files_nothing    # (Deal) -> {name: text}: further files beside its prompt
+    reads: str = ""            # memory files that it must be handed, by name: from the root to its cwd
+    asked: bool = False        # its version is asked before a run: it answers quickly
 
 
 def argv_claude(deal: Deal) -> list:
@@ -4328,13 +4335,16 @@ def argv_codex(deal: Deal) -> list:
     """codex exec, measured with codex-cli 0.169.0.
 
     A repository's `.codex/config.toml` may start MCP servers where the operator once trusted the folder or
-    one above it: for this hand none of them is.  AGENTS.md files are read all the same.
+    one above it: for this hand none of them is.  Then it reads no AGENTS.md there, so it is handed them.
     """
     argv = [*deal.program, "exec", *(["resume"] if deal.goes_on() else []), "--json",
             "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
     doubted = ",".join(f'{toml_text(f)}={{trust_level="untrusted"}}' for f in folders_between("/", deal.cwd))
     settings = [f"projects={{{doubted}}}", "model_reasoning_effort="
                 + toml_text(CODEX_EFFORTS.get(deal.task.effort, deal.task.effort))]
+    if deal.memory:
+        memory = "\n\n".join(f"Instructions of {path}:\n\n{text}" for path, text in deal.memory)
+        settings.append(f"developer_instructions={toml_text(memory)}")
     for server in deal.servers:
         words = codex_server(deal, server)
         args = ",".join(map(toml_text, words[1:]))
@@ -4440,12 +4450,13 @@ CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"su
 
 AGENTS = {a.name: a for a in (
     Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True, CLAUDE_INTERRUPT,
-          ("--version",), "", measured="2.1.197"),
+          ("--version",), "", measured="2.1.197", asked=True),
     Agent("opencode", "opencode", argv_opencode, env_opencode, "opencode", "prompt", True, "", ("--version",),
           "effort: where the model has a variant of that name", names_session=False, moves=False,
           ignores=("tools",), model="", model_form=(r"[^/\s]+/\S+", "PROVIDER/MODEL"), measured="1.18.33"),
     Agent("codex", "codex", argv_codex, env_nothing, "codex", "prompt", True, "", ("--version",), "",
-          names_session=False, ignores=("tools",), model="", measured="0.169.0", files=files_codex),
+          names_session=False, ignores=("tools",), model="", measured="0.169.0", files=files_codex,
+          reads="AGENTS.md", asked=True),
     Agent("gemini", "gemini", argv_gemini, env_gemini, "gemini", "prompt", True, "", ("--version",),
           "a repository's .gemini/.env can still set variables that name no server", moves=False,
           ignores=("tools", "effort", "mcp_server"), model="", measured="0.61.0"),
@@ -4983,6 +4994,7 @@ class Dispatcher:
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
                     config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0,
                     self.manifest.servers)
+        deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
         files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
         for name, text in files.items():
             write_file(os.path.join(folder, name), text.encode("utf-8", "surrogatepass"))
@@ -5260,6 +5272,25 @@ def no_room_left(folder: str) -> bool:
         return False
     free = stat.f_bfree if os.geteuid() == 0 else stat.f_bavail
     return free == 0 and stat.f_blocks > 0
+
+
+MAX_MEMORY = 32 << 10      # bytes of memory files that an agent is handed, as much as codex itself would read
+
+
+def read_memory(name: str, root: str, cwd: str) -> tuple:
+    """(path, text) of each file `name` from `root` down to `cwd`; one that leads out is left alone."""
+    found, room, top = [], MAX_MEMORY, os.path.realpath(root)
+    for folder in folders_between(root, cwd) if name else ():
+        path = os.path.join(folder, name)
+        try:
+            if os.path.isfile(path) and os.path.realpath(path).startswith(top + os.sep):
+                with open(path, "rb") as f:
+                    text = f.read(room).decode("utf-8", "replace").replace("\0", "")
+                room -= len(text)
+                found += [(os.path.relpath(path, root), text)] if text.strip() else []
+        except OSError:
+            continue
+    return tuple(found)
 
 
 def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Command], base_dir: str) -> tuple:
@@ -6473,7 +6504,7 @@ def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str],
     for name in dict.fromkeys(names):
         row = agent_row(name, loaded.manifest.agents)
         programs[name] = find_program(row, env, loaded.manifest.agents, loaded.base_dir)
-        if ask and row.version:
+        if ask and row.asked:
             said = ask_version(row, programs[name], env)
             version = said if name == "claude" else version
     return programs, version

@@ -383,7 +383,7 @@ class Handler(BaseHTTPRequestHandler):
             self.note(status=200)
             return self.send_json(200, {"input_tokens": max(1, len(json.dumps(body)) // 4)})
         if path.endswith("/responses"):
-            return self.responses(body)
+            return self.openai_responses(body)
         if path.endswith(":streamGenerateContent") or path.endswith(":generateContent"):
             return self.gemini(path, body)
         if path.endswith(":countTokens"):
@@ -442,7 +442,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_json(200, message)
 
-    def responses(self, body):
+    def openai_responses(self, body):
         """OpenAI's Responses API, streamed, as codex asks it."""
         plan = self.plan(body, responses_turns(body), model=body.get("model"),
                          n_tools=len(body.get("tools", [])))
