@@ -1845,7 +1845,7 @@ class Format(NamedTuple):
     counts_on: bool = False   # its usage is the session's, not the process's
     # what it says on its error output, or in its result, of a session that it cannot go on with
     no_session: tuple = ()
-    no_start: str = ""        # what it says there of a start that came to nothing, and may be repeated
+    no_start: tuple = ()      # what it says there of a start that came to nothing, and may be repeated
     # an exit status from here on is its own: below, 128 + n is signal n
     own_status: int = 256
 
@@ -1857,7 +1857,8 @@ FORMATS = {
                        no_session=("no rollout found for thread id",)),
     "opencode": Format(fold_opencode, skim_nothing, results=True, tells_cost=True,
                        no_session=("Session not found",),
-                       no_start="database is locked"),      # two first starts at once in a new home
+                       # two that start at once for the first time make one database
+                       no_start=("database is locked", "CREATE TABLE")),
     # it exits with an HTTP status modulo 256: 144 for 400, 145 for 401
     "gemini":   Format(fold_gemini, skim_nothing, results=True, tells_cost=False, own_status=144,
                        no_session=("Invalid session identifier", "No previous sessions found",
@@ -2353,7 +2354,7 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     silent = not talk.began and talk.result is None
     unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0
                                                                                or end.signal is not None)
-    unbegun = unbegun or silent and bool(FORMATS[form].no_start) and FORMATS[form].no_start in end.stderr
+    unbegun = unbegun or silent and any(words in end.stderr for words in FORMATS[form].no_start)
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and silent and not actor.afresh and actor.how not in ("resume",
@@ -5313,7 +5314,27 @@ def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Comm
         there = "is not an executable program" if os.path.exists(program) else "was not found"
         raise InvalidInput(f"agent {row.name}: {program} {there}" + ("" if os.sep in program else " on PATH"),
                            hint=hint)
+    wrong = wrong_script(path)
+    if wrong:
+        raise InvalidInput(f"agent {row.name}: {path} cannot be started: {wrong}", hint=hint)
     return (path, *(own.command[1:] if own else ()))
+
+
+def wrong_script(path: str) -> str:
+    """Why the first line of a script names no program that could run it; empty where nothing is wrong."""
+    try:
+        with open(path, "rb") as f:
+            line = f.read(256).partition(b"\n")[0]
+    except OSError:                # it may be run all the same, only not read
+        return ""
+    if not line.startswith(b"#!"):
+        return ""
+    if line.endswith(b"\r"):
+        return "its lines end in CR LF, so its interpreter is not found; give it LF line ends"
+    words = line[2:].decode("utf-8", "replace").split()
+    if words and not os.access(words[0], os.X_OK):
+        return f"its interpreter {clean_text(words[0])} was not found"
+    return ""
 
 
 def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | None:
@@ -5958,6 +5979,9 @@ class DemoAgent:
         self.last = "done"
         self.lingers = self.deaf = False
         self.echo: dict | None = None
+        self.speech = "claude"     # a key of SPEECHES
+        self.pending: dict = {}    # of a tool call: what its result is told with
+        self.items = 0
         self.inbox: list[dict | None] = []
         self.news = threading.Condition()
         self.interrupted = False
@@ -5966,6 +5990,12 @@ class DemoAgent:
 
     def listen(self) -> None:
         """Take messages in, until the input ends (in a thread)."""
+        if not SPEECHES[self.speech].stream:
+            words = sys.stdin.buffer.read().decode("utf-8", "replace")
+            with self.news:
+                self.inbox += [{"message": {"content": words}}, None]
+                self.news.notify_all()
+            return
         for raw in sys.stdin.buffer:
             try:
                 message = json.loads(raw)
@@ -5985,9 +6015,9 @@ class DemoAgent:
             self.news.notify_all()
 
     def say_raw(self, event: dict) -> None:
-        """Print one event."""
-        data = json.dumps(event, separators=(",", ":"),
-                          ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        """Print one event of claude's, or the lines that another agent prints in its place."""
+        data = b"".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode(
+            "utf-8", "surrogatepass") + b"\n" for line in SPEECHES[self.speech].lines(self, event))
         try:
             write_all(1, data)
         except OSError:
@@ -6068,7 +6098,7 @@ class DemoAgent:
                                          "content": [{"type": "text", "text": text}]},
                    parent_tool_use_id=None, error=code)
         self.result(text, error=True, status=status)
-        raise DemoEnd(1)
+        raise DemoEnd(SPEECHES[self.speech].status(status))
 
     # ---- turns
 
@@ -6323,6 +6353,157 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
                         "leave a process behind, in a session of " "its own, that ignores TERM"),
          "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",
                         "send itself a signal: `kill KILL`, `kill " "STOP`"),}
+
+
+def speak_claude(agent: DemoAgent, event: dict) -> list[dict]:
+    """What claude prints (measured with 2.1.197)."""
+    return [event]
+
+
+def demo_block(event: dict) -> dict:
+    """The one block of a message, or of a tool's result; empty for what is neither."""
+    content = (event.get("message") or {}).get("content")
+    return content[0] if isinstance(content, list) and content and not event.get("error") else {}
+
+
+def speak_codex(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `codex exec --json` prints in its place (measured with codex-cli 0.169.0)."""
+    kind, block = event["type"] + str(event.get("subtype") or ""), demo_block(event)
+
+    def item(type_: str, number: int | None = None, **fields: Any) -> dict:
+        agent.items += number is None
+        return {"id": f"item_{agent.items - 1 if number is None else number}", "type": type_, **fields}
+
+    if kind == "systeminit":
+        return [{"type": "thread.started", "thread_id": agent.session_id}, {"type": "turn.started"}]
+    if kind == "systemapi_retry":
+        return [{"type": "error", "message": f"Reconnecting... {event['attempt']}/{event['max_retries']} "
+                                             f"(unexpected status {event['error_status']} {event['error']})"}]
+    if block.get("type") == "text":
+        return [{"type": "item.completed", "item": item("agent_message", text=block["text"])}]
+    if block.get("type") == "tool_use":
+        words = block["input"].get("command") or f"{block['name']} {json.dumps(block['input'])}"
+        agent.pending = {"command": words}
+        begun = item("command_execution", **agent.pending, aggregated_output="", exit_code=None,
+                     status="in_progress")
+        return [{"type": "item.started", "item": begun}]
+    if block.get("type") == "tool_result":
+        failed = bool(block["is_error"])
+        return [{"type": "item.completed", "item": item(
+            "command_execution", agent.items - 1, **agent.pending, aggregated_output=block["content"],
+            exit_code=int(failed), status="failed" if failed else "completed")}]
+    if event["type"] != "result":
+        return []
+    if event["is_error"]:
+        words = demo_error(event, "unexpected status {status}: {text}")
+        return [{"type": "error", "message": words}, {"type": "turn.failed", "error": {"message": words}}]
+    before = agent.session.get("told") or [0, 0]          # it counts on over the session
+    agent.session["told"] = [before[0] + agent.usage.input, before[1] + agent.usage.output]
+    agent.usage = Usage()
+    agent.save()
+    return [{"type": "turn.completed", "usage": {
+        "input_tokens": agent.session["told"][0], "cached_input_tokens": 0, "cache_write_input_tokens": 0,
+        "output_tokens": agent.session["told"][1], "reasoning_output_tokens": 0}}]
+
+
+def demo_error(event: dict, form: str) -> str:
+    """The words of a failed result, with its HTTP status where there is one."""
+    text = event.get("result") or "; ".join(event.get("errors") or ())
+    return form.format(status=event["api_error_status"], text=text) if event.get("api_error_status") else text
+
+
+def speak_opencode(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `opencode run --format json` prints in its place (measured with 1.18.33)."""
+    block, now = demo_block(event), int(time.time() * 1000)
+
+    def line(type_: str, part: str, **fields: Any) -> dict:
+        return {"type": type_, "timestamp": now, "sessionID": agent.session_id, "part": {
+            "id": f"prt_{mint_uuid()}", "messageID": f"msg_{agent.number}", "sessionID": agent.session_id,
+            "type": part, **fields}}
+
+    def ending(reason: str) -> list[dict]:
+        used, agent.usage = agent.usage, Usage()
+        tokens = {"total": sum(used), "input": used.input, "output": used.output, "reasoning": 0,
+                  "cache": {"write": 0, "read": 0}}
+        return [line("step_finish", "step-finish", reason=reason, tokens=tokens,
+                     cost=price_usd(agent.model, used))]
+
+    time_ = {"start": now, "end": now}
+    if block.get("type") == "text":
+        before = ending("tool-calls") if agent.pending else []
+        agent.pending = {"step": True}
+        return [*before, line("step_start", "step-start"),
+                line("text", "text", text=block["text"], time=time_)]
+    if block.get("type") == "tool_use":
+        before = ending("tool-calls") if agent.pending else []
+        agent.pending = {"tool": block["name"].lower(), "callID": block["id"], "input": block["input"]}
+        return [*before, line("step_start", "step-start")]
+    if block.get("type") == "tool_result":
+        call, agent.pending = agent.pending, {}
+        state = {"status": "completed", "input": call.pop("input"), "output": block["content"],
+                 "metadata": {"output": block["content"], "exit": int(block["is_error"]), "truncated": False},
+                 "title": "a step", "time": time_}
+        return [line("tool_use", "tool", **call, state=state), *ending("tool-calls")]
+    if event["type"] == "result" and event["is_error"]:
+        data = {"message": demo_error(event, "{text}"), "statusCode": event.get("api_error_status"),
+                "isRetryable": False}
+        return [{"type": "error", "timestamp": now, "sessionID": agent.session_id, "error": {
+            "name": "APIError", "data": {k: v for k, v in data.items() if v is not None}}}]
+    if event["type"] == "result":
+        before = [] if agent.pending else [line("step_start", "step-start")]
+        agent.pending = {}
+        return [*before, *ending("stop")]
+    return []
+
+
+def speak_gemini(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `gemini --output-format stream-json` prints in its place (measured with 0.61.0)."""
+    block, kind = demo_block(event), event["type"] + str(event.get("subtype") or "")
+
+    def line(type_: str, **fields: Any) -> list[dict]:
+        return [{"type": type_, "timestamp": render_time(time.time()), **fields}]
+
+    if kind == "systeminit":
+        return line("init", session_id=agent.session_id, model=agent.model)
+    if event.get("isReplay"):
+        return line("message", role="user", content=event["message"]["content"])
+    if block.get("type") == "text":
+        return line("message", role="assistant", content=block["text"], delta=True)
+    if block.get("type") == "tool_use":
+        agent.items += 1
+        agent.pending = {"tool_id": f"{block['name']}_{agent.items}"}
+        return line("tool_use", tool_name=block["name"], **agent.pending, parameters=block["input"])
+    if block.get("type") == "tool_result":
+        failed = {"error": {"type": "unknown", "message": block["content"]}} if block["is_error"] else {}
+        return line("tool_result", **agent.pending, status="error" if failed else "success",
+                    output=block["content"], **failed)
+    if event["type"] != "result":
+        return []
+    counts = {"total_tokens": sum(agent.usage), "input_tokens": agent.usage.input,
+              "output_tokens": agent.usage.output, "cached": 0, "input": agent.usage.input}
+    stats = {**counts, "duration_ms": event["duration_ms"], "tool_calls": agent.items,
+             "models": {agent.model: counts}}
+    if not event["is_error"]:
+        return line("result", status="success", stats=stats)
+    words = demo_error(event, '[API Error: {{"error":{{"message":"{text}","code":{status}}}}}]')
+    return line("result", status="error", error={"type": "unknown", "message": words}, stats=stats)
+
+
+class Speech(NamedTuple):
+    """How the scripted agent speaks in the place of another one."""
+
+    lines: Callable            # (agent, event as claude prints it) -> the objects that are printed
+    stream: bool               # messages come as JSON lines, else the prompt alone, as it is
+    status: Callable           # HTTP status -> exit status
+
+
+SPEECHES = {
+    # a key of FORMATS
+    "claude":   Speech(speak_claude,   True,  lambda status: 1),
+    "codex":    Speech(speak_codex,    False, lambda status: 1),
+    "opencode": Speech(speak_opencode, False, lambda status: 1),
+    "gemini":   Speech(speak_gemini,   False, lambda status: status % 256),
+}
 
 
 def walk_script(lines: list[str]) -> Iterator[str]:
@@ -7601,13 +7782,17 @@ def cmd_demo_agent(options: Any) -> str:
     """The scripted agent (a run starts it)."""
     session_id = options.resume or options.session_id
     path = os.path.join(options.sessions, f"{session_id}.json")
-    if not re.fullmatch(r"[0-9a-f-]{36}", session_id or ""):
+    if options.speak not in SPEECHES:
+        raise InvalidInput(f"--speak: found {show_value(options.speak)}; allowed: "
+                           f"one of {', '.join(SPEECHES)}")
+    if not re.fullmatch(r"(ses_)?[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
     agent = DemoAgent(options.model, session_id, path)
+    agent.speech = options.speak
     if options.resume:
         session = read_json(path)
         if session is None:
-            say_error(f"No conversation found with session ID: {session_id}")
+            say_error(f"{FORMATS[agent.speech].no_session[0]} with session ID: {session_id}")
             agent.result(None, subtype="error_during_execution", error=True,
                          errors=(f"No conversation found with session ID: {session_id}",))
             sys.exit(1)
@@ -7646,35 +7831,110 @@ def cmd_doctor(options: Any) -> str:
 
 def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
     """What pitboss needs or can use, one finding each."""
+    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+    yield from look_at_modules()
+    root = os.geteuid() == 0
+    yield Finding("system", True, f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores")
+    yield Finding("user", True, "root: claude is told that it runs in a sandbox, else it would refuse"
+                  if root else f"{os.geteuid()}, not root")
+    yield from look_at_programs(env)
+    yield from look_at_agents(env)
+    yield from look_at_claude(env)
+    yield from look_at_folders(env, given)
+    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
+                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
+                  else "no pidfd: exits are found by kqueue or by looking")
+
+
+def look_at_modules() -> Iterator[Finding]:
+    """Parts of the standard library that some builds of Python leave out."""
+    import importlib.util
+
+    missing = [name for name in ("_ssl", "_sqlite3", "_curses") if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("modules", None, f"this Python has no {', '.join(missing)}: what needs it will say so",
+                      "use a Python that was built with them")
+
+
+def look_at_programs(env: Mapping[str, str]) -> Iterator[Finding]:
+    """The programs that are not agents."""
     import shutil
     import subprocess
 
-    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
-    yield Finding("system", True,
-                  f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores, user {os.geteuid()}"
-                  + (" (root: claude is told that it runs in a sandbox)" if os.geteuid() == 0 else ""))
-    for name, needed, why in (("sh", True, "every agent is started through it"),
-                              ("git", True, "worktrees need it"), ("tmux", False, "")):
+    rows = {"sh": (("-c", "echo"), True, "every agent is started through it"),
+            "git": (("--version",), True, "worktrees need it"), "tmux": (("-V",), False, "")}
+    for name, (args, needed, why) in rows.items():
         path = shutil.which(name, path=env.get("PATH"))
         if path is None:
             yield Finding(name, False if needed else None, "not on PATH", f"install {name}: {why}" if needed
-                          else "")
+                          else "nothing here needs it")
             continue
-        done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh"
-                              else [path, "-c", "echo"], capture_output=True, text=True, check=False,
+        done = subprocess.run([path, *args], capture_output=True, text=True, errors="replace", check=False,
                               stdin=subprocess.DEVNULL)
-        yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at "
-                                  f"{path}".strip())
+        said = clean_text(last_lines(done.stdout, 1))
+        yield Finding(name, not done.returncode, f"{said} at {path}".strip() if not done.returncode
+                      else f"{path} ended with status {done.returncode}", "" if not done.returncode
+                      else f"{path} {' '.join(args)} shows why")
+        if name == "git" and not done.returncode:
+            who = subprocess.run([path, "config", "user.email"], capture_output=True, check=False,
+                                 stdin=subprocess.DEVNULL, env=git_env(env))
+            if who.returncode and not env.get("GIT_AUTHOR_EMAIL"):
+                yield Finding("author", None, "git knows no user.email, so an agent's commit may fail",
+                              "git config --global user.email YOU@EXAMPLE.ORG, and user.name")
+
+
+def look_at_agents(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Each agent program: its version, the one that its row was measured with, and what it cannot do."""
     for row in AGENTS.values():
+        limits = f"; {limits_of(row)}" if limits_of(row) else ""
         if not row.program:
-            yield Finding(row.name, True, f"built in; {row.limits}")
+            yield Finding(row.name, True, f"built in{limits}")
             continue
         try:
             program = find_program(row, env, {}, "/")
-            yield Finding(row.name, True, f"{ask_version(row, program, env)} at {program[0]}"
-                          + (f"; {row.limits}" if row.limits else ""))
+            said = ask_version(row, program, env)
+            words = said or "it does not say its version"
+            other = "" if row.measured in words else f" (driven as {row.measured} was: it may differ)"
+            yield Finding(row.name, True, f"{words}{other} at {program[0]}{limits}")
         except InvalidInput as e:
             yield Finding(row.name, None, str(e).partition(": ")[2], e.hint)
+
+
+# Variables that change where claude sends its requests, or as whom.
+CLAUDE_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL",
+                    "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX",
+                    "CLAUDE_CONFIG_DIR", "CLAUDE_CODE_MAX_RETRIES")
+
+
+def look_at_claude(env: Mapping[str, str]) -> Iterator[Finding]:
+    """What of the operator's own settings reaches claude; values are never shown, they may be secrets."""
+    there = [name for name in CLAUDE_VARIABLES if env.get(name)]
+    yield Finding("variables", True, f"claude gets {', '.join(there)}" if there
+                  else "none of claude's is set: it uses its own login")
+    sandbox = env.get("IS_SANDBOX", "1")
+    if os.geteuid() == 0 and sandbox != "1":
+        yield Finding("sandbox", False, f"IS_SANDBOX is {show_value(sandbox)}: claude will not work for root",
+                      "unset IS_SANDBOX, or set it to 1")
+    folder = env.get("CLAUDE_CONFIG_DIR") or os.path.join(env.get("HOME") or "/", ".claude")
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        yield Finding("settings", None, f"{path} cannot be read as JSON", "mend it: claude reads it, too")
+        return
+    own = settings.get("env")
+    names = ", ".join(map(clean_text, own)) if isinstance(own, dict) else ""
+    said = (["its env sets " + names] if names else []) + (["its hooks do not run in hands"]
+                                                           if settings.get("hooks") else [])
+    yield Finding("settings", True, f"{path} is read" + (": " + "; ".join(said) if said else ""))
+
+
+def look_at_folders(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
+    """Where runs go, what room there is, and whether sockets can be made."""
+    import socket
+    import tempfile
+
     runs_dir = runs_folder(env, given)
     there = runs_dir
     while not os.path.isdir(there):
@@ -7686,9 +7946,16 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
                   "" if writable else "set XDG_DATA_HOME, or give --run-dir")
     yield Finding("disk", room > 100e6, f"{render_bytes(room)} free in {there}",
                   "" if room > 100e6 else "make room: agents and logs need it")
-    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
-                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
-                  else "no pidfd: exits are found by kqueue or by looking")
+    own = env.get("XDG_RUNTIME_DIR") or ""
+    base = own if own and os.access(own, os.W_OK) else tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryDirectory(dir=base) as folder, socket.socket(socket.AF_UNIX) as s:
+            s.bind(os.path.join(folder, "s"))
+        yield Finding("sockets", True, f"can be made in {base}" + ("" if base == own
+                                                                   else " (XDG_RUNTIME_DIR is not usable)"))
+    except OSError as e:
+        yield Finding("sockets", None, f"cannot be made in {base}: {e.strerror}",
+                      "set XDG_RUNTIME_DIR to a short path on a local disk; a flat run needs none")
 
 
 def cmd_init(options: Any) -> str:
@@ -8542,7 +8809,7 @@ COMMANDS = {c.name: c for c in (
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
     Cli("demo-agent", cmd_demo_agent, "", (
         (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}),
-        (("--resume",), {})), ""),
+        (("--resume",), {}), (("--speak",), {"default": "claude"})), ""),
 )}
 
 

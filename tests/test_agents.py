@@ -293,8 +293,8 @@ def test_a_session_that_is_gone_is_dealt_afresh_once(agent):
     """What the agents say of a session that they do not know is what FORMATS holds."""
     first = agent.deal(("a", [{"text": "one"}]))
     home = Path(agent.home.env["HOME"])
-    for kept in (".codex/sessions", ".local/share/opencode", ".gemini/tmp"):
-        shutil.rmtree(home / kept, ignore_errors=True)
+    for kept in (home / ".codex/sessions", home.parent / "data/opencode", home / ".gemini/tmp"):
+        shutil.rmtree(kept, ignore_errors=True)
     for state in (home / ".codex").glob("*.sqlite*"):
         state.unlink()
     agent.home.pitboss("resume", first.name, timeout=LONG_S, check=0)
