@@ -8691,9 +8691,10 @@ def render_reference() -> str:
               *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
     parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|",
               *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
-    parts += ["", "#### Agents", "", "| agent | how | limits |", "|---|---|---|"]
-    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.limits or 'none'} |"
-              for a in AGENTS.values()]
+    parts += ["", "#### Agents", "", "| agent | program | measured with | what it cannot do |",
+              "|---|---|---|---|"]
+    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.measured or '–'} | "
+              f"{limits_of(a) or '–'} |" for a in AGENTS.values()]
     parts += ["", "#### The scripted agent's steps", "", "| step | what it does |", "|---|---|"]
     parts += [f"| `$ {s.usage}` | {s.meaning} |"
               for s in STEPS.values()] + ["| `$ loop N` … `$ end` | repeat the steps between |"]

@@ -232,7 +232,8 @@ def test_two_tasks_work_in_worktrees_and_what_the_repository_sets_up_is_shut_out
 
 
 @pytest.mark.real
-def test_a_finished_run_is_dealt_again_in_its_session(agent):
+def test_a_finished_run_is_dealt_again_in_its_session_and_afresh_when_that_is_gone(agent):
+    """What the agents say of a session that they do not know is what FORMATS holds."""
     first = agent.deal(("a", [{"text": "the word is amaranth"}]))
     before = len(agent.bodies())
     agent.home.pitboss("resume", first.name, timeout=LONG_S, check=0)
@@ -242,6 +243,16 @@ def test_a_finished_run_is_dealt_again_in_its_session(agent):
     asked = agent.bodies()[before:]
     assert asked and all("amaranth" in body for body in asked), "the model is told what it said before"
     assert 0 < new["token_usage"]["output"] < 2 * old["token_usage"]["output"] + 10, "a session's usage counts once"
+    home = Path(agent.home.env["HOME"])
+    for kept in (home / ".codex/sessions", home.parent / "data/opencode", home / ".gemini/tmp"):
+        shutil.rmtree(kept, ignore_errors=True)
+    for state in (home / ".codex").glob("*.sqlite*"):
+        state.unlink()
+    agent.home.pitboss("resume", second.name, timeout=LONG_S, check=0)
+    third = agent.home.run_dir()
+    dealt = [e for e in read_events(third) if e["kind"] == "hand_dealt"]
+    assert [e["how"] for e in dealt] == ["again", "afresh"] and record_of(third)["status"] == "Success"
+    assert record_of(third)["claude_session_id"] not in ("", old["claude_session_id"])
 
 
 @pytest.mark.real
@@ -267,7 +278,7 @@ def test_a_run_whose_dispatcher_and_agent_were_killed_goes_on_in_the_session(age
 @pytest.mark.parametrize("how", ["timeout", "cancel"])
 def test_an_agent_that_is_stopped_leaves_nothing_behind(agent, tmp_path, how):
     begun = tmp_path / "begun"
-    keys = {"timeout_secs": 1} if how == "timeout" else {}
+    keys = {"timeout_secs": 3} if how == "timeout" else {}
     process, run = agent.start(("a", [agent.sh(f"touch {begun}; sleep 600"), {"text": "never"}]), **keys)
     if how == "cancel":
         wait_for(begun.exists, LONG_S, "the agent's shell")
@@ -275,7 +286,7 @@ def test_an_agent_that_is_stopped_leaves_nothing_behind(agent, tmp_path, how):
     process.communicate(timeout=LONG_S)
     record = record_of(run)
     assert process.returncode == 1 and record["status"] == {"timeout": "TimedOut", "cancel": "Cancelled"}[how]
-    assert ("enough" if how == "cancel" else "1 s") in record["failure_reason"]["message"]
+    assert ("enough" if how == "cancel" else "3 s") in record["failure_reason"]["message"]
     assert alive_in(run) == {}
 
 
@@ -286,19 +297,3 @@ def test_a_failure_has_a_kind_and_a_reason(agent):
     record = record_of(run)
     assert (record["status"], record["exit_code"], record["failure_reason"]["kind"]) == ("Failed", code, kind)
     assert says in record["failure_reason"]["message"]
-
-
-@pytest.mark.real
-def test_a_session_that_is_gone_is_dealt_afresh_once(agent):
-    """What the agents say of a session that they do not know is what FORMATS holds."""
-    first = agent.deal(("a", [{"text": "one"}]))
-    home = Path(agent.home.env["HOME"])
-    for kept in (home / ".codex/sessions", home.parent / "data/opencode", home / ".gemini/tmp"):
-        shutil.rmtree(kept, ignore_errors=True)
-    for state in (home / ".codex").glob("*.sqlite*"):
-        state.unlink()
-    agent.home.pitboss("resume", first.name, timeout=LONG_S, check=0)
-    run = agent.home.run_dir()
-    dealt = [e for e in read_events(run) if e["kind"] == "hand_dealt"]
-    assert [e["how"] for e in dealt] == ["again", "afresh"] and record_of(run)["status"] == "Success"
-    assert record_of(run)["claude_session_id"] not in ("", record_of(first)["claude_session_id"])
