@@ -242,7 +242,7 @@ def test_a_finished_run_is_dealt_again_in_its_session_and_afresh_when_that_is_go
     assert second != first and new["status"] == "Success" and new["claude_session_id"] == old["claude_session_id"]
     asked = agent.bodies()[before:]
     assert asked and all("amaranth" in body for body in asked), "the model is told what it said before"
-    assert 0 < new["token_usage"]["output"] < 2 * old["token_usage"]["output"] + 10, "a session's usage counts once"
+    assert 0 < new["token_usage"]["output"] < 1.5 * old["token_usage"]["output"], "a session's usage counts once"
     home = Path(agent.home.env["HOME"])
     for kept in (home / ".codex/sessions", home.parent / "data/opencode", home / ".gemini/tmp"):
         shutil.rmtree(kept, ignore_errors=True)

@@ -6,9 +6,12 @@ arguments and let the scripted agent speak for them.
 """
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -233,8 +236,6 @@ def fields_of(value, path: str = "") -> set:
 
 
 def say(agent: str, prompt: str, tmp_path: Path) -> tuple[list[dict], int]:
-    import subprocess
-
     done = subprocess.run([PYTHON, str(program()), "demo-agent", "--speak", agent, "--sessions", str(tmp_path),
                            "--session-id", pitboss.mint_uuid()], input=prompt.encode(), capture_output=True, cwd=tmp_path)
     return [json.loads(line) for line in done.stdout.splitlines()], done.returncode
@@ -267,6 +268,7 @@ if "--version" in words:
     print({version!r})
     sys.exit()
 open({log!r}, "a").write(repr(words) + "\\n")
+open({log!r} + ".env", "a").write(repr(dict(os.environ)) + "\\n")
 resumed = {{"codex": "resume" in words and words[-2], "opencode": "--session" in words and words[words.index("--session") + 1],
            "gemini": "--resume" in words and words[words.index("--resume") + 1]}}[{name!r}]
 new = words[words.index("--session-id") + 1] if "--session-id" in words else ("ses_" * ({name!r} == "opencode")) + str(uuid.uuid4())
@@ -289,6 +291,10 @@ class Spoken:
                                                 program=str(program()), sessions=str(home.root / "sessions")))
         self.program.chmod(0o755)
         home.env[f"PITBOSS_{name.upper()}_BINARY"] = str(self.program)
+
+    def environments(self) -> list[dict]:
+        """What each process that was dealt had in its environment."""
+        return [ast.literal_eval(line) for line in Path(f"{self.log}.env").read_text().splitlines()]
 
     def manifest(self, *prompts: str, **keys) -> Path:
         repo = self.home.root / "repo"
@@ -335,6 +341,29 @@ def test_a_session_that_is_gone_is_dealt_afresh(spoken):
     spoken.home.pitboss("resume", run.name, check=0)
     events = read_events(spoken.home.run_dir())
     assert [e["how"] for e in events if e["kind"] == "hand_dealt"] == ["again", "afresh"]
+
+
+def test_a_session_that_cannot_move_is_dealt_afresh_when_its_folder_cannot_be_made_again(spoken):
+    """opencode hangs for ever in another folder, gemini refuses; codex goes on."""
+    manifest = spoken.manifest("$ say one")
+    manifest.write_text('[run]\nworktree_dir = "trees"\n' + manifest.read_text())
+    spoken.home.pitboss("dispatch", manifest, check=0)
+    shutil.rmtree(spoken.home.root / "trees")
+    spoken.home.pitboss("resume", spoken.home.run_dir().name, check=0)
+    dealt = [e for e in read_events(spoken.home.run_dir()) if e["kind"] == "hand_dealt"]
+    assert [e["how"] for e in dealt] == [{"codex": "again"}.get(spoken.name, "afresh")]
+
+
+def test_what_a_repository_could_set_is_set_already_unless_the_operator_did(home):
+    """gemini takes from a repository's .env only what is not set yet; empty is set."""
+    spoken = Spoken(home, "gemini")
+    spoken.deal("$ say x")
+    home.env["GOOGLE_GEMINI_BASE_URL"] = "https://operator.example"
+    spoken.deal("$ say x", env=None)
+    first, second = spoken.environments()
+    assert all(first[name] == "" for name in pitboss.GEMINI_SHUT)
+    assert second["GOOGLE_GEMINI_BASE_URL"] == "https://operator.example"
+    assert first["GEMINI_CLI_NO_RELAUNCH"] == "true"
 
 
 def test_keys_that_have_no_effect_are_told(spoken):
@@ -439,7 +468,5 @@ def test_secrets_of_a_servers_environment_stay_out_of_argv():
     argv, files = pitboss.argv_codex(deal), pitboss.files_codex(deal)
     assert "secret" not in " ".join(argv) and 'model_reasoning_effort="xhigh"' in argv
     assert list(files) == ["mcp-own.env"] and "/r/mcp-own.env" in " ".join(argv)
-    import subprocess
-
     shown = subprocess.run(["sh", "-c", files["mcp-own.env"] + 'printf %s "$TOKEN"'], capture_output=True, text=True)
     assert shown.stdout == "it's\na secret"
