@@ -4369,12 +4369,17 @@ def env_file_of(deal: Deal, server: Server) -> str:
 
 
 def files_codex(deal: Deal) -> dict[str, str]:
-    """The environment of each MCP server as shell assignments."""
+    """The environment of each MCP server, as shell lines; names that no shell knows go through `env`."""
     import shlex
 
-    return {env_file_of(deal, s).rpartition("/")[2]:
-            "".join(f"export {k}={shlex.quote(v)}\n" for k, v in s.env.items())
-            for s in deal.servers if s.env}
+    files = {}
+    for server in deal.servers:
+        known = {k: v for k, v in server.env.items() if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", k)}
+        others = [shlex.quote(f"{k}={v}") for k, v in server.env.items() if k not in known]
+        lines = [f"export {k}={shlex.quote(v)}\n" for k, v in known.items()]
+        lines += [f'set -- env {" ".join(others)} "$@"\n'] if others else []
+        files[env_file_of(deal, server).rpartition("/")[2]] = "".join(lines)
+    return {name: text for name, text in files.items() if text}
 
 
 def toml_text(text: str) -> str:
@@ -5286,7 +5291,8 @@ def read_memory(name: str, root: str, cwd: str) -> tuple:
         try:
             if os.path.isfile(path) and os.path.realpath(path).startswith(top + os.sep):
                 with open(path, "rb") as f:
-                    text = f.read(room).decode("utf-8", "replace").replace("\0", "")
+                    text = f.read(room).decode("utf-8", "replace")
+                text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text)     # six times as long in an argument
                 room -= len(text)
                 found += [(os.path.relpath(path, root), text)] if text.strip() else []
         except OSError:

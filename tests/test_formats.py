@@ -460,13 +460,15 @@ def test_memory_files_are_read_from_the_root_down_and_never_from_outside(tmp_pat
     assert pitboss.read_memory("", str(root), str(root)) == ()
 
 
-def test_secrets_of_a_servers_environment_stay_out_of_argv():
-    server = pitboss.Server("own", "prog", ("--flag",), {"TOKEN": "it's\na secret"})
+def test_secrets_of_a_servers_environment_stay_out_of_argv(tmp_path):
+    server = pitboss.Server("own", "prog", ("--flag",), {"TOKEN": "it's\na secret", "odd-name": "b c"})
     task = pitboss.Task("t", "/w", "p", None, "codex", "m", "max", (), 60, True, {}, 0)
     deal = pitboss.Deal(task, ("/bin/codex",), "prompt", "", "m", "/w", "/w", "/r/prompt.txt", "/r/mcp.json", "/s", False,
                         (server,))
     argv, files = pitboss.argv_codex(deal), pitboss.files_codex(deal)
     assert "secret" not in " ".join(argv) and 'model_reasoning_effort="xhigh"' in argv
     assert list(files) == ["mcp-own.env"] and "/r/mcp-own.env" in " ".join(argv)
-    shown = subprocess.run(["sh", "-c", files["mcp-own.env"] + 'printf %s "$TOKEN"'], capture_output=True, text=True)
-    assert shown.stdout == "it's\na secret"
+    (tmp_path / "own.env").write_text(files["mcp-own.env"])
+    words = pitboss.codex_server(deal, server)
+    shown = subprocess.run([*words[:3], str(tmp_path / "own.env"), "env", "-0"], capture_output=True, text=True)
+    assert {"TOKEN=it's\na secret", "odd-name=b c"} <= set(shown.stdout.split("\0"))
