@@ -6816,8 +6816,9 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
             folder = os.path.join(base, repo.prefix) if isinstance(repo, Repo) and repo.prefix else base
         program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
         deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder,
-                    folder, "<prompt file>", "<mcp config>" if loaded.manifest.servers else "", "<sessions>",
-                    os.geteuid() == 0, loaded.manifest.servers)
+                    folder, f"<run folder>/tasks/{task.id}/prompt.txt",
+                    "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0,
+                    loaded.manifest.servers)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with "
           "it."
