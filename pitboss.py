@@ -687,8 +687,10 @@ HOUSE_FIELDS = (           # for runs with a lead; beside [[task]] they get a wa
 )
 
 ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
-    Field("agent", "word", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`"),
-    Field("model", "word", "claude-sonnet-4-6", "the model, as the agent names it"),
+    Field("agent", "word", "claude", "the agent program: `claude`, `opencode`, `codex`, `gemini`, `demo`, or "
+                                     "the NAME of an `[agent.NAME]`"),
+    Field("model", "word", "claude-sonnet-4-6", "the model, as the agent names it",
+          shown="`claude-sonnet-4-6`; opencode, codex, gemini: their own"),
     Field("effort", "text", "high", "reasoning effort, where the agent knows such a thing", choices=EFFORTS),
     Field("tools", "texts", ("Read", "Write", "Edit", "Bash", "Glob", "Grep"), "built-in tools that the "
                                                                                "agent may use",
@@ -731,8 +733,8 @@ COMMAND_FIELDS = (
                                         "`{mcp_config}`; without "
           "`{prompt_file}` the prompt is its standard input",
           schema={"minItems": 1, "prefixItems": [{"type": "string", "minLength": 1}]}),
-    Field("format", "text", "text", "what it prints: claude's stream-json events, or text",
-          choices=("claude", "text")),
+    Field("format", "text", "text", "what it prints: the JSON lines of one of the agents, or text",
+          choices=("claude", "codex", "opencode", "gemini", "text")),
 )
 
 TABLES = {
@@ -904,11 +906,11 @@ def wrong_branch(name: str) -> str:
 
 
 def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str], expand: Callable[[str], str],
-                  agents: Iterable[str]) -> Manifest:
+                  agents: Mapping[str, Any]) -> Manifest:
     """A manifest's bytes, checked and resolved.
 
     `label` names the document in errors, `stem` names a run that has no `name`, `env` is the
-    environment, `expand` makes a path of the manifest absolute, `agents` are the built-in ones.
+    environment, `expand` makes a path of the manifest absolute, `agents` are the rows of the built-in ones.
     Raises ManifestError for what is not TOML; every other problem is in the result.
     """
     text = decode_manifest(data, label)
@@ -932,6 +934,8 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
     problems += wrong + check_commands(tables["agent"], agents)
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand)
+    tasks, bad = resolve_models(tasks, doc, agents)
+    wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
     return Manifest(rules, "flat", tuple(tasks), tuple(servers), own, tuple(problems + wrong),
                     tuple(warnings + more))
 
@@ -1090,6 +1094,50 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str],
                          ("template", n)) for n, t in enumerate(tables["template"]) if t["id"] not in used]
     unique = {(p.path, p.message): p for p in problems}
     return tasks, list(unique.values()), warnings
+
+
+def place_of_key(doc: dict, index: int, key: str) -> tuple | None:
+    """Where the manifest gives a task its `key`: in it, in [defaults], or None for nowhere."""
+    for where in (("task", index), ("defaults",)):
+        table: Any = doc
+        for step_in in where:
+            table = table[step_in] if isinstance(table, list) else table.get(step_in) or {}
+        if isinstance(table, dict) and key in table:
+            return (*where, key)
+    return None
+
+
+def render_place(where: tuple) -> str:
+    """A place in a manifest as its author would write it: `task[2].model`."""
+    return "".join(f"[{w}]" if isinstance(w, int) else f".{w}" for w in where)[1:]
+
+
+def resolve_models(tasks: list[Task], doc: dict,
+                   agents: Mapping[str, Any]) -> tuple[list[Task], list[Problem]]:
+    """The tasks, each with its agent's default model where none is given; names that no such agent knows."""
+    done, problems = [], []
+    for task in tasks:
+        row, where = agents.get(task.agent), place_of_key(doc, task.index, "model")
+        if row and where is None:
+            task = task._replace(model=row.model)
+        elif row and row.model_form[0] and not re.fullmatch(row.model_form[0], task.model):
+            problems.append(Problem(render_place(where), f"found {show_value(task.model)}; allowed: "
+                                                         f"{row.model_form[1]}, as agent {row.name} names "
+                                                         f"models", where))
+        done.append(task)
+    return done, list(dict.fromkeys(problems))
+
+
+def check_ignored(tasks: list[Task], doc: dict, agents: Mapping[str, Any]) -> list[Problem]:
+    """A warning for each key, or table, that is given and has no effect on a built-in agent."""
+    warnings = []
+    for task in tasks:
+        row = agents.get(task.agent)
+        for key in row.ignores if row else ():
+            where = (key, 0) if doc.get(key) and key in TABLES else place_of_key(doc, task.index, key)
+            if where:
+                warnings.append(Problem(render_place(where), f"it has no effect on agent {row.name}", where))
+    return list(dict.fromkeys(warnings))
 
 
 def check_env(env: dict, own: dict, path: str, where: tuple) -> list[Problem]:
@@ -1380,6 +1428,7 @@ class Talk:
         self.answers = 0              # messages that its provider sent: it took these requests
         self.retries = 0              # requests that the agent repeats by itself
         self.text = ""                # last text of the main conversation
+        self.growing = False          # it comes in pieces, and the next one belongs to it
         self.lines: list[str] = []    # of a program that prints text: the last ones
         self.kept = 0                 # their characters
         self.words = ""               # last thing said or done, for people
@@ -1388,6 +1437,7 @@ class Talk:
         self.skimmed = b"", (0, 0, 0)           # what it tells of itself, as bytes and read
         self.turn_end = ("", b"")     # a session, and how its name follows the main conversation's messages
         self.skipped = 0              # lines that could not be read
+        self.base = Usage()           # told by earlier hands of this session, where the agent counts on
         self.known = Usage()          # told by a result: true
         self.known_usd = 0.0
         self.running: dict[str, list] = {}      # message id to usage since that result: output is an estimate
@@ -1610,6 +1660,215 @@ def fold_text(talk: Talk, line: bytes) -> None:
         talk.kept = len(talk.lines[0])
 
 
+HTTP_ERRORS = {
+    # status of an API's answer: its code in ERROR_KINDS; 500 and above are server_error
+    400: "invalid_request", 401: "authentication_failed", 402: "billing_error", 403: "authentication_failed",
+    404: "model_not_found", 413: "invalid_request", 422: "invalid_request", 429: "rate_limit",
+}
+# How codex 0.169.0 and gemini 0.61.0 quote an API's status in the message of an error.
+_HTTP_STATUS = r'(?:"code": ?|\bunexpected status |\blast status: )([45]\d\d)\b'
+
+
+def http_error(status: Any) -> str:
+    """The key of ERROR_KINDS that an HTTP status means; empty for what is none."""
+    if not isinstance(status, int) or not 400 <= status < 600:
+        return ""
+    return "server_error" if status >= 500 else HTTP_ERRORS.get(status, "")
+
+
+def fold_failure(talk: Talk, message: Any, status: Any = None) -> None:
+    """The agent gave up: the words are for people, the HTTP status says what kind of failure it is."""
+    text = message if isinstance(message, str) else ""
+    found = re.search(_HTTP_STATUS, text)
+    talk.error = http_error(status if status is not None else int(found[1]) if found else None)
+    talk.words = text or talk.words
+    fold_end(talk, text or "the agent says that it failed", failed=True)
+
+
+def fold_end(talk: Talk, text: str | None = None, failed: bool = False) -> None:
+    """A turn has ended, in an agent that tells it otherwise than claude."""
+    talk.results += 1
+    talk.open = talk.growing = False
+    talk.began = True
+    talk.result = {"is_error": failed, "result": text, "errors": []}
+    if not failed:
+        talk.error = ""
+
+
+def fold_words(talk: Talk, text: Any, piece: bool = False) -> None:
+    """Something was said in the main conversation; a `piece` may go on where the one before it ended."""
+    talk.began = talk.open = True
+    if isinstance(text, str) and (text.strip() or talk.growing):
+        talk.text = ((talk.text if talk.growing else "") + text)[-MAX_TEXT:]
+        talk.words = talk.text or talk.words
+        talk.growing = piece
+
+
+def fold_step(talk: Talk, words: Any) -> None:
+    """Something was done: a tool was called."""
+    talk.began = talk.open = True
+    talk.growing = False
+    if isinstance(words, str) and words:
+        talk.words = words + " …"
+
+
+def fold_codex(talk: Talk, line: bytes) -> None:
+    """One line of `codex exec --json` (measured with codex-cli 0.169.0)."""
+    event = json.loads(line.decode())
+    handler = _CODEX_EVENTS.get(event.get("type"))
+    if handler:
+        handler(talk, event)
+
+
+def _codex_thread(talk: Talk, event: dict) -> None:
+    talk.seen = talk.open = True
+    talk.session_id = read_word(event.get("thread_id")) or talk.session_id
+
+
+def _codex_item(talk: Talk, event: dict) -> None:
+    """An item of type `error` is a remark, not a failure."""
+    item = event["item"]
+    if item.get("type") == "agent_message":
+        fold_words(talk, item.get("text"))
+    elif item.get("type") == "mcp_tool_call":
+        fold_step(talk, f"{item.get('server')}.{item.get('tool')}")
+    elif item.get("type") not in ("error", "reasoning"):
+        fold_step(talk, item.get("command") or item.get("type"))
+
+
+def _codex_end(talk: Talk, event: dict) -> None:
+    """`usage` counts on over all turns of a session; its input holds what was cached and what was written."""
+    told = event.get("usage") or {}
+    read = read_count(told.get("cached_input_tokens"))
+    written = read_count(told.get("cache_write_input_tokens"))
+    total = Usage(max(0, read_count(told.get("input_tokens")) - read - written),
+                  read_count(told.get("output_tokens")), read, written)
+    talk.known = Usage(*(max(0, now - before) for now, before in zip(total, talk.base)))
+    fold_end(talk)
+
+
+def _codex_error(talk: Talk, event: dict) -> None:
+    """`Reconnecting... 1/5 (why)`: a request is repeated; without that, `turn.failed` follows."""
+    message = event.get("message")
+    if isinstance(message, str) and message.startswith("Reconnecting"):
+        talk.retries += 1
+        talk.words = message
+
+
+def _codex_failed(talk: Talk, event: dict) -> None:
+    fold_failure(talk, (event.get("error") or {}).get("message"))
+    if not talk.error and talk.retries:     # it repeats what a server or the network refused, nothing else
+        talk.error = "server_error"
+
+
+_CODEX_EVENTS = {
+    "thread.started": _codex_thread,
+    "item.started": _codex_item,
+    "item.completed": _codex_item,
+    "turn.completed": _codex_end,
+    "turn.failed": _codex_failed,
+    "error": _codex_error,
+}
+
+
+def fold_opencode(talk: Talk, line: bytes) -> None:
+    """One line of `opencode run --format json` (measured with 1.18.33): no event says that all is over."""
+    event = json.loads(line.decode())
+    handler = _OPENCODE_EVENTS.get(event.get("type"))
+    if handler:
+        talk.seen = True
+        talk.session_id = read_word(event.get("sessionID")) or talk.session_id
+        handler(talk, event)
+
+
+def _opencode_begin(talk: Talk, event: dict) -> None:
+    talk.began = talk.open = True
+
+
+def _opencode_text(talk: Talk, event: dict) -> None:
+    fold_words(talk, event["part"].get("text"))
+
+
+def _opencode_tool(talk: Talk, event: dict) -> None:
+    fold_step(talk, event["part"].get("tool"))
+
+
+def _opencode_end(talk: Talk, event: dict) -> None:
+    """One request is over, with usage and cost of its own; `tool-calls` and `unknown` go on."""
+    part, reason = event["part"], event["part"].get("reason")
+    told, cache = part.get("tokens") or {}, (part.get("tokens") or {}).get("cache") or {}
+    talk.known = talk.known.plus(Usage(read_count(told.get("input")), read_count(told.get("output"))
+                                       + read_count(told.get("reasoning")), read_count(cache.get("read")),
+                                       read_count(cache.get("write"))))
+    talk.known_usd += read_number(part.get("cost")) or 0.0
+    if reason == "stop":
+        fold_end(talk)
+    elif reason not in ("tool-calls", "unknown"):
+        fold_end(talk, f"the model stopped: {reason}", failed=True)
+
+
+def _opencode_error(talk: Talk, event: dict) -> None:
+    error = event.get("error") or {}
+    data = error.get("data") or {}
+    fold_failure(talk, data.get("message") or error.get("name"), data.get("statusCode"))
+
+
+_OPENCODE_EVENTS = {
+    "step_start": _opencode_begin,
+    "text": _opencode_text,
+    "tool_use": _opencode_tool,
+    "step_finish": _opencode_end,
+    "error": _opencode_error,
+}
+
+
+def fold_gemini(talk: Talk, line: bytes) -> None:
+    """One line of `gemini --output-format stream-json` (measured with 0.61.0)."""
+    event = json.loads(line.decode())
+    handler = _GEMINI_EVENTS.get(event.get("type"))
+    if handler:
+        handler(talk, event)
+
+
+def _gemini_init(talk: Talk, event: dict) -> None:
+    talk.seen = talk.open = True
+    talk.session_id = read_word(event.get("session_id")) or talk.session_id
+
+
+def _gemini_message(talk: Talk, event: dict) -> None:
+    """The answer comes in pieces, those of the model with `delta`."""
+    if event.get("role") == "assistant":
+        fold_words(talk, event.get("content"), piece=event.get("delta") is True)
+
+
+def _gemini_tool(talk: Talk, event: dict) -> None:
+    fold_step(talk, event.get("tool_name"))
+
+
+def _gemini_result(talk: Talk, event: dict) -> None:
+    """`stats` are of this process alone; its input_tokens hold what was cached, which `input` leaves out."""
+    told = event.get("stats") or {}
+    talk.known = Usage(read_count(told.get("input")), read_count(told.get("output_tokens")),
+                       read_count(told.get("cached")), 0)
+    if event.get("status") == "success":
+        fold_end(talk)
+    else:
+        fold_failure(talk, (event.get("error") or {}).get("message"))
+
+
+_GEMINI_EVENTS = {
+    "init": _gemini_init,
+    "message": _gemini_message,
+    "tool_use": _gemini_tool,
+    "result": _gemini_result,
+}
+
+
+def skim_nothing(talk: Talk, line: bytes) -> bool:
+    """Every line is folded: this format has none that is only counted."""
+    return False
+
+
 class Format(NamedTuple):
     """One way in which an agent prints what it does."""
 
@@ -1617,11 +1876,28 @@ class Format(NamedTuple):
     skim: Callable            # (talk, line) -> whether it was counted, its text unread
     results: bool             # success needs a result event
     tells_cost: bool
+    counts_on: bool = False   # its usage is the session's, not the process's
+    # what it says on its error output, or in its result, of a session that it cannot go on with
+    no_session: tuple = ()
+    no_start: tuple = ()      # what it says there of a start that came to nothing, and may be repeated
+    # an exit status from here on is its own: below, 128 + n is signal n
+    own_status: int = 256
 
 
 FORMATS = {
-    "claude": Format(fold_claude, skim_claude, results=True, tells_cost=True),
-    "text":   Format(fold_text, lambda talk, line: False, results=False, tells_cost=False),
+    "claude":   Format(fold_claude, skim_claude, results=True, tells_cost=True,
+                       no_session=("No conversation found", "is already in use")),
+    "codex":    Format(fold_codex, skim_nothing, results=True, tells_cost=False, counts_on=True,
+                       no_session=("no rollout found for thread id",)),
+    "opencode": Format(fold_opencode, skim_nothing, results=True, tells_cost=True,
+                       no_session=("Session not found",),
+                       # two that start at once for the first time make one database
+                       no_start=("database is locked", "CREATE TABLE")),
+    # it exits with an HTTP status modulo 256: 144 for 400, 145 for 401
+    "gemini":   Format(fold_gemini, skim_nothing, results=True, tells_cost=False, own_status=144,
+                       no_session=("Invalid session identifier", "No previous sessions found",
+                                   "already exists. Use --resume")),
+    "text":     Format(fold_text, skim_nothing, results=False, tells_cost=False),
 }
 
 
@@ -1681,9 +1957,13 @@ class Ending(NamedTuple):
     stderr: str = ""          # its last lines
 
 
-def split_status(status: int) -> tuple[int | None, int | None]:
-    """(exit code, signal) of a shell's status: 128+n of a standard signal is that signal."""
-    return (None, status - 128) if status - 128 in SIGNALS else (status, None)
+def split_status(status: int, form: str = "") -> tuple[int | None, int | None]:
+    """(exit code, signal) of a shell's status: 128+n of a standard signal is that signal.
+
+    `form` is the agent's format, where the status may be the agent's own.
+    """
+    own = form in FORMATS and status >= FORMATS[form].own_status
+    return (None, status - 128) if status - 128 in SIGNALS and not own else (status, None)
 
 
 def find_reason(talk: Talk, end: Ending) -> dict:
@@ -1755,7 +2035,8 @@ class Actor(NamedTuple):
     format: str = "claude"
     resumes: bool = True           # its agent can go on in a session
     account: str = ""              # whose limits and credentials its hands share; empty: nobody's
-    session_id: str = ""
+    session_id: str = ""           # empty: the agent has not told it yet
+    session_usage: Usage = Usage() # told of this session by earlier hands
     # of the run that this one resumes: {path, branch, base, repo, rescue_ref, made}
     former: dict | None = None
     state: str = "waiting"         # a key of STATES
@@ -1876,7 +2157,8 @@ def on_run_opened(run: RunState, event: dict) -> None:
 def on_actor_added(run: RunState, event: dict) -> None:
     """An actor waits for a slot."""
     facts = {k: v for k, v in event.items() if k in Actor._fields}
-    run.actors[event["actor"]] = Actor(id=event["actor"], **facts)
+    before = Usage(*((event.get("former") or {}).get("session_usage") or ()))
+    run.actors[event["actor"]] = Actor(id=event["actor"], **{**facts, "session_usage": before})
     run.waiting[event["actor"]] = None
     if may_start(run, run.actors[event["actor"]].account):
         fill_slots(run)
@@ -1996,6 +2278,7 @@ def on_hand_ended(run: RunState, event: dict) -> None:
     spent = event.get("cost_usd")
     change(run, actor.id, hand_usage=Usage(), hand_usd=0.0, lived_s=actor.lived_s + event["lived_s"],
            usage=actor.usage.plus(Usage(*event["usage"])), exit_code=event["code"],
+           session_usage=session_base(actor).plus(Usage(*event["usage"])),
            cost_usd=actor.cost_usd if spent is None else (actor.cost_usd or 0.0) + spent,
            session_id=event.get("session_id") or actor.session_id,
            final=event["final"] if event.get("final") is not None else actor.final)
@@ -2009,6 +2292,11 @@ def on_hand_ended(run: RunState, event: dict) -> None:
         deal_or_park(run, new, event["at"])
     else:
         end_actor(run, actor.id, event["status"], event["at"], reason=event.get("reason"))
+
+
+def session_base(actor: Actor) -> Usage:
+    """What the session of the actor's present hand had used before it."""
+    return actor.session_usage if actor.how in ("resume", "again") else Usage()
 
 
 def on_closed(run: RunState, event: dict) -> None:
@@ -2245,10 +2533,11 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> 
     if limit := decide_again_after_limit(actor, talk, end, now):
         return limit
     errors = " ".join((talk.result or {}).get("errors") or ()) + end.stderr
-    unknown_session = "No conversation found" in errors or "is already in use" in errors
+    unknown_session = any(words in errors for words in FORMATS[form].no_session)
     silent = not talk.began and talk.result is None
     unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0
                                                                                or end.signal is not None)
+    unbegun = unbegun or silent and any(words in end.stderr for words in FORMATS[form].no_start)
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and silent and not actor.afresh and actor.how not in ("resume",
@@ -2257,7 +2546,8 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> 
     if end.vanished and actor.lost < MAX_LOST_HANDS:
         # a session that was announced may be kept, with its prompt in it; `again` has not told its prompt yet
         again = "again" if silent and actor.how == "again" else "resume"
-        return {"again": again if actor.resumes else "prompt", "cause": "lost"}
+        known = talk.session_id or actor.session_id
+        return {"again": again if actor.resumes and known else "prompt", "cause": "lost"}
     return {"status": "Failed", "reason": find_reason(talk, end)}
 
 
@@ -4375,6 +4665,17 @@ class Deal(NamedTuple):
     mcp_config: str            # path; empty: no servers
     sessions: str              # a folder beside the runs, for agents that keep sessions there
     superuser: bool
+    servers: tuple = ()        # the MCP servers that mcp_config holds
+    memory: tuple = ()         # (path, text) of the files that the row's `reads` names, the root's first
+
+    def goes_on(self) -> bool:
+        """Whether the hand goes on in the session that is named, rather than beginning one."""
+        return self.how in ("resume", "again")
+
+
+def files_nothing(deal: Deal) -> dict[str, str]:
+    """No files of its own."""
+    return {}
 
 
 class Agent(NamedTuple):
@@ -4391,6 +4692,15 @@ class Agent(NamedTuple):
     interrupt: str             # a line that interrupts a turn; empty: SIGINT
     version: tuple             # arguments that print its version; empty: it is not asked
     limits: str                # what it cannot do, for people
+    names_session: bool = True      # it takes an id of our choosing for a new session; else it tells one
+    moves: bool = True         # its session goes on in another folder, or it says at once that it does not
+    ignores: tuple = ()        # manifest keys, and tables, that have no effect on it
+    model: str = "claude-sonnet-4-6"    # where the manifest names none; empty: its own default
+    model_form: tuple = ("", "")    # pattern of its model names, and what that is in words; empty: any
+    measured: str = ""         # the version that this row was measured with
+    files: Callable = files_nothing    # (Deal) -> {name: text}: further files beside its prompt
+    reads: str = ""            # memory files that it must be handed, by name: from the root to its cwd
+    asked: bool = False        # its version is asked before a run: it answers quickly
     # globs of the variables that tell one account of its provider from another
     account: tuple = (*SECRET_NAMES, "*_BASE_URL", "HOME", "XDG_CONFIG_HOME")
 
@@ -4414,9 +4724,7 @@ def argv_claude(deal: Deal) -> list:
     argv += ["--tools", ",".join(bare)]
     if rules:
         argv += ["--allowedTools", ",".join(rules)]
-    return argv + (["--resume", deal.session_id] if deal.how in ("resume",
-                                                                 "again") else ["--session-id",
-                                                                                deal.session_id])
+    return argv + ["--resume" if deal.goes_on() else "--session-id", deal.session_id]
 
 
 def folders_between(root: str, cwd: str) -> list[str]:
@@ -4432,9 +4740,113 @@ def env_claude(deal: Deal) -> dict:
             **({"IS_SANDBOX": "1"} if deal.superuser else {}),}
 
 
+CODEX_EFFORTS = {"max": "xhigh"}      # where codex has another word
+
+
+def argv_codex(deal: Deal) -> list:
+    """codex exec, measured with codex-cli 0.169.0.
+
+    A repository's `.codex/config.toml` may start MCP servers where the operator once trusted the folder or
+    one above it: for this hand none of them is.  Then it reads no AGENTS.md there, so it is handed them.
+    """
+    argv = [*deal.program, "exec", *(["resume"] if deal.goes_on() else []), "--json",
+            "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+    doubted = ",".join(f'{toml_text(f)}={{trust_level="untrusted"}}' for f in folders_between("/", deal.cwd))
+    settings = [f"projects={{{doubted}}}", "model_reasoning_effort="
+                + toml_text(CODEX_EFFORTS.get(deal.task.effort, deal.task.effort))]
+    if deal.memory:
+        memory = "\n\n".join(f"Instructions of {path}:\n\n{text}" for path, text in deal.memory)
+        settings.append(f"developer_instructions={toml_text(memory)}")
+    for server in deal.servers:
+        words = codex_server(deal, server)
+        args = ",".join(map(toml_text, words[1:]))
+        settings.append(f"mcp_servers.{server.id}={{command={toml_text(words[0])},args=[{args}]}}")
+    for setting in settings:
+        argv += ["-c", setting]
+    model = ["-m", deal.task.model] if deal.task.model else []
+    return argv + model + ([deal.session_id] if deal.goes_on() else []) + ["-"]
+
+
+def codex_server(deal: Deal, server: Server) -> tuple:
+    """The argv of an MCP server; values of its environment may be secrets, so they come from a file."""
+    if not server.env:
+        return (server.command, *server.args)
+    return ("sh", "-c", '. "$0" && exec "$@"', env_file_of(deal, server), server.command, *server.args)
+
+
+def env_file_of(deal: Deal, server: Server) -> str:
+    """Where files_codex puts the environment of a server."""
+    return f"{deal.prompt_file.rpartition('/')[0]}/mcp-{server.id}.env"
+
+
+def files_codex(deal: Deal) -> dict[str, str]:
+    """The environment of each MCP server, as shell lines; names that no shell knows go through `env`."""
+    import shlex
+
+    files = {}
+    for server in deal.servers:
+        known = {k: v for k, v in server.env.items() if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", k)}
+        others = [shlex.quote(f"{k}={v}") for k, v in server.env.items() if k not in known]
+        lines = [f"export {k}={shlex.quote(v)}\n" for k, v in known.items()]
+        lines += [f'set -- env {" ".join(others)} "$@"\n'] if others else []
+        files[env_file_of(deal, server).rpartition("/")[2]] = "".join(lines)
+    return {name: text for name, text in files.items() if text}
+
+
+def toml_text(text: str) -> str:
+    """A text as TOML spells it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+OPENCODE_CALL_MS = 86_400_000         # of an MCP call; its own default of 60 s would cut a longer one off
+
+
+def argv_opencode(deal: Deal) -> list:
+    """opencode run, measured with 1.18.33; a session goes on in its own folder only, elsewhere it hangs."""
+    return [*deal.program, "run", "--format", "json", "--auto", "--variant", deal.task.effort,
+            *(["--model", deal.task.model] if deal.task.model else []),
+            *(["--session", deal.session_id] if deal.goes_on() else [])]
+
+
+def env_opencode(deal: Deal) -> dict:
+    """What a repository's opencode.json and .opencode say is shut out; its AGENTS.md files are read.
+
+    Its providers could send the API key elsewhere, and its plugins run at the start (measured with 1.18.33).
+    """
+    config = {"instructions": [f"{folder}/AGENTS.md" for folder in folders_between(deal.root, deal.cwd)],
+              "mcp": {s.id: {"type": "local", "command": [s.command, *s.args], "environment": s.env,
+                             "enabled": True, "timeout": OPENCODE_CALL_MS} for s in deal.servers}}
+    return {"OPENCODE_DISABLE_PROJECT_CONFIG": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1",
+            "OPENCODE_CONFIG_CONTENT": json.dumps(config)}
+
+
+# Variables that a repository's .gemini/.env could set to send gemini's requests, and the key, elsewhere, or
+# to name settings of its own.  One that is set already, be it to nothing, is not taken from there.
+GEMINI_SHUT = ("GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "CODE_ASSIST_ENDPOINT", "GEMINI_CLI_HOME",
+               "GEMINI_CLI_SYSTEM_SETTINGS_PATH", "GEMINI_CLI_SYSTEM_DEFAULTS_PATH", "GOOGLE_GENAI_USE_GCA",
+               "GOOGLE_GENAI_USE_VERTEXAI", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy",
+               "NODE_TLS_REJECT_UNAUTHORIZED", "GEMINI_SANDBOX")
+
+
+def argv_gemini(deal: Deal) -> list:
+    """gemini, measured with 0.61.0; without `--yolo` its shell and write tools are missing.
+
+    `--skip-trust` comes after the settings were read, as those of a folder that is not trusted: hooks,
+    servers and tools of a repository's settings stay out.  GEMINI_CLI_TRUST_WORKSPACE would let them in.
+    """
+    return [*deal.program, "--output-format", "stream-json", "--yolo", "--skip-trust",
+            *(["--model", deal.task.model] if deal.task.model else []),
+            "--resume" if deal.goes_on() else "--session-id", deal.session_id]
+
+
+def env_gemini(deal: Deal) -> dict:
+    """Without GEMINI_CLI_NO_RELAUNCH a second process is started, and the first ignores TERM."""
+    return {"GEMINI_CLI_NO_RELAUNCH": "true", **dict.fromkeys(GEMINI_SHUT, "")}
+
+
 def argv_demo(deal: Deal) -> list:
     """The scripted agent in this file."""
-    session = ["--resume" if deal.how in ("resume", "again") else "--session-id", deal.session_id]
+    session = ["--resume" if deal.goes_on() else "--session-id", deal.session_id]
     return [*deal.program, "demo-agent", "--model", deal.task.model, "--sessions", deal.sessions, *session]
 
 
@@ -4453,14 +4865,24 @@ def env_nothing(deal: Deal) -> dict:
 
 CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"subtype":"interrupt"}}'
 
-AGENTS = {a.name: a for a in (Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True,
-                                    CLAUDE_INTERRUPT, ("--version",), "",
-                                    ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_*BASE_URL",
-                                     "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_*", "CLAUDE_CONFIG_DIR",
-                                     "HOME", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")),
-                              Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (),
-                                    "follows the script in its prompt; no model, no network",
-                                    ("PITBOSS_DEMO_ACCOUNT",)),)}
+AGENTS = {a.name: a for a in (
+    Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True, CLAUDE_INTERRUPT,
+          ("--version",), "", measured="2.1.197", asked=True,
+          account=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_*BASE_URL",
+                   "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_*", "CLAUDE_CONFIG_DIR", "HOME", "AWS_PROFILE",
+                   "AWS_ACCESS_KEY_ID")),
+    Agent("opencode", "opencode", argv_opencode, env_opencode, "opencode", "prompt", True, "", ("--version",),
+          "effort: where the model has a variant of that name", names_session=False, moves=False,
+          ignores=("tools",), model="", model_form=(r"[^/\s]+/\S+", "PROVIDER/MODEL"), measured="1.18.33"),
+    Agent("codex", "codex", argv_codex, env_nothing, "codex", "prompt", True, "", ("--version",), "",
+          names_session=False, ignores=("tools",), model="", measured="0.169.0", files=files_codex,
+          reads="AGENTS.md", asked=True),
+    Agent("gemini", "gemini", argv_gemini, env_gemini, "gemini", "prompt", True, "", ("--version",),
+          "a repository's .gemini/.env can still set variables that name no server", moves=False,
+          ignores=("tools", "effort", "mcp_server"), model="", measured="0.61.0"),
+    Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, "", (),
+          "follows the script in its prompt; no model, no network", account=("PITBOSS_DEMO_ACCOUNT",)),
+)}
 
 
 def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
@@ -4469,9 +4891,31 @@ def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
     if own is None:
         return AGENTS[name]
     takes_file = any("{prompt_file}" in word for word in own.command)
+    places = {"model": "{model}", "mcp_server": "{mcp_config}"}
+    unused = [key for key, place in places.items() if not any(place in word for word in own.command)]
     return Agent(name, own.command[0], argv_command, env_nothing, own.format,
-                 "none" if takes_file else "prompt", False, "", (), "no message can reach it while it runs"
-                 + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
+                 "none" if takes_file else "prompt", False, "", (), "", ignores=("tools", "effort", *unused))
+
+
+def limits_of(row: Agent) -> str:
+    """What an agent cannot do, in one line: what its columns say, then its own remark; empty: nothing."""
+    said = [row.limits] if row.limits else []
+    if row.ignores:
+        said.insert(0, f"{', '.join(row.ignores)}: no effect")
+    if not row.resumes:
+        said.insert(0, "it cannot go on in a session")
+    elif not row.moves:
+        said.insert(0, "a session goes on in its own folder only")
+    if not FORMATS[row.format].tells_cost:
+        said.insert(0, "it tells no cost")
+    if row.input != "stream":
+        said.insert(0, "no message can reach it while it runs")
+    return "; ".join(said)
+
+
+def first_words(deal: Deal) -> str:
+    """What a hand is told first: the prompt, or `continue` in a session that knows it."""
+    return "continue" if deal.how == "resume" else deal.task.prompt
 
 
 def accounts_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
@@ -4489,12 +4933,12 @@ def account_of(row: Agent, env: Mapping[str, str]) -> str:
 
 
 def first_message(deal: Deal) -> str:
-    """What a hand is told first: the prompt, or `continue` in a session that knows it.
+    """The first words as a message.
 
     claude takes a first word with a slash for a command of its own, which never reaches the model; a newline
     before it cures that.
     """
-    text = "continue" if deal.how == "resume" else deal.task.prompt
+    text = first_words(deal)
     return "\n" + text if text.startswith("/") else text
 
 
@@ -4535,6 +4979,8 @@ class LiveHand:
         self.form = actor.format
         self.tail = Tail(log, actor.log_at)
         self.talk = Talk(actor.model)
+        if FORMATS[actor.format].counts_on:
+            self.talk.base = session_base(actor)
         self.began = began                 # monotonic moment of its start
         self.idle_at: float | None = None  # since when it is done and should leave
         self.known: dict[int, str] = {}    # processes of it seen so far
@@ -4967,11 +5413,15 @@ class Dispatcher:
         if actor.stop:
             return self.record("hand_skipped", actor=name)
         log = os.path.join(self.make_task_dir(name), "stdout.log")
-        fresh = actor.how == "afresh" or not actor.session_id
+        row, how = agent_row(actor.agent, self.manifest.agents), actor.how
+        left = (actor.former or {}).get("cwd")
+        if not row.moves and how == "again" and left and left != (actor.place or {}).get("cwd", left):
+            how = "afresh"             # its session belongs to a folder that it cannot be given again
+        fresh = how == "afresh" or not actor.session_id
+        session_id = actor.session_id if not fresh else mint_uuid() if row.names_session else ""
         self.dealt.add((name, actor.hand + 1))
-        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id=mint_uuid(),
-                    log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh
-                    else actor.session_id)
+        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=how, message_id=mint_uuid(),
+                    log_at=end_line(log) if actor.hand else 0, session_id=session_id)
 
     async def effect_spawn(self, name: str) -> None:
         """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
@@ -5022,7 +5472,7 @@ class Dispatcher:
                 data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
                 stdin, live.pipe, live.unsent = open_input(data)
             else:
-                stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull,
+                stdin = os.open(os.path.join(folder, "input.txt") if row.input == "prompt" else os.devnull,
                                 os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, stdin)
             argv = [str(word) for word in row.argv(deal)]
@@ -5053,9 +5503,15 @@ class Dispatcher:
                                    or "/") or tuple(self_argv(self.run_dir))
             self.programs[actor.agent] = program
         place = actor.place or {}
-        return Deal(task, program, actor.how, actor.session_id, actor.message_id,
+        deal = Deal(task, program, actor.how, actor.session_id, actor.message_id,
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
-                    config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0)
+                    config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0,
+                    self.manifest.servers)
+        deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
+        files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
+        for name, text in files.items():
+            write_file(os.path.join(folder, name), text.encode("utf-8", "surrogatepass"))
+        return deal
 
     def agent_env(self, actor: Actor, deal: Deal, row: Agent) -> dict[str, str]:
         """The environment of a hand: the caller's, the adapter's, the manifest's, and where it is."""
@@ -5145,7 +5601,7 @@ class Dispatcher:
         if written is None and not cut and status is not None and status > 128:
             status = None              # that is how the shim ended; of the agent nobody knows
         cut = cut or self.journal.full or no_room_left(folder)
-        code, number = split_status(status) if status is not None else (None, None)
+        code, number = split_status(status, live.form) if status is not None else (None, None)
         stderr = read_end(os.path.join(folder, "stderr.log"), 4096) if status or status is None else ""
         return Ending(code, number, vanished=status is None and not cut, log_cut=cut, stderr=stderr)
 
@@ -5334,6 +5790,26 @@ def no_room_left(folder: str) -> bool:
     return free == 0 and stat.f_blocks > 0
 
 
+MAX_MEMORY = 32 << 10      # bytes of memory files that an agent is handed, as much as codex itself would read
+
+
+def read_memory(name: str, root: str, cwd: str) -> tuple:
+    """(path, text) of each file `name` from `root` down to `cwd`; one that leads out is left alone."""
+    found, room, top = [], MAX_MEMORY, os.path.realpath(root)
+    for folder in folders_between(root, cwd) if name else ():
+        path = os.path.join(folder, name)
+        try:
+            if os.path.isfile(path) and os.path.realpath(path).startswith(top + os.sep):
+                with open(path, "rb") as f:
+                    text = f.read(room).decode("utf-8", "replace")
+                text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text)     # six times as long in an argument
+                room -= len(text)
+                found += [(os.path.relpath(path, root), text)] if text.strip() else []
+        except OSError:
+            continue
+    return tuple(found)
+
+
 def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Command], base_dir: str) -> tuple:
     """The argv that starts an agent's program.  Raises InvalidInput when there is none.
 
@@ -5354,7 +5830,27 @@ def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Comm
         there = "is not an executable program" if os.path.exists(program) else "was not found"
         raise InvalidInput(f"agent {row.name}: {program} {there}" + ("" if os.sep in program else " on PATH"),
                            hint=hint)
+    wrong = wrong_script(path)
+    if wrong:
+        raise InvalidInput(f"agent {row.name}: {path} cannot be started: {wrong}", hint=hint)
     return (path, *(own.command[1:] if own else ()))
+
+
+def wrong_script(path: str) -> str:
+    """Why the first line of a script names no program that could run it; empty where nothing is wrong."""
+    try:
+        with open(path, "rb") as f:
+            line = f.read(256).partition(b"\n")[0]
+    except OSError:                # it may be run all the same, only not read
+        return ""
+    if not line.startswith(b"#!"):
+        return ""
+    if line.endswith(b"\r"):
+        return "its lines end in CR LF, so its interpreter is not found; give it LF line ends"
+    words = line[2:].decode("utf-8", "replace").split()
+    if words and not os.access(words[0], os.X_OK):
+        return f"its interpreter {clean_text(words[0])} was not found"
+    return ""
 
 
 def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | None:
@@ -5633,11 +6129,12 @@ def paint(text: str, colour: str, on: bool) -> str:
 
 def render_log_line(line: bytes, form: str) -> list[tuple[str, str]]:
     """One line of a log as (mark of LOG_MARKS, text) pairs; a line that says nothing gives none."""
-    if form == "text":
+    events = LOG_EVENTS[form]
+    if not events:
         return [(">", clean_text(line[:MAX_WORDS].decode("utf-8", "replace")))]
     try:
         event = json.loads(line)
-        return _LOG_EVENTS.get(event.get("type"), lambda e: [])(event)
+        return events.get(event.get("type"), lambda e: [])(event)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return [("!", clean_text(line[:500].decode("utf-8", "replace")))] if line.strip() else []
 
@@ -5679,7 +6176,77 @@ def _log_system(event: dict) -> list[tuple[str, str]]:
     return []
 
 
-_LOG_EVENTS = {"assistant": _log_assistant, "user": _log_user, "result": _log_result, "system": _log_system}
+def log_words(mark: str, words: Any) -> list[tuple[str, str]]:
+    """One marked text, cleaned; nothing where there is none."""
+    text = words if isinstance(words, str) else json.dumps(words, ensure_ascii=False) if words else ""
+    return [(mark, clean_text(text[:MAX_WORDS]))] if text.strip() else []
+
+
+def _log_codex_item(event: dict) -> list[tuple[str, str]]:
+    item, begins = event["item"], event["type"] == "item.started"
+    kind = item.get("type")
+    if kind in ("agent_message", "error"):
+        return log_words(">" if kind == "agent_message" else "!", item.get("text") or item.get("message"))
+    if kind == "command_execution":
+        return log_words("*", item.get("command")) if begins else log_words(
+            "!" if item.get("exit_code") else "<", item.get("aggregated_output"))
+    if kind == "mcp_tool_call" and not begins:
+        return log_words("!", (item.get("error") or {}).get("message")) or log_words(
+            "<", (item.get("result") or {}).get("content"))
+    name = f"{item.get('server')}.{item.get('tool')}" if kind == "mcp_tool_call" else f"{kind}"
+    return log_words("*", f"{name} {json.dumps(item.get('arguments') or {}, ensure_ascii=False)}"
+                     ) if begins else []
+
+
+def _log_end(event: dict) -> list[tuple[str, str]]:
+    error = event.get("error") or {}
+    return log_words("!", error.get("message")) or [("v", "done")]
+
+
+def _log_opencode_tool(event: dict) -> list[tuple[str, str]]:
+    part, state = event["part"], event["part"].get("state") or {}
+    called = log_words("*", f"{part.get('tool')} {json.dumps(state.get('input'), ensure_ascii=False)}")
+    return called + (log_words("!", state.get("error")) or log_words("<", state.get("output")))
+
+
+def _log_opencode_end(event: dict) -> list[tuple[str, str]]:
+    part = event["part"]
+    cost = read_number(part.get("cost"))
+    ended = part.get("reason") == "stop"
+    return [("v", "done" + (f" ({render_usd(cost)})" if cost else ""))] if ended else []
+
+
+def _log_opencode_error(event: dict) -> list[tuple[str, str]]:
+    error = event.get("error") or {}
+    return log_words("!", (error.get("data") or {}).get("message") or error.get("name"))
+
+
+def _log_gemini_message(event: dict) -> list[tuple[str, str]]:
+    return log_words(">", event.get("content")) if event.get("role") == "assistant" else []
+
+
+def _log_gemini_tool(event: dict) -> list[tuple[str, str]]:
+    return log_words("*", f"{event.get('tool_name')} "
+                          f"{json.dumps(event.get('parameters'), ensure_ascii=False)}")
+
+
+def _log_gemini_answer(event: dict) -> list[tuple[str, str]]:
+    return log_words("<" if event.get("status") == "success" else "!", event.get("output"))
+
+
+LOG_EVENTS = {
+    # format: type of an event to what is shown of it; without any, lines are shown as they are
+    "claude": {"assistant": _log_assistant, "user": _log_user, "result": _log_result, "system": _log_system},
+    "codex": {"item.started": _log_codex_item, "item.completed": _log_codex_item,
+              "turn.completed": _log_end, "turn.failed": _log_end,
+              "error": lambda event: log_words("!", event.get("message"))},
+    "opencode": {"text": lambda event: log_words(">", event["part"].get("text")),
+                 "tool_use": _log_opencode_tool, "step_finish": _log_opencode_end,
+                 "error": _log_opencode_error},
+    "gemini": {"message": _log_gemini_message, "tool_use": _log_gemini_tool,
+               "tool_result": _log_gemini_answer, "result": _log_end},
+    "text": {},
+}
 
 
 def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -5988,6 +6555,9 @@ class DemoAgent:
         self.last = "done"
         self.lingers = self.deaf = False
         self.echo: dict | None = None
+        self.speech = "claude"     # a key of SPEECHES
+        self.pending: dict = {}    # of a tool call: what its result is told with
+        self.items = 0
         self.inbox: list[dict | None] = []
         self.news = threading.Condition()
         self.interrupted = False
@@ -5996,6 +6566,12 @@ class DemoAgent:
 
     def listen(self) -> None:
         """Take messages in, until the input ends (in a thread)."""
+        if not SPEECHES[self.speech].stream:
+            words = sys.stdin.buffer.read().decode("utf-8", "replace")
+            with self.news:
+                self.inbox += [{"message": {"content": words}}, None]
+                self.news.notify_all()
+            return
         for raw in sys.stdin.buffer:
             try:
                 message = json.loads(raw)
@@ -6015,9 +6591,9 @@ class DemoAgent:
             self.news.notify_all()
 
     def say_raw(self, event: dict) -> None:
-        """Print one event."""
-        data = json.dumps(event, separators=(",", ":"),
-                          ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        """Print one event of claude's, or the lines that another agent prints in its place."""
+        data = b"".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode(
+            "utf-8", "surrogatepass") + b"\n" for line in SPEECHES[self.speech].lines(self, event))
         try:
             write_all(1, data)
         except OSError:
@@ -6098,7 +6674,7 @@ class DemoAgent:
                                          "content": [{"type": "text", "text": text}]},
                    parent_tool_use_id=None, error=code)
         self.result(text, error=True, status=status)
-        raise DemoEnd(1)
+        raise DemoEnd(SPEECHES[self.speech].status(status))
 
     # ---- turns
 
@@ -6388,6 +6964,157 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
                         "send itself a signal: `kill KILL`, `kill " "STOP`"),}
 
 
+def speak_claude(agent: DemoAgent, event: dict) -> list[dict]:
+    """What claude prints (measured with 2.1.197)."""
+    return [event]
+
+
+def demo_block(event: dict) -> dict:
+    """The one block of a message, or of a tool's result; empty for what is neither."""
+    content = (event.get("message") or {}).get("content")
+    return content[0] if isinstance(content, list) and content and not event.get("error") else {}
+
+
+def speak_codex(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `codex exec --json` prints in its place (measured with codex-cli 0.169.0)."""
+    kind, block = event["type"] + str(event.get("subtype") or ""), demo_block(event)
+
+    def item(type_: str, number: int | None = None, **fields: Any) -> dict:
+        agent.items += number is None
+        return {"id": f"item_{agent.items - 1 if number is None else number}", "type": type_, **fields}
+
+    if kind == "systeminit":
+        return [{"type": "thread.started", "thread_id": agent.session_id}, {"type": "turn.started"}]
+    if kind == "systemapi_retry":
+        return [{"type": "error", "message": f"Reconnecting... {event['attempt']}/{event['max_retries']} "
+                                             f"(unexpected status {event['error_status']} {event['error']})"}]
+    if block.get("type") == "text":
+        return [{"type": "item.completed", "item": item("agent_message", text=block["text"])}]
+    if block.get("type") == "tool_use":
+        words = block["input"].get("command") or f"{block['name']} {json.dumps(block['input'])}"
+        agent.pending = {"command": words}
+        begun = item("command_execution", **agent.pending, aggregated_output="", exit_code=None,
+                     status="in_progress")
+        return [{"type": "item.started", "item": begun}]
+    if block.get("type") == "tool_result":
+        failed = bool(block["is_error"])
+        return [{"type": "item.completed", "item": item(
+            "command_execution", agent.items - 1, **agent.pending, aggregated_output=block["content"],
+            exit_code=int(failed), status="failed" if failed else "completed")}]
+    if event["type"] != "result":
+        return []
+    if event["is_error"]:
+        words = demo_error(event, "unexpected status {status}: {text}")
+        return [{"type": "error", "message": words}, {"type": "turn.failed", "error": {"message": words}}]
+    before = agent.session.get("told") or [0, 0]          # it counts on over the session
+    agent.session["told"] = [before[0] + agent.usage.input, before[1] + agent.usage.output]
+    agent.usage = Usage()
+    agent.save()
+    return [{"type": "turn.completed", "usage": {
+        "input_tokens": agent.session["told"][0], "cached_input_tokens": 0, "cache_write_input_tokens": 0,
+        "output_tokens": agent.session["told"][1], "reasoning_output_tokens": 0}}]
+
+
+def demo_error(event: dict, form: str) -> str:
+    """The words of a failed result, with its HTTP status where there is one."""
+    text = event.get("result") or "; ".join(event.get("errors") or ())
+    return form.format(status=event["api_error_status"], text=text) if event.get("api_error_status") else text
+
+
+def speak_opencode(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `opencode run --format json` prints in its place (measured with 1.18.33)."""
+    block, now = demo_block(event), int(time.time() * 1000)
+
+    def line(type_: str, part: str, **fields: Any) -> dict:
+        return {"type": type_, "timestamp": now, "sessionID": agent.session_id, "part": {
+            "id": f"prt_{mint_uuid()}", "messageID": f"msg_{agent.number}", "sessionID": agent.session_id,
+            "type": part, **fields}}
+
+    def ending(reason: str) -> list[dict]:
+        used, agent.usage = agent.usage, Usage()
+        tokens = {"total": sum(used), "input": used.input, "output": used.output, "reasoning": 0,
+                  "cache": {"write": 0, "read": 0}}
+        return [line("step_finish", "step-finish", reason=reason, tokens=tokens,
+                     cost=price_usd(agent.model, used))]
+
+    time_ = {"start": now, "end": now}
+    if block.get("type") == "text":
+        before = ending("tool-calls") if agent.pending else []
+        agent.pending = {"step": True}
+        return [*before, line("step_start", "step-start"),
+                line("text", "text", text=block["text"], time=time_)]
+    if block.get("type") == "tool_use":
+        before = ending("tool-calls") if agent.pending else []
+        agent.pending = {"tool": block["name"].lower(), "callID": block["id"], "input": block["input"]}
+        return [*before, line("step_start", "step-start")]
+    if block.get("type") == "tool_result":
+        call, agent.pending = agent.pending, {}
+        state = {"status": "completed", "input": call.pop("input"), "output": block["content"],
+                 "metadata": {"output": block["content"], "exit": int(block["is_error"]), "truncated": False},
+                 "title": "a step", "time": time_}
+        return [line("tool_use", "tool", **call, state=state), *ending("tool-calls")]
+    if event["type"] == "result" and event["is_error"]:
+        data = {"message": demo_error(event, "{text}"), "statusCode": event.get("api_error_status"),
+                "isRetryable": False}
+        return [{"type": "error", "timestamp": now, "sessionID": agent.session_id, "error": {
+            "name": "APIError", "data": {k: v for k, v in data.items() if v is not None}}}]
+    if event["type"] == "result":
+        before = [] if agent.pending else [line("step_start", "step-start")]
+        agent.pending = {}
+        return [*before, *ending("stop")]
+    return []
+
+
+def speak_gemini(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `gemini --output-format stream-json` prints in its place (measured with 0.61.0)."""
+    block, kind = demo_block(event), event["type"] + str(event.get("subtype") or "")
+
+    def line(type_: str, **fields: Any) -> list[dict]:
+        return [{"type": type_, "timestamp": render_time(time.time()), **fields}]
+
+    if kind == "systeminit":
+        return line("init", session_id=agent.session_id, model=agent.model)
+    if event.get("isReplay"):
+        return line("message", role="user", content=event["message"]["content"])
+    if block.get("type") == "text":
+        return line("message", role="assistant", content=block["text"], delta=True)
+    if block.get("type") == "tool_use":
+        agent.items += 1
+        agent.pending = {"tool_id": f"{block['name']}_{agent.items}"}
+        return line("tool_use", tool_name=block["name"], **agent.pending, parameters=block["input"])
+    if block.get("type") == "tool_result":
+        failed = {"error": {"type": "unknown", "message": block["content"]}} if block["is_error"] else {}
+        return line("tool_result", **agent.pending, status="error" if failed else "success",
+                    output=block["content"], **failed)
+    if event["type"] != "result":
+        return []
+    counts = {"total_tokens": sum(agent.usage), "input_tokens": agent.usage.input,
+              "output_tokens": agent.usage.output, "cached": 0, "input": agent.usage.input}
+    stats = {**counts, "duration_ms": event["duration_ms"], "tool_calls": agent.items,
+             "models": {agent.model: counts}}
+    if not event["is_error"]:
+        return line("result", status="success", stats=stats)
+    words = demo_error(event, '[API Error: {{"error":{{"message":"{text}","code":{status}}}}}]')
+    return line("result", status="error", error={"type": "unknown", "message": words}, stats=stats)
+
+
+class Speech(NamedTuple):
+    """How the scripted agent speaks in the place of another one."""
+
+    lines: Callable            # (agent, event as claude prints it) -> the objects that are printed
+    stream: bool               # messages come as JSON lines, else the prompt alone, as it is
+    status: Callable           # HTTP status -> exit status
+
+
+SPEECHES = {
+    # a key of FORMATS
+    "claude":   Speech(speak_claude,   True,  lambda status: 1),
+    "codex":    Speech(speak_codex,    False, lambda status: 1),
+    "opencode": Speech(speak_opencode, False, lambda status: 1),
+    "gemini":   Speech(speak_gemini,   False, lambda status: status % 256),
+}
+
+
 def walk_script(lines: list[str]) -> Iterator[str]:
     """The steps of a script one by one; `loop N` ... `end` repeats what is between."""
     at = 0
@@ -6567,7 +7294,7 @@ def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str],
     for name in dict.fromkeys(names):
         row = agent_row(name, loaded.manifest.agents)
         programs[name] = find_program(row, env, loaded.manifest.agents, loaded.base_dir)
-        if ask and row.version:
+        if ask and row.asked:
             said = ask_version(row, programs[name], env)
             version = said if name == "claude" else version
     return programs, version
@@ -6647,8 +7374,8 @@ def cmd_validate(options: Any) -> str:
             find_program(row, os.environ, manifest.agents, loaded.base_dir)
         except InvalidInput as e:
             say_error(f"pitboss: warning: {e}" + (f" ({e.hint})" if e.hint else ""))
-        if row.limits and row.program:
-            say_error(f"pitboss: note: agent {name}: {row.limits}")
+        if limits_of(row) and row.program:
+            say_error(f"pitboss: note: agent {name}: {limits_of(row)}")
     counts = f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
     if options.json:
         print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks),
@@ -6692,8 +7419,9 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
             folder = os.path.join(base, repo.prefix) if isinstance(repo, Repo) and repo.prefix else base
         program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
         deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder,
-                    folder, "<prompt file>", "<mcp config>" if loaded.manifest.servers else "", "<sessions>",
-                    os.geteuid() == 0)
+                    folder, f"<run folder>/tasks/{task.id}/prompt.txt",
+                    "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0,
+                    loaded.manifest.servers)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with "
           "it."
@@ -6800,7 +7528,8 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     for name in wanted:
         actor = old.actors[name]
         if actor.hands or actor.place:
-            former[name] = {"session_id": actor.session_id if actor.hands else "", **(actor.place or {}),
+            former[name] = {"session_id": actor.session_id if actor.hands else "",
+                            "session_usage": list(actor.session_usage), **(actor.place or {}),
                             "rescue_ref": (actor.closed or {}).get("rescue_ref")}
             check_free(former[name].get("path"))
             warn_of_loss(name, former[name])
@@ -7664,13 +8393,17 @@ def cmd_demo_agent(options: Any) -> str:
     """The scripted agent (a run starts it)."""
     session_id = options.resume or options.session_id
     path = os.path.join(options.sessions, f"{session_id}.json")
-    if not re.fullmatch(r"[0-9a-f-]{36}", session_id or ""):
+    if options.speak not in SPEECHES:
+        raise InvalidInput(f"--speak: found {show_value(options.speak)}; allowed: "
+                           f"one of {', '.join(SPEECHES)}")
+    if not re.fullmatch(r"(ses_)?[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
     agent = DemoAgent(options.model, session_id, path)
+    agent.speech = options.speak
     if options.resume:
         session = read_json(path)
         if session is None:
-            say_error(f"No conversation found with session ID: {session_id}")
+            say_error(f"{FORMATS[agent.speech].no_session[0]} with session ID: {session_id}")
             agent.result(None, subtype="error_during_execution", error=True,
                          errors=(f"No conversation found with session ID: {session_id}",))
             sys.exit(1)
@@ -7709,35 +8442,110 @@ def cmd_doctor(options: Any) -> str:
 
 def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
     """What pitboss needs or can use, one finding each."""
+    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+    yield from look_at_modules()
+    root = os.geteuid() == 0
+    yield Finding("system", True, f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores")
+    yield Finding("user", True, "root: claude is told that it runs in a sandbox, else it would refuse"
+                  if root else f"{os.geteuid()}, not root")
+    yield from look_at_programs(env)
+    yield from look_at_agents(env)
+    yield from look_at_claude(env)
+    yield from look_at_folders(env, given)
+    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
+                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
+                  else "no pidfd: exits are found by kqueue or by looking")
+
+
+def look_at_modules() -> Iterator[Finding]:
+    """Parts of the standard library that some builds of Python leave out."""
+    import importlib.util
+
+    missing = [name for name in ("_ssl", "_sqlite3", "_curses") if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("modules", None, f"this Python has no {', '.join(missing)}: what needs it will say so",
+                      "use a Python that was built with them")
+
+
+def look_at_programs(env: Mapping[str, str]) -> Iterator[Finding]:
+    """The programs that are not agents."""
     import shutil
     import subprocess
 
-    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
-    yield Finding("system", True,
-                  f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores, user {os.geteuid()}"
-                  + (" (root: claude is told that it runs in a sandbox)" if os.geteuid() == 0 else ""))
-    for name, needed, why in (("sh", True, "every agent is started through it"),
-                              ("git", True, "worktrees need it"), ("tmux", False, "")):
+    rows = {"sh": (("-c", "echo"), True, "every agent is started through it"),
+            "git": (("--version",), True, "worktrees need it"), "tmux": (("-V",), False, "")}
+    for name, (args, needed, why) in rows.items():
         path = shutil.which(name, path=env.get("PATH"))
         if path is None:
             yield Finding(name, False if needed else None, "not on PATH", f"install {name}: {why}" if needed
-                          else "")
+                          else "nothing here needs it")
             continue
-        done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh"
-                              else [path, "-c", "echo"], capture_output=True, text=True, check=False,
+        done = subprocess.run([path, *args], capture_output=True, text=True, errors="replace", check=False,
                               stdin=subprocess.DEVNULL)
-        yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at "
-                                  f"{path}".strip())
+        said = clean_text(last_lines(done.stdout, 1))
+        yield Finding(name, not done.returncode, f"{said} at {path}".strip() if not done.returncode
+                      else f"{path} ended with status {done.returncode}", "" if not done.returncode
+                      else f"{path} {' '.join(args)} shows why")
+        if name == "git" and not done.returncode:
+            who = subprocess.run([path, "config", "user.email"], capture_output=True, check=False,
+                                 stdin=subprocess.DEVNULL, env=git_env(env))
+            if who.returncode and not env.get("GIT_AUTHOR_EMAIL"):
+                yield Finding("author", None, "git knows no user.email, so an agent's commit may fail",
+                              "git config --global user.email YOU@EXAMPLE.ORG, and user.name")
+
+
+def look_at_agents(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Each agent program: its version, the one that its row was measured with, and what it cannot do."""
     for row in AGENTS.values():
+        limits = f"; {limits_of(row)}" if limits_of(row) else ""
         if not row.program:
-            yield Finding(row.name, True, f"built in; {row.limits}")
+            yield Finding(row.name, True, f"built in{limits}")
             continue
         try:
             program = find_program(row, env, {}, "/")
-            yield Finding(row.name, True, f"{ask_version(row, program, env)} at {program[0]}"
-                          + (f"; {row.limits}" if row.limits else ""))
+            said = ask_version(row, program, env)
+            words = said or "it does not say its version"
+            other = "" if row.measured in words else f" (driven as {row.measured} was: it may differ)"
+            yield Finding(row.name, True, f"{words}{other} at {program[0]}{limits}")
         except InvalidInput as e:
             yield Finding(row.name, None, str(e).partition(": ")[2], e.hint)
+
+
+# Variables that change where claude sends its requests, or as whom.
+CLAUDE_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL",
+                    "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX",
+                    "CLAUDE_CONFIG_DIR", "CLAUDE_CODE_MAX_RETRIES")
+
+
+def look_at_claude(env: Mapping[str, str]) -> Iterator[Finding]:
+    """What of the operator's own settings reaches claude; values are never shown, they may be secrets."""
+    there = [name for name in CLAUDE_VARIABLES if env.get(name)]
+    yield Finding("variables", True, f"claude gets {', '.join(there)}" if there
+                  else "none of claude's is set: it uses its own login")
+    sandbox = env.get("IS_SANDBOX", "1")
+    if os.geteuid() == 0 and sandbox != "1":
+        yield Finding("sandbox", False, f"IS_SANDBOX is {show_value(sandbox)}: claude will not work for root",
+                      "unset IS_SANDBOX, or set it to 1")
+    folder = env.get("CLAUDE_CONFIG_DIR") or os.path.join(env.get("HOME") or "/", ".claude")
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        yield Finding("settings", None, f"{path} cannot be read as JSON", "mend it: claude reads it, too")
+        return
+    own = settings.get("env")
+    names = ", ".join(map(clean_text, own)) if isinstance(own, dict) else ""
+    said = (["its env sets " + names] if names else []) + (["its hooks do not run in hands"]
+                                                           if settings.get("hooks") else [])
+    yield Finding("settings", True, f"{path} is read" + (": " + "; ".join(said) if said else ""))
+
+
+def look_at_folders(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
+    """Where runs go, what room there is, and whether sockets can be made."""
+    import socket
+    import tempfile
+
     runs_dir = runs_folder(env, given)
     there = runs_dir
     while not os.path.isdir(there):
@@ -7749,9 +8557,16 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
                   "" if writable else "set XDG_DATA_HOME, or give --run-dir")
     yield Finding("disk", room > 100e6, f"{render_bytes(room)} free in {there}",
                   "" if room > 100e6 else "make room: agents and logs need it")
-    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
-                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
-                  else "no pidfd: exits are found by kqueue or by looking")
+    own = env.get("XDG_RUNTIME_DIR") or ""
+    base = own if own and os.access(own, os.W_OK) else tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryDirectory(dir=base) as folder, socket.socket(socket.AF_UNIX) as s:
+            s.bind(os.path.join(folder, "s"))
+        yield Finding("sockets", True, f"can be made in {base}" + ("" if base == own
+                                                                   else " (XDG_RUNTIME_DIR is not usable)"))
+    except OSError as e:
+        yield Finding("sockets", None, f"cannot be made in {base}: {e.strerror}",
+                      "set XDG_RUNTIME_DIR to a short path on a local disk; a flat run needs none")
 
 
 def cmd_init(options: Any) -> str:
@@ -8487,9 +9302,10 @@ def render_reference() -> str:
               *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
     parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|",
               *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
-    parts += ["", "#### Agents", "", "| agent | how | limits |", "|---|---|---|"]
-    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.limits or 'none'} |"
-              for a in AGENTS.values()]
+    parts += ["", "#### Agents", "", "| agent | program | measured with | what it cannot do |",
+              "|---|---|---|---|"]
+    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.measured or '–'} | "
+              f"{limits_of(a) or '–'} |" for a in AGENTS.values()]
     parts += ["", "#### The scripted agent's steps", "", "| step | what it does |", "|---|---|"]
     parts += [f"| `$ {s.usage}` | {s.meaning} |"
               for s in STEPS.values()] + ["| `$ loop N` … `$ end` | repeat the steps between |"]
@@ -8605,7 +9421,7 @@ COMMANDS = {c.name: c for c in (
     Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
     Cli("demo-agent", cmd_demo_agent, "", (
         (("--model",), {"default": "demo"}), (("--sessions",), {"default": "."}), (("--session-id",), {}),
-        (("--resume",), {})), ""),
+        (("--resume",), {}), (("--speak",), {"default": "claude"})), ""),
 )}
 
 
