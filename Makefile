@@ -3,6 +3,7 @@
 # make bench         what pitboss costs beside a plain program that does the same (ARGS="--quick")
 # make check-claude  the tests that drive a real claude against a fake API; PITBOSS_TEST_CLAUDE names it
 # make check-shells  the tests that type into real shells: bash, zsh, fish, elvish, those there are
+# make check-agents  the same with opencode, codex and gemini; PITBOSS_TEST_OPENCODE and so on name them
 #
 # PYTHON=... names the Python; without it the first one of at least 3.11 is taken. Where it has no pytest,
 # one is installed into a virtual environment under ~/.cache/pitboss-tests, outside the checkout.
@@ -34,7 +35,7 @@ if ! "$$py" -c 'import pytest' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: test lint bench check-claude check-shells print-python
+.PHONY: test lint bench check-claude check-agents check-shells print-python
 
 # Two halves at once; 5 is pytest's word for "no test was chosen".
 test:
@@ -60,4 +61,9 @@ check-claude:
 	@PITBOSS_TEST_CLAUDE=$${PITBOSS_TEST_CLAUDE:-$$(command -v claude)}; export PITBOSS_TEST_CLAUDE; \
 	[ -n "$$PITBOSS_TEST_CLAUDE" ] || { \
 		echo 'No claude here: put it on PATH, or make $@ PITBOSS_TEST_CLAUDE=/path/to/claude' >&2; exit 2; }; \
-	$(with_pytest); "$$py" -m pytest -q -m real --ignore=tests/test_shells.py $(TESTS) $(ARGS)
+	$(with_pytest); "$$py" -m pytest -q -m real --ignore=tests/test_shells.py --ignore=tests/test_agents.py \
+		$(TESTS) $(ARGS)
+
+# Those that are missing are skipped; -rs says so.
+check-agents:
+	@$(with_pytest); "$$py" -m pytest -q -rs -m real tests/test_agents.py $(ARGS)

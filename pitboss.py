@@ -12,6 +12,7 @@ Street map.  Each section may name only the sections above it.
     SHARED     key-value store and leases as functions of (table, now)             [pure]
     RUN        the run's state and its one reducer: step, fold                     [pure]
     FILES      atomic write, journal, lock, paths, pinned copy of this file        [io]
+    HOUSE      sqlite: what several runs of one user share; versioned schema       [io]
     GIT        worktrees, rescue refs                                              [async]
     PROCESS    shim, adoption, signals, process trees, log tail                    [async]
     WIRE       JSON lines and JSON-RPC over a unix socket; the stdio bridge        [async]
@@ -37,6 +38,7 @@ Where do I add ...
     a command           one handler and one row in COMMANDS
     a completed value   one row in TYPED, under the metavar of the argument
     a shell             one script and one row in SHELLS
+    a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
 """
 from __future__ import annotations
@@ -187,6 +189,7 @@ class State(NamedTuple):
 STATES = {s.name: s for s in (
     #     name        live   tool       meaning
     State("waiting",  False, "Pending", "no free slot yet"),
+    State("held",     False, "Pending", "its next hand waits until its provider takes requests again"),
     State("placing",  True,  "Pending", "its worktree is being made"),
     State("dealing",  True,  "Pending", "a hand of it is about to start"),
     State("running",  True,  "Running", "its process is alive"),
@@ -197,6 +200,26 @@ STATES = {s.name: s for s in (
     State("settled",  False, "Running", "its record is final"),
 )}
 
+class HoldKind(NamedTuple):
+    """One reason why hands of an account do not start."""
+
+    name: str
+    starts: int                # hands of the account that may live at once and still be started
+    final: bool                # it does not end while this dispatcher lives
+    words: str                 # for people
+    meaning: str
+
+
+HOLDS = {h.name: h for h in (
+    #        name    starts  final  words                  meaning
+    HoldKind("limit", 0,     False, "api rate-limited",    "until a moment that the provider told, or a "
+                                                           "back-off"),
+    HoldKind("auth",  0,     True,  "api auth failed",     "the credentials were refused: what has not "
+                                                           "started never does"),
+    HoldKind("probe", 1,     False, "one hand at a time",  "until one is answered: nobody knows whether the "
+                                                           "provider takes requests again"),
+)}
+
 FAILURE_KINDS = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument",
                  "unknown")
 
@@ -205,6 +228,10 @@ MAX_LOST_HANDS = 3        # hands that vanished without a trace, before an actor
 LINGER_S = 10.0           # from the close of an agent's input, or its result, to its exit
 INTERRUPT_S, TERMINATE_S, KILL_S = 2.0, 3.0, 10.0      # the steps of the stop ladder
 USAGE_EVERY_S = 5.0       # at most one usage event of a hand in that time
+BACKOFF_S, MAX_BACKOFF_S = 5.0, 900.0      # the first and the longest hold where no end of a limit is told
+MAX_TOLD_S = 14 * 86400.0 # a limit that is said to end later than that is taken as one without an end
+MAX_BLIND_HOLDS = 20      # of one actor in a row, without an answer and without a told end: about 3 hours
+AUTH_KEPT_S = 3600.0      # how long refused credentials of one run make the others careful
 
 
 # ======================================================================================
@@ -683,8 +710,10 @@ HOUSE_FIELDS = (           # of [run] or [lead], for runs with a lead; beside [[
 )
 
 ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
-    Field("agent", "word", "claude", "the agent program: `claude`, `demo`, or the NAME of an `[agent.NAME]`"),
-    Field("model", "word", "claude-sonnet-4-6", "the model, as the agent names it"),
+    Field("agent", "word", "claude", "the agent program: `claude`, `opencode`, `codex`, `gemini`, `demo`, or "
+                                     "the NAME of an `[agent.NAME]`"),
+    Field("model", "word", "claude-sonnet-4-6", "the model, as the agent names it",
+          shown="`claude-sonnet-4-6`; opencode, codex, gemini: their own"),
     Field("effort", "text", "high", "reasoning effort, where the agent knows such a thing", choices=EFFORTS),
     Field("tools", "texts", ("Read", "Write", "Edit", "Bash", "Glob", "Grep"), "built-in tools that the "
                                                                                "agent may use",
@@ -734,8 +763,8 @@ COMMAND_FIELDS = (
                                         "`{mcp_config}`; without "
           "`{prompt_file}` the prompt is its standard input",
           schema={"minItems": 1, "prefixItems": [{"type": "string", "minLength": 1}]}),
-    Field("format", "text", "text", "what it prints: claude's stream-json events, or text",
-          choices=("claude", "text")),
+    Field("format", "text", "text", "what it prints: the JSON lines of one of the agents, or text",
+          choices=("claude", "codex", "opencode", "gemini", "text")),
 )
 
 TABLES = {
@@ -924,11 +953,11 @@ def wrong_branch(name: str) -> str:
 
 
 def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str], expand: Callable[[str], str],
-                  agents: Iterable[str]) -> Manifest:
+                  agents: Mapping[str, Any]) -> Manifest:
     """A manifest's bytes, checked and resolved.
 
     `label` names the document in errors, `stem` names a run that has no `name`, `env` is the
-    environment, `expand` makes a path of the manifest absolute, `agents` are the built-in ones.
+    environment, `expand` makes a path of the manifest absolute, `agents` are the rows of the built-in ones.
     Raises ManifestError for what is not TOML; every other problem is in the result.
     """
     text = decode_manifest(data, label)
@@ -952,6 +981,8 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
     problems += wrong + check_commands(tables["agent"], agents)
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand, house)
+    tasks, bad = resolve_models(tasks, doc, agents)
+    wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
     mode = "hierarchical" if "lead" in doc else "flat"
     return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong),
                     tuple(warnings + more))
@@ -1154,6 +1185,56 @@ def resolve_actor(row: dict, given: dict, path: str, where: tuple,
                 merged["agent"], merged["model"], merged["effort"], tuple(merged["tools"]),
                 merged["timeout_secs"], merged["use_worktree"], merged["env"], *where[1:])
     return task, problems, warnings
+
+
+def place_of_task(task: Task) -> tuple[str, tuple]:
+    """Where a task stands in its manifest: as people write it, and as keys and indexes."""
+    return ("lead.", ("lead",)) if task.role == "lead" else (f"task[{task.index}].", ("task", task.index))
+
+
+def place_of_key(doc: dict, task: Task, key: str) -> tuple | None:
+    """Where the manifest gives a task its `key`: in it, in [defaults], or None for nowhere."""
+    for where in (place_of_task(task)[1], ("defaults",)):
+        table: Any = doc
+        for step_in in where:
+            table = table[step_in] if isinstance(table, list) else table.get(step_in) or {}
+        table = table[0] if isinstance(table, list) and table else table       # [[lead]]
+        if isinstance(table, dict) and key in table:
+            return (*where, key)
+    return None
+
+
+def render_place(where: tuple) -> str:
+    """A place in a manifest as its author would write it: `task[2].model`."""
+    return "".join(f"[{w}]" if isinstance(w, int) else f".{w}" for w in where)[1:]
+
+
+def resolve_models(tasks: list[Task], doc: dict,
+                   agents: Mapping[str, Any]) -> tuple[list[Task], list[Problem]]:
+    """The tasks, each with its agent's default model where none is given; names that no such agent knows."""
+    done, problems = [], []
+    for task in tasks:
+        row, where = agents.get(task.agent), place_of_key(doc, task, "model")
+        if row and where is None:
+            task = task._replace(model=row.model)
+        elif row and row.model_form[0] and not re.fullmatch(row.model_form[0], task.model):
+            problems.append(Problem(render_place(where), f"found {show_value(task.model)}; allowed: "
+                                                         f"{row.model_form[1]}, as agent {row.name} names "
+                                                         f"models", where))
+        done.append(task)
+    return done, list(dict.fromkeys(problems))
+
+
+def check_ignored(tasks: list[Task], doc: dict, agents: Mapping[str, Any]) -> list[Problem]:
+    """A warning for each key, or table, that is given and has no effect on a built-in agent."""
+    warnings = []
+    for task in tasks:
+        row = agents.get(task.agent)
+        for key in row.ignores if row else ():
+            where = (key, 0) if doc.get(key) and key in TABLES else place_of_key(doc, task, key)
+            if where:
+                warnings.append(Problem(render_place(where), f"it has no effect on agent {row.name}", where))
+    return list(dict.fromkeys(warnings))
 
 
 def check_env(env: dict, own: dict, path: str, where: tuple) -> list[Problem]:
@@ -1445,8 +1526,10 @@ class Talk:
         self.result: dict | None = None         # the last one
         self.error = ""               # code of the last synthetic message: the machine-readable reason
         self.resets_at: float | None = None     # when a usage limit ends, unix seconds
+        self.answers = 0              # messages that its provider sent: it took these requests
         self.retries = 0              # requests that the agent repeats by itself
         self.text = ""                # last text of the main conversation
+        self.growing = False          # it comes in pieces, and the next one belongs to it
         self.lines: list[str] = []    # of a program that prints text: the last ones
         self.kept = 0                 # their characters
         self.words = ""               # last thing said or done, for people
@@ -1455,6 +1538,7 @@ class Talk:
         self.skimmed = b"", (0, 0, 0)           # what it tells of itself, as bytes and read
         self.turn_end = ("", b"")     # a session, and how its name follows the main conversation's messages
         self.skipped = 0              # lines that could not be read
+        self.base = Usage()           # told by earlier hands of this session, where the agent counts on
         self.known = Usage()          # told by a result: true
         self.known_usd = 0.0
         self.running: dict[str, list] = {}      # message id to usage since that result: output is an estimate
@@ -1555,6 +1639,7 @@ def skim_claude(talk: Talk, line: bytes) -> bool:
         talk.count_message(talk.last_id, talk.skimmed[1])
     talk.running[talk.last_id][1] += -((text - end) // CHARS_PER_TOKEN)
     talk.began = talk.open = True
+    talk.answers += 1
     talk.unread = line
     return True
 
@@ -1566,8 +1651,12 @@ def read_usage(usage: dict) -> tuple[int, int, int]:
 
 
 def _fold_limit(talk: Talk, event: dict) -> None:
-    resets_at = read_number((event.get("rate_limit_info") or {}).get("resetsAt"))
-    if resets_at is not None and resets_at <= MAX_MOMENT:
+    """A limit is one that rejects: what is still allowed tells when its window ends, too."""
+    info = event.get("rate_limit_info") or {}
+    resets_at = read_number(info.get("resetsAt"))
+    if info.get("status", "rejected") != "rejected":
+        talk.resets_at = None
+    elif resets_at is not None and resets_at <= MAX_MOMENT:
         talk.resets_at = resets_at
 
 
@@ -1585,6 +1674,7 @@ def _fold_message(talk: Talk, event: dict) -> None:
     if message.get("model") == "<synthetic>":
         talk.error = str(event.get("error") or "")
         return
+    talk.answers += 1
     said, own = 0, event.get("parent_tool_use_id") is None
     for block in message.get("content") or ():
         kind = block.get("type")
@@ -1671,6 +1761,215 @@ def fold_text(talk: Talk, line: bytes) -> None:
         talk.kept = len(talk.lines[0])
 
 
+HTTP_ERRORS = {
+    # status of an API's answer: its code in ERROR_KINDS; 500 and above are server_error
+    400: "invalid_request", 401: "authentication_failed", 402: "billing_error", 403: "authentication_failed",
+    404: "model_not_found", 413: "invalid_request", 422: "invalid_request", 429: "rate_limit",
+}
+# How codex 0.169.0 and gemini 0.61.0 quote an API's status in the message of an error.
+_HTTP_STATUS = r'(?:"code": ?|\bunexpected status |\blast status: )([45]\d\d)\b'
+
+
+def http_error(status: Any) -> str:
+    """The key of ERROR_KINDS that an HTTP status means; empty for what is none."""
+    if not isinstance(status, int) or not 400 <= status < 600:
+        return ""
+    return "server_error" if status >= 500 else HTTP_ERRORS.get(status, "")
+
+
+def fold_failure(talk: Talk, message: Any, status: Any = None) -> None:
+    """The agent gave up: the words are for people, the HTTP status says what kind of failure it is."""
+    text = message if isinstance(message, str) else ""
+    found = re.search(_HTTP_STATUS, text)
+    talk.error = http_error(status if status is not None else int(found[1]) if found else None)
+    talk.words = text or talk.words
+    fold_end(talk, text or "the agent says that it failed", failed=True)
+
+
+def fold_end(talk: Talk, text: str | None = None, failed: bool = False) -> None:
+    """A turn has ended, in an agent that tells it otherwise than claude."""
+    talk.results += 1
+    talk.open = talk.growing = False
+    talk.began = True
+    talk.result = {"is_error": failed, "result": text, "errors": []}
+    if not failed:
+        talk.error = ""
+
+
+def fold_words(talk: Talk, text: Any, piece: bool = False) -> None:
+    """Something was said in the main conversation; a `piece` may go on where the one before it ended."""
+    talk.began = talk.open = True
+    if isinstance(text, str) and (text.strip() or talk.growing):
+        talk.text = ((talk.text if talk.growing else "") + text)[-MAX_TEXT:]
+        talk.words = talk.text or talk.words
+        talk.growing = piece
+
+
+def fold_step(talk: Talk, words: Any) -> None:
+    """Something was done: a tool was called."""
+    talk.began = talk.open = True
+    talk.growing = False
+    if isinstance(words, str) and words:
+        talk.words = words + " …"
+
+
+def fold_codex(talk: Talk, line: bytes) -> None:
+    """One line of `codex exec --json` (measured with codex-cli 0.169.0)."""
+    event = json.loads(line.decode())
+    handler = _CODEX_EVENTS.get(event.get("type"))
+    if handler:
+        handler(talk, event)
+
+
+def _codex_thread(talk: Talk, event: dict) -> None:
+    talk.seen = talk.open = True
+    talk.session_id = read_word(event.get("thread_id")) or talk.session_id
+
+
+def _codex_item(talk: Talk, event: dict) -> None:
+    """An item of type `error` is a remark, not a failure."""
+    item = event["item"]
+    if item.get("type") == "agent_message":
+        fold_words(talk, item.get("text"))
+    elif item.get("type") == "mcp_tool_call":
+        fold_step(talk, f"{item.get('server')}.{item.get('tool')}")
+    elif item.get("type") not in ("error", "reasoning"):
+        fold_step(talk, item.get("command") or item.get("type"))
+
+
+def _codex_end(talk: Talk, event: dict) -> None:
+    """`usage` counts on over all turns of a session; its input holds what was cached and what was written."""
+    told = event.get("usage") or {}
+    read = read_count(told.get("cached_input_tokens"))
+    written = read_count(told.get("cache_write_input_tokens"))
+    total = Usage(max(0, read_count(told.get("input_tokens")) - read - written),
+                  read_count(told.get("output_tokens")), read, written)
+    talk.known = Usage(*(max(0, now - before) for now, before in zip(total, talk.base)))
+    fold_end(talk)
+
+
+def _codex_error(talk: Talk, event: dict) -> None:
+    """`Reconnecting... 1/5 (why)`: a request is repeated; without that, `turn.failed` follows."""
+    message = event.get("message")
+    if isinstance(message, str) and message.startswith("Reconnecting"):
+        talk.retries += 1
+        talk.words = message
+
+
+def _codex_failed(talk: Talk, event: dict) -> None:
+    fold_failure(talk, (event.get("error") or {}).get("message"))
+    if not talk.error and talk.retries:     # it repeats what a server or the network refused, nothing else
+        talk.error = "server_error"
+
+
+_CODEX_EVENTS = {
+    "thread.started": _codex_thread,
+    "item.started": _codex_item,
+    "item.completed": _codex_item,
+    "turn.completed": _codex_end,
+    "turn.failed": _codex_failed,
+    "error": _codex_error,
+}
+
+
+def fold_opencode(talk: Talk, line: bytes) -> None:
+    """One line of `opencode run --format json` (measured with 1.18.33): no event says that all is over."""
+    event = json.loads(line.decode())
+    handler = _OPENCODE_EVENTS.get(event.get("type"))
+    if handler:
+        talk.seen = True
+        talk.session_id = read_word(event.get("sessionID")) or talk.session_id
+        handler(talk, event)
+
+
+def _opencode_begin(talk: Talk, event: dict) -> None:
+    talk.began = talk.open = True
+
+
+def _opencode_text(talk: Talk, event: dict) -> None:
+    fold_words(talk, event["part"].get("text"))
+
+
+def _opencode_tool(talk: Talk, event: dict) -> None:
+    fold_step(talk, event["part"].get("tool"))
+
+
+def _opencode_end(talk: Talk, event: dict) -> None:
+    """One request is over, with usage and cost of its own; `tool-calls` and `unknown` go on."""
+    part, reason = event["part"], event["part"].get("reason")
+    told, cache = part.get("tokens") or {}, (part.get("tokens") or {}).get("cache") or {}
+    talk.known = talk.known.plus(Usage(read_count(told.get("input")), read_count(told.get("output"))
+                                       + read_count(told.get("reasoning")), read_count(cache.get("read")),
+                                       read_count(cache.get("write"))))
+    talk.known_usd += read_number(part.get("cost")) or 0.0
+    if reason == "stop":
+        fold_end(talk)
+    elif reason not in ("tool-calls", "unknown"):
+        fold_end(talk, f"the model stopped: {reason}", failed=True)
+
+
+def _opencode_error(talk: Talk, event: dict) -> None:
+    error = event.get("error") or {}
+    data = error.get("data") or {}
+    fold_failure(talk, data.get("message") or error.get("name"), data.get("statusCode"))
+
+
+_OPENCODE_EVENTS = {
+    "step_start": _opencode_begin,
+    "text": _opencode_text,
+    "tool_use": _opencode_tool,
+    "step_finish": _opencode_end,
+    "error": _opencode_error,
+}
+
+
+def fold_gemini(talk: Talk, line: bytes) -> None:
+    """One line of `gemini --output-format stream-json` (measured with 0.61.0)."""
+    event = json.loads(line.decode())
+    handler = _GEMINI_EVENTS.get(event.get("type"))
+    if handler:
+        handler(talk, event)
+
+
+def _gemini_init(talk: Talk, event: dict) -> None:
+    talk.seen = talk.open = True
+    talk.session_id = read_word(event.get("session_id")) or talk.session_id
+
+
+def _gemini_message(talk: Talk, event: dict) -> None:
+    """The answer comes in pieces, those of the model with `delta`."""
+    if event.get("role") == "assistant":
+        fold_words(talk, event.get("content"), piece=event.get("delta") is True)
+
+
+def _gemini_tool(talk: Talk, event: dict) -> None:
+    fold_step(talk, event.get("tool_name"))
+
+
+def _gemini_result(talk: Talk, event: dict) -> None:
+    """`stats` are of this process alone; its input_tokens hold what was cached, which `input` leaves out."""
+    told = event.get("stats") or {}
+    talk.known = Usage(read_count(told.get("input")), read_count(told.get("output_tokens")),
+                       read_count(told.get("cached")), 0)
+    if event.get("status") == "success":
+        fold_end(talk)
+    else:
+        fold_failure(talk, (event.get("error") or {}).get("message"))
+
+
+_GEMINI_EVENTS = {
+    "init": _gemini_init,
+    "message": _gemini_message,
+    "tool_use": _gemini_tool,
+    "result": _gemini_result,
+}
+
+
+def skim_nothing(talk: Talk, line: bytes) -> bool:
+    """Every line is folded: this format has none that is only counted."""
+    return False
+
+
 class Format(NamedTuple):
     """One way in which an agent prints what it does."""
 
@@ -1678,12 +1977,29 @@ class Format(NamedTuple):
     skim: Callable            # (talk, line) -> whether it was counted, its text unread
     results: bool             # success needs a result event
     tells_cost: bool
-    echoes: bool              # a message that was taken up is echoed with its uuid
+    counts_on: bool = False   # its usage is the session's, not the process's
+    # what it says on its error output, or in its result, of a session that it cannot go on with
+    no_session: tuple = ()
+    no_start: tuple = ()      # what it says there of a start that came to nothing, and may be repeated
+    # an exit status from here on is its own: below, 128 + n is signal n
+    own_status: int = 256
+    echoes: bool = False      # a message that was taken up is echoed with its uuid
 
 
 FORMATS = {
-    "claude": Format(fold_claude, skim_claude, results=True, tells_cost=True, echoes=True),
-    "text":   Format(fold_text, lambda talk, line: False, results=False, tells_cost=False, echoes=False),
+    "claude":   Format(fold_claude, skim_claude, results=True, tells_cost=True, echoes=True,
+                       no_session=("No conversation found", "is already in use")),
+    "codex":    Format(fold_codex, skim_nothing, results=True, tells_cost=False, counts_on=True,
+                       no_session=("no rollout found for thread id",)),
+    "opencode": Format(fold_opencode, skim_nothing, results=True, tells_cost=True,
+                       no_session=("Session not found",),
+                       # two that start at once for the first time make one database
+                       no_start=("database is locked", "CREATE TABLE")),
+    # it exits with an HTTP status modulo 256: 144 for 400, 145 for 401
+    "gemini":   Format(fold_gemini, skim_nothing, results=True, tells_cost=False, own_status=144,
+                       no_session=("Invalid session identifier", "No previous sessions found",
+                                   "already exists. Use --resume")),
+    "text":     Format(fold_text, skim_nothing, results=False, tells_cost=False),
 }
 
 
@@ -1743,9 +2059,13 @@ class Ending(NamedTuple):
     stderr: str = ""          # its last lines
 
 
-def split_status(status: int) -> tuple[int | None, int | None]:
-    """(exit code, signal) of a shell's status: 128+n of a standard signal is that signal."""
-    return (None, status - 128) if status - 128 in SIGNALS else (status, None)
+def split_status(status: int, form: str = "") -> tuple[int | None, int | None]:
+    """(exit code, signal) of a shell's status: 128+n of a standard signal is that signal.
+
+    `form` is the agent's format, where the status may be the agent's own.
+    """
+    own = form in FORMATS and status >= FORMATS[form].own_status
+    return (None, status - 128) if status - 128 in SIGNALS and not own else (status, None)
 
 
 def find_reason(talk: Talk, end: Ending) -> dict:
@@ -2564,7 +2884,9 @@ class Actor(NamedTuple):
     prompt_preview: str = ""
     format: str = "claude"
     resumes: bool = True           # its agent can go on in a session
-    session_id: str = ""
+    account: str = ""              # whose limits and credentials its hands share; empty: nobody's
+    session_id: str = ""           # empty: the agent has not told it yet
+    session_usage: Usage = Usage() # told of this session by earlier hands
     # of the run that this one resumes: {path, branch, base, repo, rescue_ref, made}
     former: dict | None = None
     state: str = "waiting"         # a key of STATES
@@ -2576,6 +2898,7 @@ class Actor(NamedTuple):
     hands: int = 0                 # how many were started
     lost: int = 0                  # hands that vanished and were dealt again
     afresh: bool = False           # a hand that never began was dealt again once
+    blind: int = 0                 # holds in a row that no answer and no told end came between
     handle: dict | None = None     # of the living process; opaque outside PROCESS
     hand_at: float = 0.0           # when this hand started
     log_at: int = 0                # size of its log then, bytes
@@ -2623,6 +2946,18 @@ class Layer(NamedTuple):
     spent: float = 0.0             # by workers that have ended; the lead's own is not in it
 
 
+class Hold(NamedTuple):
+    """Why hands of an account do not start."""
+
+    account: str
+    kind: str                      # a key of HOLDS
+    since: float
+    until: float | None = None     # unix seconds; None: no moment ends it
+    told: bool = False             # that moment is the provider's own
+    tries: int = 0                 # limits of the account in a row, without an answer between them
+    run: str = ""                  # the run that met it; empty: this one
+
+
 class RunState:
     """The tables of a run.  Only the handlers of EVENTS change them."""
 
@@ -2636,7 +2971,12 @@ class RunState:
         self.shared = SharedTables()
         self.answers: dict[str, dict] = {}        # the key of a call to what it was answered, oldest first
         self.waiting: dict[str, None] = {}        # an ordered set
+        self.held: dict[str, None] = {}           # the same, of those that had a slot and are held
         self.live = 0                             # actors that hold a slot
+        self.live_by: dict[str, int] = {}         # the same for each account
+        self.holds: dict[str, Hold] = {}          # by account
+        self.tries: dict[str, int] = {}           # limits in a row of an account
+        self.cleared: dict[str, float] = {}       # when an account was last seen to be well
         self.closing = 0                          # actors that have ended and are not settled
         self.failed = 0                           # settled or closing ones that are not Success
         self.settled: list[str] = []              # in the order in which their records became final
@@ -2707,7 +3047,8 @@ def on_run_opened(run: RunState, event: dict) -> None:
 def on_actor_added(run: RunState, event: dict) -> None:
     """An actor waits for a slot."""
     facts = {k: v for k, v in event.items() if k in Actor._fields}
-    actor = run.actors[event["actor"]] = Actor(id=event["actor"], **facts)
+    before = Usage(*((event.get("former") or {}).get("session_usage") or ()))
+    actor = run.actors[event["actor"]] = Actor(id=event["actor"], **{**facts, "session_usage": before})
     if actor.role == "lead":
         run.layers[actor.id] = Layer(event["budget_usd"], event["max_workers"])
         run.costs[actor.id] = []
@@ -2716,12 +3057,28 @@ def on_actor_added(run: RunState, event: dict) -> None:
         run.layers[actor.layer] = layer._replace(live=layer.live + 1,
                                                  reserved=layer.reserved + actor.estimate)
     run.waiting[event["actor"]] = None
+    if may_start(run, run.actors[event["actor"]].account):
+        fill_slots(run)
+
+
+def on_account_changed(run: RunState, event: dict) -> None:
+    """An actor's next hand has other credentials than its last."""
+    old = run.actors[event["actor"]]
+    live = STATES[old.state].live
+    count_live(run, old.account, -live)
+    change(run, old.id, account=event["account"])
+    count_live(run, event["account"], live)
+    drop_held(run, event["at"])
     fill_slots(run)
+    finish_when_done(run)
 
 
 def on_dispatcher_started(run: RunState, event: dict) -> None:
-    """A dispatcher took the run over: a drain of the one before is lifted."""
+    """A dispatcher took the run over: a drain is lifted, and refused credentials are tried again."""
     run.draining = run.signal = ""
+    for hold in list(run.holds.values()):
+        if HOLDS[hold.kind].final:
+            run.holds[hold.account] = hold._replace(kind="probe", since=event["at"])
     fill_slots(run)
     finish_when_done(run)
 
@@ -2733,7 +3090,7 @@ def on_placed(run: RunState, event: dict) -> None:
     if actor.stop:
         leave_unstarted(run, actor, event["at"])
     else:
-        owe(run, "deal", actor.id)
+        deal_or_park(run, actor, event["at"])
 
 
 def on_place_failed(run: RunState, event: dict) -> None:
@@ -2754,7 +3111,14 @@ def on_hand_dealt(run: RunState, event: dict) -> None:
 def on_hand_voided(run: RunState, event: dict) -> None:
     """A hand that was dealt never started and never will: its number is fenced off."""
     run.owed.pop(("spawn", event["actor"]), None)
-    owe(run, "deal", event["actor"])
+    deal_or_park(run, run.actors[event["actor"]], event["at"])
+
+
+def on_hand_held(run: RunState, event: dict) -> None:
+    """A hold began before a hand had started: it will be dealt anew."""
+    for verb in ("deal", "spawn"):
+        run.owed.pop((verb, event["actor"]), None)
+    park(run, event["actor"], event["at"])
 
 
 def on_hand_started(run: RunState, event: dict) -> None:
@@ -2808,10 +3172,11 @@ def on_stop_decided(run: RunState, event: dict) -> None:
 def stop_actor(run: RunState, actor: Actor, why: str, reason: str, done: bool, at: float) -> None:
     """Stop an actor that has not ended: it ends here, or when its process has."""
     change(run, actor.id, stop=why, stop_reason=reason, stop_done=done)
-    if actor.state == "waiting":
+    if actor.state in ("waiting", "held"):
         run.waiting.pop(actor.id, None)
-        run.live += 1            # end_actor gives back what it never had
-    if actor.state in ("waiting", "paused"):
+        run.held.pop(actor.id, None)
+        count_live(run, actor.account, 1)            # end_actor gives back what it never had
+    if actor.state in ("waiting", "held", "paused"):
         end_actor(run, actor.id, "Cancelled", at, reason=stop_reason(run.actors[actor.id]))
     elif actor.state in ("running", "frozen"):
         run.owed.pop(("freeze", actor.id), None)
@@ -2846,13 +3211,17 @@ def on_continue_decided(run: RunState, event: dict) -> None:
                frozen_s=actor.frozen_s + event["at"] - (actor.frozen_at or event["at"]))
         owe(run, "thaw", actor.id)
     else:
-        deal_again(run, actor.id)
+        deal_again(run, actor.id, event["at"])
 
 
-def deal_again(run: RunState, actor: str) -> None:
+def deal_again(run: RunState, name: str, at: float) -> None:
     """A paused actor gets its next hand."""
-    change(run, actor, state="dealing", stop="", stop_reason="")
-    owe(run, "place" if run.actors[actor].use_worktree and run.actors[actor].place is None else "deal", actor)
+    actor = change(run, name, state="dealing", stop="", stop_reason="")
+    if actor.use_worktree and actor.place is None:
+        change(run, name, state="placing")
+        owe(run, "place", name)
+    else:
+        deal_or_park(run, actor, at)
 
 
 def on_thawed(run: RunState, event: dict) -> None:
@@ -2867,7 +3236,7 @@ def on_reprompted(run: RunState, event: dict) -> None:
     actor = change(run, event["actor"], reprompts=run.actors[event["actor"]].reprompts + 1)
     post(run, actor.id, Message(*event["message"]))
     if actor.state == "paused":
-        deal_again(run, actor.id)
+        deal_again(run, actor.id, event["at"])
 
 
 def post(run: RunState, actor: str, message: Message) -> None:
@@ -2895,19 +3264,27 @@ def on_hand_ended(run: RunState, event: dict) -> None:
     spent = event.get("cost_usd")
     change(run, actor.id, hand_usage=Usage(), hand_usd=0.0, lived_s=actor.lived_s + event["lived_s"],
            usage=actor.usage.plus(Usage(*event["usage"])), exit_code=event["code"],
+           session_usage=session_base(actor).plus(Usage(*event["usage"])),
            cost_usd=actor.cost_usd if spent is None else (actor.cost_usd or 0.0) + spent,
            session_id=event.get("session_id") or actor.session_id,
            final=event["final"] if event.get("final") is not None else actor.final)
     again = event.get("again")
+    if event.get("status") == "Success":
+        run.tries.pop(actor.account, None)
     if again and event["cause"] == "pause":
         change(run, actor.id, state="paused", how=again, stop="", stop_done=False)
     elif again:
-        change(run, actor.id, state="dealing", how=again, stop="", stop_done=False,
-               lost=actor.lost + (event["cause"] == "lost"),
-               afresh=actor.afresh or event["cause"] == "unbegun")
-        owe(run, "deal", actor.id)
+        new = change(run, actor.id, state="dealing", how=again, stop="", stop_done=False,
+                     lost=actor.lost + (event["cause"] == "lost"), blind=event.get("blind", actor.blind),
+                     afresh=actor.afresh or event["cause"] == "unbegun", reason=event.get("reason"))
+        deal_or_park(run, new, event["at"])
     else:
         end_actor(run, actor.id, event["status"], event["at"], reason=event.get("reason"))
+
+
+def session_base(actor: Actor) -> Usage:
+    """What the session of the actor's present hand had used before it."""
+    return actor.session_usage if actor.how in ("resume", "again") else Usage()
 
 
 def on_closed(run: RunState, event: dict) -> None:
@@ -2923,6 +3300,7 @@ def on_closed(run: RunState, event: dict) -> None:
 def on_drained(run: RunState, event: dict) -> None:
     """Nothing new starts from now on."""
     run.draining, run.signal = event["why"], run.signal or event.get("signal", "")
+    drop_held(run, event["at"])
     finish_when_done(run)
 
 
@@ -2933,7 +3311,36 @@ def on_cancelled(run: RunState, event: dict) -> None:
         if STATES[run.actors[actor.id].state].live and actor.stop in ("", "pause", "redirect"):
             stop_actor(run, actor, "cancel", event.get("reason", ""), actor.id in event.get("done", ()),
                        event["at"])
+    for name in run.held:
+        change(run, name, stop="cancel", stop_reason=event.get("reason", ""))
+    drop_held(run, event["at"])
     finish_when_done(run)
+
+
+def on_hold_began(run: RunState, event: dict) -> None:
+    """Hands of an account do not start; what can never start is at its end."""
+    hold = Hold(event["account"], event["hold"], event["at"], event.get("until"), event.get("told", False),
+                event.get("tries", 0), event.get("run", ""))
+    run.holds[hold.account] = hold
+    if hold.tries:
+        run.tries[hold.account] = hold.tries
+    drop_held(run, event["at"])
+    fill_slots(run)
+    finish_when_done(run)
+
+
+def on_hold_ended(run: RunState, event: dict) -> None:
+    """Hands of an account may start again."""
+    run.holds.pop(event["account"], None)
+    if event["why"] == "answered":
+        run.cleared[event["account"]] = event["at"]
+        run.tries.pop(event["account"], None)
+    fill_slots(run)
+    finish_when_done(run)
+
+
+def on_house_lost(run: RunState, event: dict) -> None:
+    """What other runs know cannot be read or told; the run goes on with its own knowledge."""
 
 
 def on_shared(run: RunState, event: dict) -> None:
@@ -2958,12 +3365,14 @@ EVENTS = {
     #  kind                         handler                durable
     "run_opened":         EventKind(on_run_opened,         True),
     "actor_added":        EventKind(on_actor_added),
+    "account_changed":    EventKind(on_account_changed),
     "dispatcher_started": EventKind(on_dispatcher_started),
     "placed":             EventKind(on_placed),
     "place_failed":       EventKind(on_place_failed,       True),
     "hand_dealt":         EventKind(on_hand_dealt),
     "hand_voided":        EventKind(on_hand_voided),
     "hand_skipped":       EventKind(on_hand_skipped,       True),
+    "hand_held":          EventKind(on_hand_held),
     "hand_started":       EventKind(on_hand_started),
     "spawn_failed":       EventKind(on_spawn_failed,       True),
     "usage":              EventKind(on_usage),
@@ -2979,21 +3388,85 @@ EVENTS = {
     **{kind: EventKind(on_shared, row.durable) for kind, row in SHARED_EVENTS.items()},
     "drained":            EventKind(on_drained),
     "cancelled":          EventKind(on_cancelled),
+    "hold_began":         EventKind(on_hold_began),
+    "hold_ended":         EventKind(on_hold_ended),
+    "house_lost":         EventKind(on_house_lost),
     "run_finished":       EventKind(on_run_finished,       True),
 }
 
 
+def count_live(run: RunState, account: str, by: int) -> None:
+    """An actor of an account takes a slot (1) or gives it back (-1)."""
+    run.live += by
+    if account:
+        run.live_by[account] = run.live_by.get(account, 0) + by
+
+
+def may_start(run: RunState, account: str, own: int = 0) -> bool:
+    """Whether a hand of an account may start; `own` of its slots belong to the one that asks."""
+    hold = run.holds.get(account)
+    return hold is None or run.live_by.get(account, 0) - own < HOLDS[hold.kind].starts
+
+
+def never_starts(run: RunState, account: str) -> bool:
+    """Whether no hand of an account starts any more while this dispatcher lives; no space is not an end."""
+    hold = run.holds.get(account)
+    at_end = run.halted or run.cancelled or run.draining not in ("", "no_space")
+    return bool(at_end) or (hold is not None and HOLDS[hold.kind].final)
+
+
+def next_actor(run: RunState) -> str:
+    """Who gets the next free slot: the longest held, then the one that waits longest; empty: nobody may."""
+    if run.draining or run.halted or run.cancelled:
+        return ""
+    if not run.holds:
+        return next(iter(run.held), "") or next(iter(run.waiting), "")
+    return next((a for line in (run.held, run.waiting) for a in line
+                 if may_start(run, run.actors[a].account)), "")
+
+
 def fill_slots(run: RunState) -> None:
-    """Give each free slot to the actor that waits longest."""
+    """Give each free slot to the next actor."""
     limit = run.facts.get("max_parallel", 0)
-    while run.waiting and run.live < limit and not (run.draining or run.halted or run.cancelled):
-        actor = run.actors[next(iter(run.waiting))]
-        del run.waiting[actor.id]
-        run.live += 1
+    while run.live < limit and (name := next_actor(run)):
+        actor = run.actors[name]
+        for line in (run.held, run.waiting):
+            line.pop(name, None)
+        count_live(run, actor.account, 1)
         verb = "place" if actor.use_worktree and actor.place is None else "deal"
-        change(run, actor.id, state="placing" if verb == "place" else "dealing")
+        change(run, actor.id, state="placing" if verb == "place" else "dealing", reason=None)
         run.owed.pop(("finish", ""), None)
         owe(run, verb, actor.id)
+
+
+def deal_or_park(run: RunState, actor: Actor, at: float) -> None:
+    """Owe an actor's next hand; where its account is held it gives its slot to another one."""
+    if actor.stop or may_start(run, actor.account, own=1):
+        owe(run, "deal", actor.id)
+    else:
+        park(run, actor.id, at)
+
+
+def park(run: RunState, name: str, at: float) -> None:
+    """An actor that is held gives its slot back, and will be the first to get one."""
+    actor = change(run, name, state="held")
+    run.held[name] = None
+    count_live(run, actor.account, -1)
+    drop_held(run, at)
+    fill_slots(run)
+
+
+def drop_held(run: RunState, at: float) -> None:
+    """End the held ones whose next hand will never start: each has work, so each gets a record."""
+    for name in list(run.held):
+        actor = run.actors[name]
+        if name in run.held and never_starts(run, actor.account):
+            del run.held[name]
+            count_live(run, actor.account, 1)            # end_actor gives back what it does not have
+            began = actor.hands and not run.cancelled
+            unstarted = {"kind": "unknown", "message": "its provider was held, and nothing more starts"}
+            end_actor(run, name, "Failed" if began else "Cancelled", at,
+                      reason=stop_reason(actor) if run.cancelled else actor.reason or unstarted)
 
 
 def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | None = None) -> None:
@@ -3001,7 +3474,7 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
     old = run.actors[actor]
     change(run, actor, state="closing", status=status, reason=reason, ended_at=at,
            started_at=at if old.started_at is None else old.started_at)
-    run.live -= 1
+    count_live(run, old.account, -1)
     run.closing += 1
     if old.layer and old.role == "worker":
         book_worker(run, run.actors[actor])
@@ -3013,6 +3486,8 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
         run.failed += 1
         run.halted = run.halted or bool(run.facts.get("halt_on_failure"))
     owe(run, "close", actor)
+    if run.halted:
+        drop_held(run, at)
     fill_slots(run)
 
 
@@ -3031,7 +3506,7 @@ def end_layer(run: RunState, lead: str, at: float) -> None:
     """A lead has ended: everything below it is stopped."""
     for actor in list(run.actors.values()):
         present = run.actors[actor.id]
-        if actor.layer == lead != actor.id and (STATES[present.state].live or present.state == "waiting"):
+        if actor.layer == lead != actor.id and not present.status:
             if present.stop in ("", "pause", "redirect"):
                 stop_actor(run, present, "lead_ended", "the lead ended", False, at)
 
@@ -3041,9 +3516,12 @@ def finish_when_done(run: RunState) -> None:
 
     A run that drained for want of room is not at its end: it is resumed.
     """
-    may_start = run.waiting and not (run.draining or run.halted or run.cancelled)
-    at_work = run.live or run.closing or may_start
-    if not at_work and run.finished_at is None and run.draining != "no_space":
+    may_come = not run.draining and any(not never_starts(run, run.actors[a].account)
+                                        for line in (run.held, run.waiting) for a in line)
+    at_work = run.live or run.closing or may_come
+    if at_work:
+        run.owed.pop(("finish", ""), None)
+    elif run.finished_at is None and run.draining != "no_space":
         owe(run, "finish")
 
 
@@ -3052,10 +3530,11 @@ def stop_reason(actor: Actor) -> dict | None:
     return {"kind": "unknown", "message": actor.stop_reason} if actor.stop_reason else None
 
 
-def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
+def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> dict:
     """What the end of a hand means: the facts of its `hand_ended` event beyond the measured ones.
 
-    Either `again` (how the next hand goes) with its `cause`, or `status` and `reason`.
+    Either `again` (how the next hand goes) with its `cause`, or `status` and `reason`.  `now`, unix seconds,
+    tells whether the end of a limit lies ahead.
     """
     form = actor.format
     was_done = actor.stop_done and FORMATS[form].results
@@ -3078,11 +3557,14 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
         return {"status": "Success", "reason": None}
     if actor.stop and actor.stop != "linger":       # no other hand for an actor that was stopped
         return {"status": "Failed", "reason": find_reason(talk, end)}
+    if limit := decide_again_after_limit(actor, talk, end, now):
+        return limit
     errors = " ".join((talk.result or {}).get("errors") or ()) + end.stderr
-    unknown_session = "No conversation found" in errors or "is already in use" in errors
+    unknown_session = any(words in errors for words in FORMATS[form].no_session)
     silent = not talk.began and talk.result is None
     unbegun = silent and not end.stderr.strip() and FORMATS[form].results and (end.code == 0
                                                                                or end.signal is not None)
+    unbegun = unbegun or silent and any(words in end.stderr for words in FORMATS[form].no_start)
     if (unknown_session or unbegun) and not actor.afresh:
         return {"again": "afresh", "cause": "unbegun"}
     if end.vanished and silent and not actor.afresh and actor.how not in ("resume",
@@ -3091,8 +3573,95 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending) -> dict:
     if end.vanished and actor.lost < MAX_LOST_HANDS:
         # a session that was announced may be kept, with its prompt in it; `again` has not told its prompt yet
         again = "again" if silent and actor.how == "again" else "resume"
-        return {"again": again if actor.resumes else "prompt", "cause": "lost"}
+        known = talk.session_id or actor.session_id
+        return {"again": again if actor.resumes and known else "prompt", "cause": "lost"}
     return {"status": "Failed", "reason": find_reason(talk, end)}
+
+
+def decide_again_after_limit(actor: Actor, talk: Talk, end: Ending, now: float) -> dict | None:
+    """How a hand that met a limit is dealt again, which no failure is; None where that was not its end.
+
+    While the provider tells when a limit ends, or answers between two of them, there is no end to it.
+    """
+    reason = find_reason(talk, end)
+    blind = 0 if talk.answers or is_told(talk.resets_at, now) else actor.blind + 1
+    if reason["kind"] != "rate_limit" or not actor.account or blind > MAX_BLIND_HOLDS:
+        return None
+    unheard = not talk.answers and actor.how == "again"       # that prompt is not in the session yet
+    again = ("again" if unheard else "resume") if actor.resumes else "prompt"
+    return {"again": again, "cause": "limit", "blind": blind, "reason": reason}
+
+
+def is_told(until: float | None, now: float) -> bool:
+    """Whether a moment that a provider tells can be the end of a limit."""
+    return until is not None and now < until <= now + MAX_TOLD_S
+
+
+def decide_hold(run: RunState, actor: Actor, talk: Talk, reason: dict | None, now: float,
+                jitter: float) -> dict | None:
+    """The facts of the `hold_began` that the end of a hand calls for; None: none, or one stands already.
+
+    `jitter`, from 0 to 1, keeps runs from coming back at the same moment.
+    """
+    kind, old = (reason or {}).get("kind"), run.holds.get(actor.account)
+    if not actor.account or kind not in ("rate_limit", "auth_failure") or (old and HOLDS[old.kind].final):
+        return None
+    if kind == "auth_failure":
+        return {"account": actor.account, "hold": "auth", "actor": actor.id}
+    told = is_told(talk.resets_at, now)
+    if old and old.kind == "limit":
+        if not told or talk.resets_at <= old.until + 1.0:
+            return None
+        until, tries = talk.resets_at, old.tries
+    else:
+        tries = 1 if talk.answers else run.tries.get(actor.account, 0) + 1
+        # a provider that tells end after end, and answers nothing between, is not asked at each of them
+        until = now + back_off(tries - 1 if told else tries) * (0.75 + jitter / 2)
+        until = max(until, talk.resets_at) if told else until
+    until += jitter
+    return {"account": actor.account, "hold": "limit", "until": round(until, 3), "told": told, "tries": tries,
+            "actor": actor.id}
+
+
+def back_off(tries: int) -> float:
+    """Seconds to wait after so many limits in a row."""
+    return min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(tries - 1, 30)) if tries else 0.0
+
+
+def decide_told(run: RunState, health: Any, now: float) -> tuple[str, dict] | None:
+    """The event, with its facts, that another run's knowledge of an account calls for; None: nothing new.
+
+    `health` has the fields of Health in HOUSE.  Credentials that another run saw refused may have been mended
+    since, so they are tried, with one hand.
+    """
+    if health is None or health.run == run.run_id:
+        return None
+    old, facts = run.holds.get(health.account), {"account": health.account, "run": health.run}
+    if old and HOLDS[old.kind].final:
+        return None
+    news = health.since > max(old.since if old else 0.0, run.cleared.get(health.account, 0.0))
+    if health.state == "ok" and old and old.until is None and news:
+        return "hold_ended", {**facts, "why": "answered"}
+    longer = health.until is not None and is_told(health.until, now) and (
+        health.until > old.until + 1.0 if old and old.until else news)
+    if health.state == "limit" and longer:
+        return "hold_began", {**facts, "hold": "limit", "until": health.until, "told": health.told,
+                              "tries": health.tries}
+    if health.state == "auth" and old is None and news and now < health.since + AUTH_KEPT_S:
+        return "hold_began", {**facts, "hold": "probe"}
+    return None
+
+
+def decide_hold_end(hold: Hold, now: float) -> tuple[str, dict] | None:
+    """The event, with its facts, that the passing of time calls for; None: the hold stands.
+
+    After a back-off nobody knows whether the provider is well: one hand asks for all.
+    """
+    if hold.until is None or now < hold.until:
+        return None
+    if hold.told:
+        return "hold_ended", {"account": hold.account, "why": "time"}
+    return "hold_began", {"account": hold.account, "hold": "probe", "run": hold.run}
 
 
 def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -3206,8 +3775,16 @@ def estimate_usd(costs: list[float], model: str) -> float:
     return next((usd for name, usd in ESTIMATES_USD.items() if name in model.lower()), ESTIMATE_USD)
 
 
-def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float) -> float:
+def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float, account: str = "") -> float:
     """What is reserved for a new worker of a layer, USD.  Raises ToolRefusal."""
+    hold = run.holds.get(account)
+    if hold and not may_start(run, account):
+        final = HOLDS[hold.kind].final
+        advice = ("an operator must mend the credentials; end with what you have" if final else
+                  "wait for workers that run, and spawn again after that")
+        word = HOLDS["auth" if final else "limit"].words
+        until = f" until {render_time(hold.until)}" if hold.until else ""
+        raise ToolRefusal(f"{word}: no new worker of this account can start{until}; {advice}")
     if run.draining or run.cancelled or run.actors[lead].stop or run.actors[lead].status:
         raise ToolRefusal("run is draining: no new workers accepted; finish with what the workers have done")
     books = books_of(run, lead, lead_usd)
@@ -3878,6 +4455,146 @@ def self_argv(run_dir: str) -> list[str]:
 
 
 # ======================================================================================
+# HOUSE: sqlite: what several runs of one user share                                [io]
+# ======================================================================================
+# One small database in the data folder.  A run works without it: whatever is wrong with it is
+# a HouseFault, which is said once, and the run goes on with what it knows itself.
+# To change its shape: one more row in HOUSE_STEPS; a step that was released is never changed.
+
+HOUSE_STEPS = (
+    # the account's name tells nothing of its credentials; moments are unix seconds
+    """CREATE TABLE health (account TEXT PRIMARY KEY, state TEXT NOT NULL, since REAL NOT NULL, until REAL,
+                             told INTEGER NOT NULL, tries INTEGER NOT NULL, run TEXT NOT NULL)""",
+)
+HOUSE_PATIENCE_S = 0.1     # for a database that somebody else writes: an event loop waits meanwhile
+HOUSE_AGAIN_S = 5.0        # from one that could not be read to the next look at it
+
+
+class HouseFault(EnvironmentFault):
+    """The shared database cannot be used now; nothing was changed in it."""
+
+
+class Health(NamedTuple):
+    """What a run found out about an account: the columns of the table `health`."""
+
+    account: str
+    state: str                 # ok, or a key of HOLDS that a hand met: limit auth
+    since: float
+    until: float | None = None
+    told: bool = False
+    tries: int = 0
+    run: str = ""
+
+
+def house_path(env: Mapping[str, str]) -> str:
+    """Where the shared database is."""
+    return os.path.join(data_folder(env), "house.sqlite")
+
+
+@contextlib.contextmanager
+def open_house(path: str, write: bool) -> Iterator[Any]:
+    """A connection to the shared database, brought up to date to be written.  Raises HouseFault."""
+    import urllib.parse
+
+    try:
+        import sqlite3
+    except ImportError:
+        raise HouseFault("this Python has no sqlite3") from None
+    db = None
+    try:
+        if write:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # rw: never made here, and read only where the file is; ro could not mend what a killed writer left
+        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=HOUSE_PATIENCE_S,
+                             isolation_level=None)
+        if write:
+            migrate_house(db, path)
+        else:
+            check_house_version(house_version(db), path)
+        yield db
+    except sqlite3.Error as e:
+        raise HouseFault(f"the shared database {path}: {e}") from None
+    except OSError as e:
+        raise HouseFault(f"the shared database {path}: {e.strerror or e}") from None
+    finally:
+        if db is not None:
+            db.close()
+
+
+def house_version(db: Any) -> int:
+    """How many of HOUSE_STEPS a database has seen."""
+    return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def check_house_version(version: int, path: str) -> None:
+    """Raise HouseFault for a database of a newer version."""
+    if version > len(HOUSE_STEPS):
+        raise HouseFault(f"the shared database {path} has version {version}; this pitboss knows versions "
+                         f"up to {len(HOUSE_STEPS)}")
+
+
+def migrate_house(db: Any, path: str) -> None:
+    """Bring a database forwards in one transaction.  Raises HouseFault for one of a newer version."""
+    if house_version(db) == len(HOUSE_STEPS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = house_version(db)        # somebody else may have moved it just now
+        check_house_version(version, path)
+        for words in HOUSE_STEPS[version:]:
+            db.execute(words)
+        db.execute(f"PRAGMA user_version = {len(HOUSE_STEPS)}")
+        db.execute("COMMIT")
+    except BaseException:  # boundary: an open transaction is never left behind
+        db.execute("ROLLBACK")
+        raise
+
+
+def read_health(path: str) -> dict[str, Health]:
+    """What runs found out, by account; nothing where there is no database yet.  Raises HouseFault."""
+    if not os.path.exists(path):
+        return {}
+    with open_house(path, write=False) as db:
+        if not house_version(db):
+            return {}
+        rows = db.execute(f"SELECT {', '.join(Health._fields)} FROM health").fetchall()
+    found = [Health(str(a), str(state), read_number(since) or 0.0, read_number(until), bool(told),
+                    read_count(tries), str(run)) for a, state, since, until, told, tries, run in rows]
+    return {h.account: h for h in found}
+
+
+def write_health(path: str, health: Health) -> None:
+    """Tell the other runs of an account.  Raises HouseFault."""
+    places = ", ".join("?" * len(Health._fields))
+    with open_house(path, write=True) as db:
+        db.execute(f"INSERT OR REPLACE INTO health ({', '.join(Health._fields)}) VALUES ({places})", health)
+
+
+class House:
+    """The shared database as one run uses it: read when it has changed, and not at every look."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.stamp: tuple | None = None    # of the file when it was last read
+        self.again_at = -math.inf          # monotonic: not before that, after a fault
+
+    def news(self) -> dict[str, Health] | None:
+        """What it holds, when that may have changed since the last call.  Raises HouseFault."""
+        try:
+            stat = os.stat(self.path)
+            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        except OSError:
+            stamp = None
+        if stamp == self.stamp or time.monotonic() < self.again_at:
+            return None
+        self.again_at = time.monotonic() + HOUSE_AGAIN_S       # a fault leaves it so
+        health = read_health(self.path)
+        self.stamp, self.again_at = stamp, -math.inf
+        return health
+
+
+# ======================================================================================
 # GIT: worktrees, rescue refs                                                    [async]
 # ======================================================================================
 # A worktree is removed only when everything in it, ignored files apart, is provably kept
@@ -3978,11 +4695,6 @@ def look_at_folder(folder: str) -> Repo | str:
         raise InvalidInput("git is needed for worktrees and is not on PATH",
                            hint="install git, or set use_worktree = false") from None
     return parse_repo(done.returncode, done.stdout, done.stderr)
-
-
-def place_of_task(task: Task) -> tuple[str, tuple]:
-    """Where a task stands in its manifest: as people write it, and as keys and indexes."""
-    return ("lead.", ("lead",)) if task.role == "lead" else (f"task[{task.index}].", ("task", task.index))
 
 
 def check_places(manifest: Manifest) -> list[Problem]:
@@ -6261,6 +6973,17 @@ class Deal(NamedTuple):
     superuser: bool
     told: tuple = ()           # what it is told with its first message
     max_workers: int = 0       # of its layer: as many calls of one turn may wait at once
+    servers: tuple = ()        # the MCP servers that mcp_config holds
+    memory: tuple = ()         # (path, text) of the files that the row's `reads` names, the root's first
+
+    def goes_on(self) -> bool:
+        """Whether the hand goes on in the session that is named, rather than beginning one."""
+        return self.how in ("resume", "again")
+
+
+def files_nothing(deal: Deal) -> dict[str, str]:
+    """No files of its own."""
+    return {}
 
 
 class Agent(NamedTuple):
@@ -6277,6 +7000,17 @@ class Agent(NamedTuple):
     interrupt: str             # a line that interrupts a turn; empty: SIGINT
     version: tuple             # arguments that print its version; empty: it is not asked
     limits: str                # what it cannot do, for people
+    names_session: bool = True      # it takes an id of our choosing for a new session; else it tells one
+    moves: bool = True         # its session goes on in another folder, or it says at once that it does not
+    ignores: tuple = ()        # manifest keys, and tables, that have no effect on it
+    model: str = "claude-sonnet-4-6"    # where the manifest names none; empty: its own default
+    model_form: tuple = ("", "")    # pattern of its model names, and what that is in words; empty: any
+    measured: str = ""         # the version that this row was measured with
+    files: Callable = files_nothing    # (Deal) -> {name: text}: further files beside its prompt
+    reads: str = ""            # memory files that it must be handed, by name: from the root to its cwd
+    asked: bool = False        # its version is asked before a run: it answers quickly
+    # globs of the variables that tell one account of its provider from another
+    account: tuple = (*SECRET_NAMES, "*_BASE_URL", "HOME", "XDG_CONFIG_HOME")
 
 
 def argv_claude(deal: Deal) -> list:
@@ -6298,9 +7032,7 @@ def argv_claude(deal: Deal) -> list:
     argv += ["--tools", ",".join(bare)]
     if rules:
         argv += ["--allowedTools", ",".join(rules)]
-    return argv + (["--resume", deal.session_id] if deal.how in ("resume",
-                                                                 "again") else ["--session-id",
-                                                                                deal.session_id])
+    return argv + ["--resume" if deal.goes_on() else "--session-id", deal.session_id]
 
 
 def folders_between(root: str, cwd: str) -> list[str]:
@@ -6318,10 +7050,114 @@ def env_claude(deal: Deal) -> dict:
             **({"IS_SANDBOX": "1"} if deal.superuser else {}),}
 
 
+CODEX_EFFORTS = {"max": "xhigh"}      # where codex has another word
+
+
+def argv_codex(deal: Deal) -> list:
+    """codex exec, measured with codex-cli 0.169.0.
+
+    A repository's `.codex/config.toml` may start MCP servers where the operator once trusted the folder or
+    one above it: for this hand none of them is.  Then it reads no AGENTS.md there, so it is handed them.
+    """
+    argv = [*deal.program, "exec", *(["resume"] if deal.goes_on() else []), "--json",
+            "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+    doubted = ",".join(f'{toml_text(f)}={{trust_level="untrusted"}}' for f in folders_between("/", deal.cwd))
+    settings = [f"projects={{{doubted}}}", "model_reasoning_effort="
+                + toml_text(CODEX_EFFORTS.get(deal.task.effort, deal.task.effort))]
+    if deal.memory:
+        memory = "\n\n".join(f"Instructions of {path}:\n\n{text}" for path, text in deal.memory)
+        settings.append(f"developer_instructions={toml_text(memory)}")
+    for server in deal.servers:
+        words = codex_server(deal, server)
+        args = ",".join(map(toml_text, words[1:]))
+        settings.append(f"mcp_servers.{server.id}={{command={toml_text(words[0])},args=[{args}]}}")
+    for setting in settings:
+        argv += ["-c", setting]
+    model = ["-m", deal.task.model] if deal.task.model else []
+    return argv + model + ([deal.session_id] if deal.goes_on() else []) + ["-"]
+
+
+def codex_server(deal: Deal, server: Server) -> tuple:
+    """The argv of an MCP server; values of its environment may be secrets, so they come from a file."""
+    if not server.env:
+        return (server.command, *server.args)
+    return ("sh", "-c", '. "$0" && exec "$@"', env_file_of(deal, server), server.command, *server.args)
+
+
+def env_file_of(deal: Deal, server: Server) -> str:
+    """Where files_codex puts the environment of a server."""
+    return f"{deal.prompt_file.rpartition('/')[0]}/mcp-{server.id}.env"
+
+
+def files_codex(deal: Deal) -> dict[str, str]:
+    """The environment of each MCP server, as shell lines; names that no shell knows go through `env`."""
+    import shlex
+
+    files = {}
+    for server in deal.servers:
+        known = {k: v for k, v in server.env.items() if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", k)}
+        others = [shlex.quote(f"{k}={v}") for k, v in server.env.items() if k not in known]
+        lines = [f"export {k}={shlex.quote(v)}\n" for k, v in known.items()]
+        lines += [f'set -- env {" ".join(others)} "$@"\n'] if others else []
+        files[env_file_of(deal, server).rpartition("/")[2]] = "".join(lines)
+    return {name: text for name, text in files.items() if text}
+
+
+def toml_text(text: str) -> str:
+    """A text as TOML spells it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+OPENCODE_CALL_MS = 86_400_000         # of an MCP call; its own default of 60 s would cut a longer one off
+
+
+def argv_opencode(deal: Deal) -> list:
+    """opencode run, measured with 1.18.33; a session goes on in its own folder only, elsewhere it hangs."""
+    return [*deal.program, "run", "--format", "json", "--auto", "--variant", deal.task.effort,
+            *(["--model", deal.task.model] if deal.task.model else []),
+            *(["--session", deal.session_id] if deal.goes_on() else [])]
+
+
+def env_opencode(deal: Deal) -> dict:
+    """What a repository's opencode.json and .opencode say is shut out; its AGENTS.md files are read.
+
+    Its providers could send the API key elsewhere, and its plugins run at the start (measured with 1.18.33).
+    """
+    config = {"instructions": [f"{folder}/AGENTS.md" for folder in folders_between(deal.root, deal.cwd)],
+              "mcp": {s.id: {"type": "local", "command": [s.command, *s.args], "environment": s.env,
+                             "enabled": True, "timeout": OPENCODE_CALL_MS} for s in deal.servers}}
+    return {"OPENCODE_DISABLE_PROJECT_CONFIG": "1", "OPENCODE_DISABLE_AUTOUPDATE": "1",
+            "OPENCODE_CONFIG_CONTENT": json.dumps(config)}
+
+
+# Variables that a repository's .gemini/.env could set to send gemini's requests, and the key, elsewhere, or
+# to name settings of its own.  One that is set already, be it to nothing, is not taken from there.
+GEMINI_SHUT = ("GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL", "CODE_ASSIST_ENDPOINT", "GEMINI_CLI_HOME",
+               "GEMINI_CLI_SYSTEM_SETTINGS_PATH", "GEMINI_CLI_SYSTEM_DEFAULTS_PATH", "GOOGLE_GENAI_USE_GCA",
+               "GOOGLE_GENAI_USE_VERTEXAI", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy",
+               "NODE_TLS_REJECT_UNAUTHORIZED", "GEMINI_SANDBOX")
+
+
+def argv_gemini(deal: Deal) -> list:
+    """gemini, measured with 0.61.0; without `--yolo` its shell and write tools are missing.
+
+    `--skip-trust` comes after the settings were read, as those of a folder that is not trusted: hooks,
+    servers and tools of a repository's settings stay out.  GEMINI_CLI_TRUST_WORKSPACE would let them in.
+    """
+    return [*deal.program, "--output-format", "stream-json", "--yolo", "--skip-trust",
+            *(["--model", deal.task.model] if deal.task.model else []),
+            "--resume" if deal.goes_on() else "--session-id", deal.session_id]
+
+
+def env_gemini(deal: Deal) -> dict:
+    """Without GEMINI_CLI_NO_RELAUNCH a second process is started, and the first ignores TERM."""
+    return {"GEMINI_CLI_NO_RELAUNCH": "true", **dict.fromkeys(GEMINI_SHUT, "")}
+
+
 def argv_demo(deal: Deal) -> list:
     """The scripted agent in this file."""
     servers = ["--mcp-config", deal.mcp_config] if deal.mcp_config else []
-    session = ["--resume" if deal.how in ("resume", "again") else "--session-id", deal.session_id]
+    session = ["--resume" if deal.goes_on() else "--session-id", deal.session_id]
     return [*deal.program, "demo-agent", "--model", deal.task.model, "--sessions", deal.sessions, *servers,
             *session]
 
@@ -6341,11 +7177,24 @@ def env_nothing(deal: Deal) -> dict:
 
 CLAUDE_INTERRUPT = '{"type":"control_request","request_id":"stop","request":{"subtype":"interrupt"}}'
 
-AGENTS = {a.name: a for a in (Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True,
-                                    CLAUDE_INTERRUPT, ("--version",), ""),
-                              Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True,
-                                    CLAUDE_INTERRUPT, (),
-                                    "follows the script in its prompt; no model, no network"),)}
+AGENTS = {a.name: a for a in (
+    Agent("claude", "claude", argv_claude, env_claude, "claude", "stream", True, CLAUDE_INTERRUPT,
+          ("--version",), "", measured="2.1.197", asked=True,
+          account=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_*BASE_URL",
+                   "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_*", "CLAUDE_CONFIG_DIR", "HOME", "AWS_PROFILE",
+                   "AWS_ACCESS_KEY_ID")),
+    Agent("opencode", "opencode", argv_opencode, env_opencode, "opencode", "prompt", True, "", ("--version",),
+          "effort: where the model has a variant of that name", names_session=False, moves=False,
+          ignores=("tools",), model="", model_form=(r"[^/\s]+/\S+", "PROVIDER/MODEL"), measured="1.18.33"),
+    Agent("codex", "codex", argv_codex, env_nothing, "codex", "prompt", True, "", ("--version",), "",
+          names_session=False, ignores=("tools",), model="", measured="0.169.0", files=files_codex,
+          reads="AGENTS.md", asked=True),
+    Agent("gemini", "gemini", argv_gemini, env_gemini, "gemini", "prompt", True, "", ("--version",),
+          "a repository's .gemini/.env can still set variables that name no server", moves=False,
+          ignores=("tools", "effort", "mcp_server"), model="", measured="0.61.0"),
+    Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, CLAUDE_INTERRUPT, (),
+          "follows the script in its prompt; no model, no network", account=("PITBOSS_DEMO_ACCOUNT",)),
+)}
 
 
 def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
@@ -6354,20 +7203,55 @@ def agent_row(name: str, commands: Mapping[str, Command]) -> Agent:
     if own is None:
         return AGENTS[name]
     takes_file = any("{prompt_file}" in word for word in own.command)
+    places = {"model": "{model}", "mcp_server": "{mcp_config}"}
+    unused = [key for key, place in places.items() if not any(place in word for word in own.command)]
     return Agent(name, own.command[0], argv_command, env_nothing, own.format,
-                 "none" if takes_file else "prompt", False, "", (), "no message can reach it while it runs"
-                 + ("" if FORMATS[own.format].tells_cost else "; it tells no cost"))
+                 "none" if takes_file else "prompt", False, "", (), "", ignores=("tools", "effort", *unused))
+
+
+def limits_of(row: Agent) -> str:
+    """What an agent cannot do, in one line: what its columns say, then its own remark; empty: nothing."""
+    said = [row.limits] if row.limits else []
+    if row.ignores:
+        said.insert(0, f"{', '.join(row.ignores)}: no effect")
+    if not row.resumes:
+        said.insert(0, "it cannot go on in a session")
+    elif not row.moves:
+        said.insert(0, "a session goes on in its own folder only")
+    if not FORMATS[row.format].tells_cost:
+        said.insert(0, "it tells no cost")
+    if row.input != "stream":
+        said.insert(0, "no message can reach it while it runs")
+    return "; ".join(said)
+
+
+def first_words(deal: Deal) -> str:
+    """What a hand is told first: the prompt, or `continue` in a session that knows it."""
+    known = deal.how == "resume"
+    return "\n\n".join([*([] if known else [deal.task.prompt]), *deal.told]) or "continue"
+
+
+def accounts_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
+    """The account of each task's hands."""
+    return {t.id: account_of(agent_row(t.agent, manifest.agents), {**env, **t.env}) for t in manifest.tasks}
+
+
+def account_of(row: Agent, env: Mapping[str, str]) -> str:
+    """The name of the account that hands of an agent use in an environment; it gives no credential away."""
+    import fnmatch
+    import hashlib
+
+    own = sorted((k, v) for k, v in env.items() if any(fnmatch.fnmatchcase(k, g) for g in row.account))
+    return f"{row.name}:{hashlib.sha256(json.dumps([row.program, own]).encode()).hexdigest()[:12]}"
 
 
 def first_message(deal: Deal) -> str:
-    """What a hand is told first: the prompt, or `continue` in a session that knows it.
+    """The first words as a message.
 
     claude takes a first word with a slash for a command of its own, which never reaches the model; a newline
     before it cures that.
     """
-    text = "\n\n".join(deal.told) or "continue"
-    if deal.how != "resume":
-        text = "\n\n".join((deal.task.prompt, *deal.told))
+    text = first_words(deal)
     return "\n" + text if text.startswith("/") else text
 
 
@@ -6411,10 +7295,13 @@ class LiveHand:
         self.form = actor.format
         self.tail = Tail(log, actor.log_at)
         self.talk = Talk(actor.model)
+        if FORMATS[actor.format].counts_on:
+            self.talk.base = session_base(actor)
         self.began = began                 # monotonic moment of its start
         self.idle_at: float | None = None  # since when it is done and should leave
         self.known: dict[int, str] = {}    # processes of it seen so far
         self.told_at = began               # last usage event
+        self.heard: dict[float, int] = {}  # begin of a hold to its answers until then
         self.stopped: asyncio.Event | None = None      # set when the stop ladder has come to its end
         self.sent: set[str] = set()        # messages given to it beyond the first
         self.exit: asyncio.Future | None = None
@@ -6516,6 +7403,9 @@ class Dispatcher:
         self.kill_now = False
         self.programs: dict[str, tuple] = {}
         self.summary: int | None = None                # descriptor of summary.jsonl
+        self.accounts = accounts_of(manifest, env)     # of the hands that this process starts
+        self.house = House(house_path(env))
+        self.house_lost = False                        # that was said
         self.cancel_first: str | None = None           # a reason: the run is cancelled before anything else
         self.doors = doors                 # (dispatcher) -> what opens a session, by the name of the socket
         self.listeners: set = set()        # sessions of operators that are told what happens
@@ -6753,6 +7643,8 @@ class Dispatcher:
                         self.look_at(live, now, late)
                 if os.fstat(self.journal.fd).st_nlink == 0:
                     return await self.abandon()
+                self.consult_house()
+                self.look_at_holds()
             except EnvironmentFault as e:
                 return self.give_up(e)
             self.reap_orphans()
@@ -6788,6 +7680,75 @@ class Dispatcher:
         ids = live.echoed(self.run.actors[live.actor]) if self.run.actors[live.actor].inbox else []
         if ids:
             self.record("delivered", actor=live.actor, hand=live.hand, ids=ids)
+
+    # ---- holds
+
+    def look_at_holds(self) -> None:
+        """End the holds whose time has come, or that a hand disproves which was started since."""
+        for hold in list(self.run.holds.values()):
+            # wall time: it is the provider's, and goes on while the machine sleeps
+            ended = decide_hold_end(hold, max(time.time(), self.journal.now()))
+            if ended:
+                self.record(ended[0], **ended[1])
+        for live in self.hands.values() if self.run.holds else ():
+            if live.tail.fd is not None and not live.tail.behind():
+                self.clear_account(live)
+
+    def clear_account(self, live: LiveHand, succeeded: bool = False) -> None:
+        """End the care about an account when its provider took a request of a hand since that care began.
+
+        A hand that was started since and succeeded is as good, for agents that tell of no answers.
+        """
+        actor = self.run.actors[live.actor]
+        hold = self.run.holds.get(actor.account)
+        if hold is None or hold.kind != "probe":
+            return
+        later = actor.hand_at >= hold.since
+        before = 0 if later else live.heard.setdefault(hold.since, live.talk.answers)
+        if live.talk.answers > before or (later and succeeded):
+            self.record("hold_ended", account=hold.account, why="answered")
+            self.tell_house(Health(hold.account, "ok", time.time(), run=self.run.run_id))
+
+    def hold_account(self, actor: Actor, talk: Talk, facts: dict) -> None:
+        """Record what the end of a hand means for others of its account, and tell other runs."""
+        import random
+
+        hold = decide_hold(self.run, actor, talk, facts.get("reason"), time.time(), random.random())
+        if hold:
+            self.record("hold_began", **hold)
+            self.tell_house(Health(hold["account"], hold["hold"], time.time(), hold.get("until"),
+                                   hold.get("told", False), hold.get("tries", 0), self.run.run_id))
+
+    def refresh_account(self, name: str) -> None:
+        """An actor's next hand uses what this process has; its last one may have had other credentials."""
+        old = self.run.actors[name].account
+        if self.accounts.get(name, old) != old:
+            self.record("account_changed", actor=name, account=self.accounts[name])
+
+    def tell_house(self, health: Health) -> None:
+        """Tell other runs; when that cannot be, it is said once."""
+        try:
+            write_health(self.house.path, health)
+        except HouseFault as e:
+            self.lose_house(e)
+
+    def consult_house(self) -> None:
+        """Take over what other runs newly found out."""
+        try:
+            news = self.house.news()
+        except HouseFault as e:
+            return self.lose_house(e)
+        if news:
+            for account in {a.account for a in self.run.actors.values() if a.state != "settled"}:
+                told = decide_told(self.run, news.get(account), time.time())
+                if told:
+                    self.record(told[0], **told[1])
+
+    def lose_house(self, fault: HouseFault) -> None:
+        """Say once that the shared database cannot be used."""
+        if not self.house_lost:
+            self.house_lost = True
+            self.record("house_lost", message=str(fault))
 
     def has_left(self, live: LiveHand) -> bool:
         """Whether its exit is already on file or its process gone, before anything is called a timeout."""
@@ -6887,11 +7848,16 @@ class Dispatcher:
         if actor.stop:
             return self.record("hand_skipped", actor=name)
         log = os.path.join(self.make_task_dir(name), "stdout.log")
-        fresh = actor.how == "afresh" or not actor.session_id
+        row, how = agent_row(actor.agent, self.manifest.agents), actor.how
+        left = (actor.former or {}).get("cwd")
+        if not row.moves and how == "again" and left and left != (actor.place or {}).get("cwd", left):
+            how = "afresh"             # its session belongs to a folder that it cannot be given again
+        fresh = how == "afresh" or not actor.session_id
+        session_id = actor.session_id if not fresh else mint_uuid() if row.names_session else ""
         self.dealt.add((name, actor.hand + 1))
-        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=actor.how, message_id=mint_uuid(),
-                    log_at=end_line(log) if actor.hand else 0, session_id=mint_uuid() if fresh
-                    else actor.session_id, carried=len(actor.inbox))
+        self.record("hand_dealt", actor=name, hand=actor.hand + 1, how=how, message_id=mint_uuid(),
+                    log_at=end_line(log) if actor.hand else 0, session_id=session_id,
+                    carried=len(actor.inbox))
 
     async def effect_spawn(self, name: str) -> None:
         """Start a hand; one that an earlier dispatcher dealt is found, or fenced off."""
@@ -6900,6 +7866,8 @@ class Dispatcher:
             return await self.find_spawned(actor)
         if actor.stop:
             return self.record("hand_skipped", actor=name)
+        if not may_start(self.run, actor.account, own=1):      # a hold began since it was owed
+            return self.record("hand_held", actor=name)
         try:
             live = self.start_hand(actor)
         except OSError as e:
@@ -6919,6 +7887,7 @@ class Dispatcher:
         if handle:
             self.record("hand_started", actor=actor.id, hand=actor.hand, handle=handle)
         else:
+            self.refresh_account(actor.id)
             self.record("hand_voided", actor=actor.id, hand=actor.hand)
 
     def marker_of(self, actor: Actor) -> str:
@@ -6939,7 +7908,7 @@ class Dispatcher:
                 data = render_message(first_message(deal), deal.message_id).encode("utf-8", "surrogatepass")
                 stdin, live.pipe, live.unsent = open_input(data)
             else:
-                stdin = os.open(deal.prompt_file if row.input == "prompt" else os.devnull,
+                stdin = os.open(os.path.join(folder, "input.txt") if row.input == "prompt" else os.devnull,
                                 os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, stdin)
             argv = [str(word) for word in row.argv(deal)]
@@ -6995,13 +7964,16 @@ class Dispatcher:
             program = find_program(row, self.env, self.manifest.agents, self.meta.get("base_dir")
                                    or "/") or tuple(self_argv(self.run_dir))
             self.programs[actor.agent] = program
-        place, prompt_file = actor.place or {}, os.path.join(folder, "prompt.txt")
+        place = actor.place or {}
         deal = Deal(task, program, actor.how, actor.session_id, actor.message_id,
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
                     config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0,
-                    told, self.run.layers[actor.layer].max_workers if actor.layer else 0)
-        text = task.prompt if row.input == "stream" else first_message(deal)
-        write_file(prompt_file, text.encode("utf-8", "surrogatepass"))
+                    tuple(servers), told=told,
+                    max_workers=self.run.layers[actor.layer].max_workers if actor.layer else 0)
+        deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
+        files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
+        for name, text in files.items():
+            write_file(os.path.join(folder, name), text.encode("utf-8", "surrogatepass"))
         return deal
 
     def agent_env(self, actor: Actor, deal: Deal, row: Agent) -> dict[str, str]:
@@ -7032,13 +8004,16 @@ class Dispatcher:
         live.tail.close()
         usage, tells = live.talk.usage(), FORMATS[live.form].tells_cost
         final = (live.talk.result or {}).get("result")
-        facts = decide_hand_end(actor, live.talk, end)
+        facts = decide_hand_end(actor, live.talk, end, time.time())
+        self.hold_account(actor, live.talk, facts)
+        self.refresh_account(name)
         del self.hands[name]
         self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal,
                     usage=list(usage), cost_usd=live.talk.cost_usd() if tells else None,
                     session_id=live.talk.session_id, final=final if isinstance(final, str)
                     else live.talk.last_text() or None, log_at=live.tail.at, lived_s=self.lived(live, end),
                     skipped=live.talk.skipped, **facts)
+        self.clear_account(live, facts.get("status") == "Success")
 
     def lived(self, live: LiveHand, end: Ending) -> float:
         """Seconds that a dead hand lived; of one that vanished while nobody watched, until its last word."""
@@ -7092,7 +8067,7 @@ class Dispatcher:
         if written is None and not cut and status is not None and status > 128:
             status = None              # that is how the shim ended; of the agent nobody knows
         cut = cut or self.journal.full or no_room_left(folder)
-        code, number = split_status(status) if status is not None else (None, None)
+        code, number = split_status(status, live.form) if status is not None else (None, None)
         stderr = read_end(os.path.join(folder, "stderr.log"), 4096) if status or status is None else ""
         return Ending(code, number, vanished=status is None and not cut, log_cut=cut, stderr=stderr)
 
@@ -7369,6 +8344,26 @@ def no_room_left(folder: str) -> bool:
     return free == 0 and stat.f_blocks > 0
 
 
+MAX_MEMORY = 32 << 10      # bytes of memory files that an agent is handed, as much as codex itself would read
+
+
+def read_memory(name: str, root: str, cwd: str) -> tuple:
+    """(path, text) of each file `name` from `root` down to `cwd`; one that leads out is left alone."""
+    found, room, top = [], MAX_MEMORY, os.path.realpath(root)
+    for folder in folders_between(root, cwd) if name else ():
+        path = os.path.join(folder, name)
+        try:
+            if os.path.isfile(path) and os.path.realpath(path).startswith(top + os.sep):
+                with open(path, "rb") as f:
+                    text = f.read(room).decode("utf-8", "replace")
+                text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text)     # six times as long in an argument
+                room -= len(text)
+                found += [(os.path.relpath(path, root), text)] if text.strip() else []
+        except OSError:
+            continue
+    return tuple(found)
+
+
 def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Command], base_dir: str) -> tuple:
     """The argv that starts an agent's program.  Raises InvalidInput when there is none.
 
@@ -7389,7 +8384,27 @@ def find_program(row: Agent, env: Mapping[str, str], commands: Mapping[str, Comm
         there = "is not an executable program" if os.path.exists(program) else "was not found"
         raise InvalidInput(f"agent {row.name}: {program} {there}" + ("" if os.sep in program else " on PATH"),
                            hint=hint)
+    wrong = wrong_script(path)
+    if wrong:
+        raise InvalidInput(f"agent {row.name}: {path} cannot be started: {wrong}", hint=hint)
     return (path, *(own.command[1:] if own else ()))
+
+
+def wrong_script(path: str) -> str:
+    """Why the first line of a script names no program that could run it; empty where nothing is wrong."""
+    try:
+        with open(path, "rb") as f:
+            line = f.read(256).partition(b"\n")[0]
+    except OSError:                # it may be run all the same, only not read
+        return ""
+    if not line.startswith(b"#!"):
+        return ""
+    if line.endswith(b"\r"):
+        return "its lines end in CR LF, so its interpreter is not found; give it LF line ends"
+    words = line[2:].decode("utf-8", "replace").split()
+    if words and not os.access(words[0], os.X_OK):
+        return f"its interpreter {clean_text(words[0])} was not found"
+    return ""
 
 
 def ask_version(row: Agent, program: tuple, env: Mapping[str, str]) -> str | None:
@@ -7512,7 +8527,7 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
         check_reachable(run)
         mask = mask_for(manifest, env)
         journal = Journal(run_dir, mask, run.seq, run.last_at)
-        open_journal(journal, run, manifest, meta)
+        open_journal(journal, run, manifest, meta, env)
         export_records(run_dir, run, mask)
         with contextlib.suppress(OSError):
             keep_reserve(run_dir)
@@ -7554,9 +8569,11 @@ def check_reachable(run: RunState) -> None:
 UNBOUNDED = 1 << 20        # hands at once in a run whose leads' pools say how many there are
 
 
-def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict) -> None:
-    """Append what a begun journal lacks: its opening, and the actors that it does not know yet."""
+def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict,
+                 env: Mapping[str, str]) -> None:
+    """Append what a begun journal lacks: its opening, what other runs know of its accounts, its actors."""
     rules = manifest.rules
+    accounts = accounts_of(manifest, env)
 
     def append(kind: str, **facts: Any) -> None:
         step(run, journal.append(kind, facts))
@@ -7568,16 +8585,26 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
                worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir,
                **({"dump_shared_store": True} if rules.dump_shared_store else {}))
+    with contextlib.suppress(HouseFault):          # the dispatcher will say so
+        health = read_health(house_path(env))
+        for account in dict.fromkeys(accounts.values()):
+            told = decide_told(run, health.get(account), time.time())
+            if told:
+                append(told[0], **told[1])
     house = {"budget_usd": rules.budget_usd, "max_workers": rules.max_workers}
     for task in manifest.tasks:
-        if task.id in run.actors or (meta.get("only") is not None and task.id not in meta["only"]):
+        known = run.actors.get(task.id)
+        in_hand = {("watch", task.id), ("spawn", task.id)} & run.owed.keys()     # of an earlier dispatcher
+        if known and known.state != "settled" and not in_hand and known.account != accounts[task.id]:
+            append("account_changed", actor=task.id, account=accounts[task.id])
+        if known or (meta.get("only") is not None and task.id not in meta["only"]):
             continue
         row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
         session = (former or {}).get("session_id")
         append("actor_added", actor=task.id, role=task.role, agent=task.agent, model=task.model,
                **({"layer": task.id, **house} if task.role == "lead" else {}),
                directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
-               branch=task.branch, format=row.format, resumes=row.resumes,
+               branch=task.branch, format=row.format, resumes=row.resumes, account=accounts[task.id],
                prompt_preview=preview(task.prompt), **({"former": former} if former else {}),
                **({"session_id": session, "how": "again"} if session and row.resumes else {}))
     journal.sync()
@@ -7719,7 +8746,8 @@ def tool_spawn(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> A
         raise ToolRefusal(f"{bad[0].path}: {bad[0].message}")
     task = plan._replace(directory=directory, prompt=args["prompt"], branch=args["branch"], agent=agent,
                          tools=plan.tools if args["tools"] is None else tuple(args["tools"]),
-                         timeout_s=args["timeout_secs"] or plan.timeout_s, model=args["model"] or plan.model,
+                         timeout_s=args["timeout_secs"] or plan.timeout_s,
+                         model=args["model"] or (plan.model if agent == plan.agent else row.model),
                          env={**plan.env, **args["env"]}, role="worker", index=-1)
     if task.use_worktree and directory not in dispatcher.git.repos:
         return spawn_looking(dispatcher, actor, task, row, call)
@@ -7751,20 +8779,21 @@ async def spawn_looking(dispatcher: Dispatcher, actor: Actor, task: Task, row: A
 def spawn_now(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call: str) -> dict:
     """Decide and record, in one go: no other spawn can come between."""
     run = dispatcher.run
-    estimate = decide_spawn(run, actor.id, task.model, dispatcher.spent_by(actor.id))
+    account = account_of(row, {**dispatcher.env, **task.env})
+    estimate = decide_spawn(run, actor.id, task.model, dispatcher.spent_by(actor.id), account)
     number = sum(1 for a in run.actors.values() if a.layer == actor.id)
     while (name := f"worker-{number}") in run.actors:
         number += 1
     task = task._replace(id=name)
     write_plan(dispatcher.task_dir(name), task)
-    dispatcher.plans[name] = task
+    dispatcher.plans[name], dispatcher.accounts[name] = task, account
     path = dispatcher.worktree_path(name) if task.use_worktree else None
     answer = {"task_id": name, "worktree_path": path}
     dispatcher.record("actor_added", actor=name, role="worker", agent=task.agent, model=task.model,
                       directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
                       branch=task.branch, format=row.format, resumes=row.resumes, parent=actor.id,
-                      layer=actor.id, estimate=estimate, prompt_preview=preview(task.prompt), call=call,
-                      answer=answer)
+                      layer=actor.id, estimate=estimate, account=account, prompt_preview=preview(task.prompt),
+                      call=call, answer=answer)
     return answer
 
 
@@ -8373,11 +9402,12 @@ def paint(text: str, colour: str, on: bool) -> str:
 
 def render_log_line(line: bytes, form: str) -> list[tuple[str, str]]:
     """One line of a log as (mark of LOG_MARKS, text) pairs; a line that says nothing gives none."""
-    if form == "text":
+    events = LOG_EVENTS[form]
+    if not events:
         return [(">", clean_text(line[:MAX_WORDS].decode("utf-8", "replace")))]
     try:
         event = json.loads(line)
-        return _LOG_EVENTS.get(event.get("type"), lambda e: [])(event)
+        return events.get(event.get("type"), lambda e: [])(event)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return [("!", clean_text(line[:500].decode("utf-8", "replace")))] if line.strip() else []
 
@@ -8419,7 +9449,77 @@ def _log_system(event: dict) -> list[tuple[str, str]]:
     return []
 
 
-_LOG_EVENTS = {"assistant": _log_assistant, "user": _log_user, "result": _log_result, "system": _log_system}
+def log_words(mark: str, words: Any) -> list[tuple[str, str]]:
+    """One marked text, cleaned; nothing where there is none."""
+    text = words if isinstance(words, str) else json.dumps(words, ensure_ascii=False) if words else ""
+    return [(mark, clean_text(text[:MAX_WORDS]))] if text.strip() else []
+
+
+def _log_codex_item(event: dict) -> list[tuple[str, str]]:
+    item, begins = event["item"], event["type"] == "item.started"
+    kind = item.get("type")
+    if kind in ("agent_message", "error"):
+        return log_words(">" if kind == "agent_message" else "!", item.get("text") or item.get("message"))
+    if kind == "command_execution":
+        return log_words("*", item.get("command")) if begins else log_words(
+            "!" if item.get("exit_code") else "<", item.get("aggregated_output"))
+    if kind == "mcp_tool_call" and not begins:
+        return log_words("!", (item.get("error") or {}).get("message")) or log_words(
+            "<", (item.get("result") or {}).get("content"))
+    name = f"{item.get('server')}.{item.get('tool')}" if kind == "mcp_tool_call" else f"{kind}"
+    return log_words("*", f"{name} {json.dumps(item.get('arguments') or {}, ensure_ascii=False)}"
+                     ) if begins else []
+
+
+def _log_end(event: dict) -> list[tuple[str, str]]:
+    error = event.get("error") or {}
+    return log_words("!", error.get("message")) or [("v", "done")]
+
+
+def _log_opencode_tool(event: dict) -> list[tuple[str, str]]:
+    part, state = event["part"], event["part"].get("state") or {}
+    called = log_words("*", f"{part.get('tool')} {json.dumps(state.get('input'), ensure_ascii=False)}")
+    return called + (log_words("!", state.get("error")) or log_words("<", state.get("output")))
+
+
+def _log_opencode_end(event: dict) -> list[tuple[str, str]]:
+    part = event["part"]
+    cost = read_number(part.get("cost"))
+    ended = part.get("reason") == "stop"
+    return [("v", "done" + (f" ({render_usd(cost)})" if cost else ""))] if ended else []
+
+
+def _log_opencode_error(event: dict) -> list[tuple[str, str]]:
+    error = event.get("error") or {}
+    return log_words("!", (error.get("data") or {}).get("message") or error.get("name"))
+
+
+def _log_gemini_message(event: dict) -> list[tuple[str, str]]:
+    return log_words(">", event.get("content")) if event.get("role") == "assistant" else []
+
+
+def _log_gemini_tool(event: dict) -> list[tuple[str, str]]:
+    return log_words("*", f"{event.get('tool_name')} "
+                          f"{json.dumps(event.get('parameters'), ensure_ascii=False)}")
+
+
+def _log_gemini_answer(event: dict) -> list[tuple[str, str]]:
+    return log_words("<" if event.get("status") == "success" else "!", event.get("output"))
+
+
+LOG_EVENTS = {
+    # format: type of an event to what is shown of it; without any, lines are shown as they are
+    "claude": {"assistant": _log_assistant, "user": _log_user, "result": _log_result, "system": _log_system},
+    "codex": {"item.started": _log_codex_item, "item.completed": _log_codex_item,
+              "turn.completed": _log_end, "turn.failed": _log_end,
+              "error": lambda event: log_words("!", event.get("message"))},
+    "opencode": {"text": lambda event: log_words(">", event["part"].get("text")),
+                 "tool_use": _log_opencode_tool, "step_finish": _log_opencode_end,
+                 "error": _log_opencode_error},
+    "gemini": {"message": _log_gemini_message, "tool_use": _log_gemini_tool,
+               "tool_result": _log_gemini_answer, "result": _log_end},
+    "text": {},
+}
 
 
 def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -8427,7 +9527,44 @@ def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
     record = record_of(run, actor, log_path)
     if actor.state != "settled":
         record = {**record, "status": None, "state": STATES[actor.state].tool}
+    hold = run.holds.get(actor.account) if actor.state in ("waiting", "held") else None
+    if hold:
+        record = {**record, "held_until": render_time(hold.until)}
     return record
+
+
+def holds_of(run: RunState) -> list[dict]:
+    """The holds of a run's accounts, as `status --json` shows them."""
+    waiting: dict[str, int] = {}
+    for line in (run.held, run.waiting):
+        for name in line:
+            waiting[run.actors[name].account] = waiting.get(run.actors[name].account, 0) + 1
+    return [{"account": h.account, "agent": h.account.partition(":")[0], "kind": h.kind,
+             "since": render_time(h.since), "until": render_time(h.until), "until_unix": h.until,
+             "told": h.told, "tries": h.tries, "run": h.run or run.run_id,
+             "waiting": waiting.get(h.account, 0)}
+            for h in run.holds.values()]
+
+
+def render_hold(hold: dict, now: float) -> str:
+    """One hold of `holds_of` in words: `demo: api rate-limited: held until … (in 2.5s); 15 wait`."""
+    words = f"{hold['agent']}: {HOLDS[hold['kind']].words}"
+    if hold["until"]:
+        words += f": held until {hold['until']} (in {render_duration(hold['until_unix'] - now)})"
+    return words + (f"; {hold['waiting']} wait" if hold["waiting"] else "")
+
+
+def render_hold_change(run: RunState, event: dict) -> str:
+    """The line for the begin or the end of a hold."""
+    agent, foreign = event["account"].partition(":")[0], event.get("run", "")
+    if event["kind"] == "hold_ended":
+        return f"{agent}: its provider takes requests again; starting goes on"
+    hold = next(h for h in holds_of(run) if h["account"] == event["account"])
+    words = render_hold(hold, event["at"]) + (f" (seen by run {foreign[:8]})" if foreign else "")
+    if HOLDS[event["hold"]].final:
+        words += (f"; nothing more of it is started. Mend its login or key, then: pitboss resume "
+                  f"{run.run_id} --failed")
+    return words
 
 
 def render_status(head: dict, actors: list[dict], now: float, colour: bool, width: int) -> list[str]:
@@ -8444,6 +9581,7 @@ def render_status(head: dict, actors: list[dict], now: float, colour: bool, widt
     for line, actor in zip(lines[1:], actors):
         row = STATUSES.get(actor["status"] or "")
         shown.append(paint(line, row.colour if row else "cyan", colour))
+    shown += [paint(f"held  {render_hold(h, now)}", "yellow", colour) for h in head.get("holds") or ()]
     return shown + kept_lines(actors)
 
 
@@ -8591,7 +9729,12 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
         return f"{name}: hand {event['hand']} runs" + (f" in {actor.place['path']}" if verbose and actor.place
                                                        else "")
     if kind == "hand_ended" and event.get("again"):
-        return f"{name}: hand {event['hand']} is dealt again ({event['cause']})"
+        return f"{name}: hand {event['hand']} " + {"limit": "met a limit and goes on after it"}.get(
+            event["cause"], f"is dealt again ({event['cause']})")
+    if kind in ("hold_began", "hold_ended"):
+        return render_hold_change(run, event)
+    if kind == "house_lost":
+        return f"note: {event['message']}; the run goes on with what it knows itself"
     if kind == "stop_decided":
         return f"{name}: being stopped ({event['why']})"
     if kind == "closed":
@@ -8619,7 +9762,8 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
     settled, cost = len(run.settled), sum(a.cost_usd or 0
                                           for a in run.actors.values()) + sum(t.cost_usd()
                                                                               for t in talks.values())
-    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting)} waiting, {settled} "
+    title = (f"{run.run_id[:8]} {run.name}: {run.live} running, {len(run.waiting) + len(run.held)} waiting, "
+             f"{settled} "
              f"settled, {run.failed} failed, "
              f"{render_usd(cost)}, {render_duration(now - run.opened_at)}")
     rows = []
@@ -8635,9 +9779,11 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
         rows.append([row.glyph if row else "▸", actor.id, actor.status or actor.state,
                      render_duration((actor.ended_at or now) - (actor.started_at or now)),
                      render_tokens(sum(usage)), render_usd(cost_usd), clean_text(words)])
-    order = rows[:max(1, height - 3)]        # the title, how many more, and the line of the cursor
+    holds = [clip_cells(f"held: {render_hold(h, now)}", width) for h in holds_of(run)] if run.holds else []
+    holds = holds[:max(0, height - 4)]
+    order = rows[:max(1, height - 3 - len(holds))]    # the title, how many more, the cursor
     hidden = len(rows) - len(order)
-    lines = [clip_cells(title, width), *render_table(order, right=(3, 4, 5), width=width)]
+    lines = [clip_cells(title, width), *holds, *render_table(order, right=(3, 4, 5), width=width)]
     return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
@@ -8657,6 +9803,7 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
 # that begin with `$ ` are its script.  To add a step: one step_ method, one row in STEPS.
 
 DEMO_TOKENS = 100          # input tokens of each made-up message
+LIMIT_WORDS = "API Error: Request rejected (429) · a limit of the script"
 
 
 class DemoEnd(BaseException):
@@ -8683,6 +9830,9 @@ class DemoAgent:
         self.last = "done"
         self.lingers = self.deaf = False
         self.echo: dict | None = None
+        self.speech = "claude"     # a key of SPEECHES
+        self.pending: dict = {}    # of a tool call: what its result is told with
+        self.items = 0
         self.inbox: list[dict | None] = []
         self.news = threading.Condition()
         self.interrupted = False
@@ -8691,6 +9841,12 @@ class DemoAgent:
 
     def listen(self) -> None:
         """Take messages in, until the input ends (in a thread)."""
+        if not SPEECHES[self.speech].stream:
+            words = sys.stdin.buffer.read().decode("utf-8", "replace")
+            with self.news:
+                self.inbox += [{"message": {"content": words}}, None]
+                self.news.notify_all()
+            return
         for raw in sys.stdin.buffer:
             try:
                 message = json.loads(raw)
@@ -8710,9 +9866,9 @@ class DemoAgent:
             self.news.notify_all()
 
     def say_raw(self, event: dict) -> None:
-        """Print one event."""
-        data = json.dumps(event, separators=(",", ":"),
-                          ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        """Print one event of claude's, or the lines that another agent prints in its place."""
+        data = b"".join(json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode(
+            "utf-8", "surrogatepass") + b"\n" for line in SPEECHES[self.speech].lines(self, event))
         try:
             write_all(1, data)
         except OSError:
@@ -8793,7 +9949,7 @@ class DemoAgent:
                                          "content": [{"type": "text", "text": text}]},
                    parent_tool_use_id=None, error=code)
         self.result(text, error=True, status=status)
-        raise DemoEnd(1)
+        raise DemoEnd(SPEECHES[self.speech].status(status))
 
     # ---- turns
 
@@ -9041,10 +10197,35 @@ class DemoAgent:
         if self.session["limits"] > times:
             return
         self.save()
+        self.say_limit(time.time() + seconds)
+
+    def say_limit(self, resets_at: float) -> None:
+        """Meet a usage limit whose end is told."""
         self.say_raw({"type": "rate_limit_event", "rate_limit_info": {"status": "rejected",
-                                                                      "resetsAt": time.time() + seconds},
+                                                                      "resetsAt": resets_at},
                       "uuid": mint_uuid(), "session_id": self.session_id})
-        self.api_error(429, "rate_limit", "API Error: Request rejected (429) · a limit of the script")
+        self.api_error(429, "rate_limit", LIMIT_WORDS)
+
+    def step_quota(self, rest: str) -> None:
+        """Meet a usage limit that all who name its file share: the first one sets when it ends."""
+        seconds, _, path = rest.partition(" ")
+        beside, ends_at = f"{path}.{os.getpid()}", time.time() + float(seconds)
+        with open(beside, "w", encoding="ascii") as f:
+            f.write(str(ends_at))
+        with contextlib.suppress(FileExistsError):
+            os.link(beside, path)
+        os.unlink(beside)
+        with open(path, encoding="ascii") as f:
+            ends_at = float(f.read())
+        if time.time() < ends_at:
+            self.say_limit(ends_at)
+
+    def step_throttle(self, rest: str) -> None:
+        """Meet a limit whose end nobody tells."""
+        self.session["limits"] += 1
+        if self.session["limits"] <= (float(rest) if rest else math.inf):
+            self.save()
+            self.api_error(429, "rate_limit", LIMIT_WORDS)
 
     def step_retry(self, rest: str, status: int = 529, code: str = "overloaded") -> None:
         """Repeat a request, as claude does when a provider is busy."""
@@ -9053,7 +10234,9 @@ class DemoAgent:
                        error_status=status, error=code)
 
     def step_auth(self, rest: str) -> None:
-        """Fail to log in."""
+        """Fail to log in, as long as a file is missing."""
+        if rest and os.path.exists(rest):
+            return
         self.api_error(401, "authentication_failed", "Invalid API key · Fix external API key")
 
     def step_fail(self, rest: str) -> None:
@@ -9125,9 +10308,15 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
          "limit":  Step(DemoAgent.step_limit,  "limit [SECONDS] [N]",
                         "meet a usage limit (429) that resets in SECONDS"
                         " (60); with N only the first N times"),
+         "quota":  Step(DemoAgent.step_quota,  "quota SECONDS PATH",
+                        "meet a limit that all who name PATH share, and that ends SECONDS after the first "
+                        "came"),
+         "throttle": Step(DemoAgent.step_throttle, "throttle [N]",
+                          "meet a limit (429) that tells no end; with N only the first N times"),
          "retry":  Step(DemoAgent.step_retry,  "retry [N]",
                         "say N times that a request is repeated"),
-         "auth":   Step(DemoAgent.step_auth,   "auth",                "fail to log in (401)"),
+         "auth":   Step(DemoAgent.step_auth,   "auth [PATH]",
+                        "fail to log in (401); with PATH as long as there is no such file"),
          "fail":   Step(DemoAgent.step_fail,   "fail [TEXT]",
                         "end with a result that is an error, exit " "status 1"),
          "exit":   Step(DemoAgent.step_exit,   "exit CODE",           "exit at once, without a result"),
@@ -9140,6 +10329,157 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
                         "leave a process behind, in a session of " "its own, that ignores TERM"),
          "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",
                         "send itself a signal: `kill KILL`, `kill " "STOP`"),}
+
+
+def speak_claude(agent: DemoAgent, event: dict) -> list[dict]:
+    """What claude prints (measured with 2.1.197)."""
+    return [event]
+
+
+def demo_block(event: dict) -> dict:
+    """The one block of a message, or of a tool's result; empty for what is neither."""
+    content = (event.get("message") or {}).get("content")
+    return content[0] if isinstance(content, list) and content and not event.get("error") else {}
+
+
+def speak_codex(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `codex exec --json` prints in its place (measured with codex-cli 0.169.0)."""
+    kind, block = event["type"] + str(event.get("subtype") or ""), demo_block(event)
+
+    def item(type_: str, number: int | None = None, **fields: Any) -> dict:
+        agent.items += number is None
+        return {"id": f"item_{agent.items - 1 if number is None else number}", "type": type_, **fields}
+
+    if kind == "systeminit":
+        return [{"type": "thread.started", "thread_id": agent.session_id}, {"type": "turn.started"}]
+    if kind == "systemapi_retry":
+        return [{"type": "error", "message": f"Reconnecting... {event['attempt']}/{event['max_retries']} "
+                                             f"(unexpected status {event['error_status']} {event['error']})"}]
+    if block.get("type") == "text":
+        return [{"type": "item.completed", "item": item("agent_message", text=block["text"])}]
+    if block.get("type") == "tool_use":
+        words = block["input"].get("command") or f"{block['name']} {json.dumps(block['input'])}"
+        agent.pending = {"command": words}
+        begun = item("command_execution", **agent.pending, aggregated_output="", exit_code=None,
+                     status="in_progress")
+        return [{"type": "item.started", "item": begun}]
+    if block.get("type") == "tool_result":
+        failed = bool(block["is_error"])
+        return [{"type": "item.completed", "item": item(
+            "command_execution", agent.items - 1, **agent.pending, aggregated_output=block["content"],
+            exit_code=int(failed), status="failed" if failed else "completed")}]
+    if event["type"] != "result":
+        return []
+    if event["is_error"]:
+        words = demo_error(event, "unexpected status {status}: {text}")
+        return [{"type": "error", "message": words}, {"type": "turn.failed", "error": {"message": words}}]
+    before = agent.session.get("told") or [0, 0]          # it counts on over the session
+    agent.session["told"] = [before[0] + agent.usage.input, before[1] + agent.usage.output]
+    agent.usage = Usage()
+    agent.save()
+    return [{"type": "turn.completed", "usage": {
+        "input_tokens": agent.session["told"][0], "cached_input_tokens": 0, "cache_write_input_tokens": 0,
+        "output_tokens": agent.session["told"][1], "reasoning_output_tokens": 0}}]
+
+
+def demo_error(event: dict, form: str) -> str:
+    """The words of a failed result, with its HTTP status where there is one."""
+    text = event.get("result") or "; ".join(event.get("errors") or ())
+    return form.format(status=event["api_error_status"], text=text) if event.get("api_error_status") else text
+
+
+def speak_opencode(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `opencode run --format json` prints in its place (measured with 1.18.33)."""
+    block, now = demo_block(event), int(time.time() * 1000)
+
+    def line(type_: str, part: str, **fields: Any) -> dict:
+        return {"type": type_, "timestamp": now, "sessionID": agent.session_id, "part": {
+            "id": f"prt_{mint_uuid()}", "messageID": f"msg_{agent.number}", "sessionID": agent.session_id,
+            "type": part, **fields}}
+
+    def ending(reason: str) -> list[dict]:
+        used, agent.usage = agent.usage, Usage()
+        tokens = {"total": sum(used), "input": used.input, "output": used.output, "reasoning": 0,
+                  "cache": {"write": 0, "read": 0}}
+        return [line("step_finish", "step-finish", reason=reason, tokens=tokens,
+                     cost=price_usd(agent.model, used))]
+
+    time_ = {"start": now, "end": now}
+    if block.get("type") == "text":
+        before = ending("tool-calls") if agent.pending else []
+        agent.pending = {"step": True}
+        return [*before, line("step_start", "step-start"),
+                line("text", "text", text=block["text"], time=time_)]
+    if block.get("type") == "tool_use":
+        before = ending("tool-calls") if agent.pending else []
+        agent.pending = {"tool": block["name"].lower(), "callID": block["id"], "input": block["input"]}
+        return [*before, line("step_start", "step-start")]
+    if block.get("type") == "tool_result":
+        call, agent.pending = agent.pending, {}
+        state = {"status": "completed", "input": call.pop("input"), "output": block["content"],
+                 "metadata": {"output": block["content"], "exit": int(block["is_error"]), "truncated": False},
+                 "title": "a step", "time": time_}
+        return [line("tool_use", "tool", **call, state=state), *ending("tool-calls")]
+    if event["type"] == "result" and event["is_error"]:
+        data = {"message": demo_error(event, "{text}"), "statusCode": event.get("api_error_status"),
+                "isRetryable": False}
+        return [{"type": "error", "timestamp": now, "sessionID": agent.session_id, "error": {
+            "name": "APIError", "data": {k: v for k, v in data.items() if v is not None}}}]
+    if event["type"] == "result":
+        before = [] if agent.pending else [line("step_start", "step-start")]
+        agent.pending = {}
+        return [*before, *ending("stop")]
+    return []
+
+
+def speak_gemini(agent: DemoAgent, event: dict) -> list[dict]:
+    """What `gemini --output-format stream-json` prints in its place (measured with 0.61.0)."""
+    block, kind = demo_block(event), event["type"] + str(event.get("subtype") or "")
+
+    def line(type_: str, **fields: Any) -> list[dict]:
+        return [{"type": type_, "timestamp": render_time(time.time()), **fields}]
+
+    if kind == "systeminit":
+        return line("init", session_id=agent.session_id, model=agent.model)
+    if event.get("isReplay"):
+        return line("message", role="user", content=event["message"]["content"])
+    if block.get("type") == "text":
+        return line("message", role="assistant", content=block["text"], delta=True)
+    if block.get("type") == "tool_use":
+        agent.items += 1
+        agent.pending = {"tool_id": f"{block['name']}_{agent.items}"}
+        return line("tool_use", tool_name=block["name"], **agent.pending, parameters=block["input"])
+    if block.get("type") == "tool_result":
+        failed = {"error": {"type": "unknown", "message": block["content"]}} if block["is_error"] else {}
+        return line("tool_result", **agent.pending, status="error" if failed else "success",
+                    output=block["content"], **failed)
+    if event["type"] != "result":
+        return []
+    counts = {"total_tokens": sum(agent.usage), "input_tokens": agent.usage.input,
+              "output_tokens": agent.usage.output, "cached": 0, "input": agent.usage.input}
+    stats = {**counts, "duration_ms": event["duration_ms"], "tool_calls": agent.items,
+             "models": {agent.model: counts}}
+    if not event["is_error"]:
+        return line("result", status="success", stats=stats)
+    words = demo_error(event, '[API Error: {{"error":{{"message":"{text}","code":{status}}}}}]')
+    return line("result", status="error", error={"type": "unknown", "message": words}, stats=stats)
+
+
+class Speech(NamedTuple):
+    """How the scripted agent speaks in the place of another one."""
+
+    lines: Callable            # (agent, event as claude prints it) -> the objects that are printed
+    stream: bool               # messages come as JSON lines, else the prompt alone, as it is
+    status: Callable           # HTTP status -> exit status
+
+
+SPEECHES = {
+    # a key of FORMATS
+    "claude":   Speech(speak_claude,   True,  lambda status: 1),
+    "codex":    Speech(speak_codex,    False, lambda status: 1),
+    "opencode": Speech(speak_opencode, False, lambda status: 1),
+    "gemini":   Speech(speak_gemini,   False, lambda status: status % 256),
+}
 
 
 def walk_script(lines: list[str]) -> Iterator[str]:
@@ -9321,7 +10661,7 @@ def find_programs(loaded: Loaded, env: Mapping[str, str], names: Iterable[str],
     for name in dict.fromkeys(names):
         row = agent_row(name, loaded.manifest.agents)
         programs[name] = find_program(row, env, loaded.manifest.agents, loaded.base_dir)
-        if ask and row.version:
+        if ask and row.asked:
             said = ask_version(row, programs[name], env)
             version = said if name == "claude" else version
     return programs, version
@@ -9401,8 +10741,8 @@ def cmd_validate(options: Any) -> str:
             find_program(row, os.environ, manifest.agents, loaded.base_dir)
         except InvalidInput as e:
             say_error(f"pitboss: warning: {e}" + (f" ({e.hint})" if e.hint else ""))
-        if row.limits and row.program:
-            say_error(f"pitboss: note: agent {name}: {row.limits}")
+        if limits_of(row) and row.program:
+            say_error(f"pitboss: note: agent {name}: {limits_of(row)}")
     counts = f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
     if options.json:
         house = {"lead": manifest.tasks[0].id, "max_workers": manifest.rules.max_workers,
@@ -9453,8 +10793,9 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
             folder = os.path.join(base, repo.prefix) if isinstance(repo, Repo) and repo.prefix else base
         program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
         deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder,
-                    folder, "<prompt file>", "<mcp config>" if loaded.manifest.servers else "", "<sessions>",
-                    os.geteuid() == 0)
+                    folder, f"<run folder>/tasks/{task.id}/prompt.txt",
+                    "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0,
+                    loaded.manifest.servers)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with "
           "it."
@@ -9562,7 +10903,8 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     for name in wanted:
         actor = old.actors[name]
         if actor.hands or actor.place:
-            former[name] = {"session_id": actor.session_id if actor.hands else "", **(actor.place or {}),
+            former[name] = {"session_id": actor.session_id if actor.hands else "",
+                            "session_usage": list(actor.session_usage), **(actor.place or {}),
                             "rescue_ref": (actor.closed or {}).get("rescue_ref")}
             check_free(former[name].get("path"))
             warn_of_loss(name, former[name])
@@ -9884,7 +11226,7 @@ def look_at_foreign(run_dir: str, deep: bool) -> Overview:
             "tasks_total": read_count(told.get("tasks_total")) or len(actors),
             "tasks_failed": read_count(told.get("tasks_failed")) or failed,
             "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
-            "tasks_not_started": sum(1 for a in open_ones if a["state"] == "Pending")}
+            "tasks_not_started": sum(1 for a in open_ones if a["state"] == "Pending"), "holds": []}
     mask = make_mask([os.environ])         # that tool masks nothing
     return Overview(head, [mask.value(a) for a in actors], None, past)
 
@@ -9970,7 +11312,8 @@ def look_at_run(run_dir: str, deep: bool = False) -> Overview:
                          "state": "complete", "tasks_total": read_count(summary.get("tasks_total")),
                          "tasks_failed": read_count(summary.get("tasks_failed")),
                          "total_cost_usd": read_number(summary.get("total_cost_usd")), "agents_alive": 0,
-                         "tasks_not_started": read_count(summary.get("tasks_not_started"))}, tasks, None)
+                         "tasks_not_started": read_count(summary.get("tasks_not_started")), "holds": []},
+                        tasks, None)
     check_readable(run_dir)
     meta = read_json(os.path.join(run_dir, "meta.json"))
     meta = meta if isinstance(meta, dict) else {}
@@ -9989,7 +11332,7 @@ def look_at_run(run_dir: str, deep: bool = False) -> Overview:
     costs = [a["cost_usd"] for a in actors if a["cost_usd"] is not None]
     return Overview({**head, "state": state, "tasks_total": len(run.actors), "tasks_failed": run.failed,
                      "total_cost_usd": round(sum(costs), 10) if costs else None, "agents_alive": alive,
-                     "tasks_not_started": len(run.waiting)}, actors, run)
+                     "tasks_not_started": len(run.waiting), "holds": holds_of(run)}, actors, run)
 
 
 INNER_KEYS = ("started_unix", "worktree_was", "words")      # of actors, for people and for resume only
@@ -10502,13 +11845,17 @@ def cmd_demo_agent(options: Any) -> str:
     """The scripted agent (a run starts it)."""
     session_id = options.resume or options.session_id
     path = os.path.join(options.sessions, f"{session_id}.json")
-    if not re.fullmatch(r"[0-9a-f-]{36}", session_id or ""):
+    if options.speak not in SPEECHES:
+        raise InvalidInput(f"--speak: found {show_value(options.speak)}; allowed: "
+                           f"one of {', '.join(SPEECHES)}")
+    if not re.fullmatch(r"(ses_)?[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
     agent = DemoAgent(options.model, session_id, path, options.mcp_config)
+    agent.speech = options.speak
     if options.resume:
         session = read_json(path)
         if session is None:
-            say_error(f"No conversation found with session ID: {session_id}")
+            say_error(f"{FORMATS[agent.speech].no_session[0]} with session ID: {session_id}")
             agent.result(None, subtype="error_during_execution", error=True,
                          errors=(f"No conversation found with session ID: {session_id}",))
             sys.exit(1)
@@ -10553,35 +11900,110 @@ def cmd_doctor(options: Any) -> str:
 
 def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
     """What pitboss needs or can use, one finding each."""
+    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
+    yield from look_at_modules()
+    root = os.geteuid() == 0
+    yield Finding("system", True, f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores")
+    yield Finding("user", True, "root: claude is told that it runs in a sandbox, else it would refuse"
+                  if root else f"{os.geteuid()}, not root")
+    yield from look_at_programs(env)
+    yield from look_at_agents(env)
+    yield from look_at_claude(env)
+    yield from look_at_folders(env, given)
+    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
+                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
+                  else "no pidfd: exits are found by kqueue or by looking")
+
+
+def look_at_modules() -> Iterator[Finding]:
+    """Parts of the standard library that some builds of Python leave out."""
+    import importlib.util
+
+    missing = [name for name in ("_ssl", "_sqlite3", "_curses") if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("modules", None, f"this Python has no {', '.join(missing)}: what needs it will say so",
+                      "use a Python that was built with them")
+
+
+def look_at_programs(env: Mapping[str, str]) -> Iterator[Finding]:
+    """The programs that are not agents."""
     import shutil
     import subprocess
 
-    yield Finding("python", True, f"{sys.version.split()[0]} at {sys.executable}")
-    yield Finding("system", True,
-                  f"{os.uname().sysname} {os.uname().release}, {os.cpu_count()} cores, user {os.geteuid()}"
-                  + (" (root: claude is told that it runs in a sandbox)" if os.geteuid() == 0 else ""))
-    for name, needed, why in (("sh", True, "every agent is started through it"),
-                              ("git", True, "worktrees need it"), ("tmux", False, "")):
+    rows = {"sh": (("-c", "echo"), True, "every agent is started through it"),
+            "git": (("--version",), True, "worktrees need it"), "tmux": (("-V",), False, "")}
+    for name, (args, needed, why) in rows.items():
         path = shutil.which(name, path=env.get("PATH"))
         if path is None:
             yield Finding(name, False if needed else None, "not on PATH", f"install {name}: {why}" if needed
-                          else "")
+                          else "nothing here needs it")
             continue
-        done = subprocess.run([path, "-V" if name == "tmux" else "--version"] if name != "sh"
-                              else [path, "-c", "echo"], capture_output=True, text=True, check=False,
+        done = subprocess.run([path, *args], capture_output=True, text=True, errors="replace", check=False,
                               stdin=subprocess.DEVNULL)
-        yield Finding(name, True, f"{done.stdout.strip().splitlines()[0] if done.stdout.strip() else ''} at "
-                                  f"{path}".strip())
+        said = clean_text(last_lines(done.stdout, 1))
+        yield Finding(name, not done.returncode, f"{said} at {path}".strip() if not done.returncode
+                      else f"{path} ended with status {done.returncode}", "" if not done.returncode
+                      else f"{path} {' '.join(args)} shows why")
+        if name == "git" and not done.returncode:
+            who = subprocess.run([path, "config", "user.email"], capture_output=True, check=False,
+                                 stdin=subprocess.DEVNULL, env=git_env(env))
+            if who.returncode and not env.get("GIT_AUTHOR_EMAIL"):
+                yield Finding("author", None, "git knows no user.email, so an agent's commit may fail",
+                              "git config --global user.email YOU@EXAMPLE.ORG, and user.name")
+
+
+def look_at_agents(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Each agent program: its version, the one that its row was measured with, and what it cannot do."""
     for row in AGENTS.values():
+        limits = f"; {limits_of(row)}" if limits_of(row) else ""
         if not row.program:
-            yield Finding(row.name, True, f"built in; {row.limits}")
+            yield Finding(row.name, True, f"built in{limits}")
             continue
         try:
             program = find_program(row, env, {}, "/")
-            yield Finding(row.name, True, f"{ask_version(row, program, env)} at {program[0]}"
-                          + (f"; {row.limits}" if row.limits else ""))
+            said = ask_version(row, program, env)
+            words = said or "it does not say its version"
+            other = "" if row.measured in words else f" (driven as {row.measured} was: it may differ)"
+            yield Finding(row.name, True, f"{words}{other} at {program[0]}{limits}")
         except InvalidInput as e:
             yield Finding(row.name, None, str(e).partition(": ")[2], e.hint)
+
+
+# Variables that change where claude sends its requests, or as whom.
+CLAUDE_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL",
+                    "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX",
+                    "CLAUDE_CONFIG_DIR", "CLAUDE_CODE_MAX_RETRIES")
+
+
+def look_at_claude(env: Mapping[str, str]) -> Iterator[Finding]:
+    """What of the operator's own settings reaches claude; values are never shown, they may be secrets."""
+    there = [name for name in CLAUDE_VARIABLES if env.get(name)]
+    yield Finding("variables", True, f"claude gets {', '.join(there)}" if there
+                  else "none of claude's is set: it uses its own login")
+    sandbox = env.get("IS_SANDBOX", "1")
+    if os.geteuid() == 0 and sandbox != "1":
+        yield Finding("sandbox", False, f"IS_SANDBOX is {show_value(sandbox)}: claude will not work for root",
+                      "unset IS_SANDBOX, or set it to 1")
+    folder = env.get("CLAUDE_CONFIG_DIR") or os.path.join(env.get("HOME") or "/", ".claude")
+    path = os.path.join(folder, "settings.json")
+    if not os.path.exists(path):
+        return
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        yield Finding("settings", None, f"{path} cannot be read as JSON", "mend it: claude reads it, too")
+        return
+    own = settings.get("env")
+    names = ", ".join(map(clean_text, own)) if isinstance(own, dict) else ""
+    said = (["its env sets " + names] if names else []) + (["its hooks do not run in hands"]
+                                                           if settings.get("hooks") else [])
+    yield Finding("settings", True, f"{path} is read" + (": " + "; ".join(said) if said else ""))
+
+
+def look_at_folders(env: Mapping[str, str], given: str | None) -> Iterator[Finding]:
+    """Where runs go, what room there is, and whether sockets can be made."""
+    import socket
+    import tempfile
+
     runs_dir = runs_folder(env, given)
     there = runs_dir
     while not os.path.isdir(there):
@@ -10593,9 +12015,16 @@ def look_at_machine(env: Mapping[str, str], given: str | None) -> Iterator[Findi
                   "" if writable else "set XDG_DATA_HOME, or give --run-dir")
     yield Finding("disk", room > 100e6, f"{render_bytes(room)} free in {there}",
                   "" if room > 100e6 else "make room: agents and logs need it")
-    yield Finding("exits", True if hasattr(os, "pidfd_open") else None,
-                  "pidfd tells of exits" if hasattr(os, "pidfd_open")
-                  else "no pidfd: exits are found by kqueue or by looking")
+    own = env.get("XDG_RUNTIME_DIR") or ""
+    base = own if own and os.access(own, os.W_OK) else tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryDirectory(dir=base) as folder, socket.socket(socket.AF_UNIX) as s:
+            s.bind(os.path.join(folder, "s"))
+        yield Finding("sockets", True, f"can be made in {base}" + ("" if base == own
+                                                                   else " (XDG_RUNTIME_DIR is not usable)"))
+    except OSError as e:
+        yield Finding("sockets", None, f"cannot be made in {base}: {e.strerror}",
+                      "set XDG_RUNTIME_DIR to a short path on a local disk; a flat run needs none")
 
 
 def cmd_init(options: Any) -> str:
@@ -11331,9 +12760,10 @@ def render_reference() -> str:
               *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
     parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|",
               *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
-    parts += ["", "#### Agents", "", "| agent | how | limits |", "|---|---|---|"]
-    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.limits or 'none'} |"
-              for a in AGENTS.values()]
+    parts += ["", "#### Agents", "", "| agent | program | measured with | what it cannot do |",
+              "|---|---|---|---|"]
+    parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.measured or '–'} | "
+              f"{limits_of(a) or '–'} |" for a in AGENTS.values()]
     parts += ["", "#### The scripted agent's steps", "", "| step | what it does |", "|---|---|"]
     parts += [f"| `$ {s.usage}` | {s.meaning} |"
               for s in STEPS.values()] + ["| `$ loop N` … `$ end` | repeat the steps between |"]
@@ -11469,7 +12899,7 @@ COMMANDS = {c.name: c for c in (
     Cli("demo-agent", cmd_demo_agent, "", (
         (("--model",), {"default": "demo"}), (("--mcp-config",), {"default": ""}),
         (("--sessions",), {"default": "."}), (("--session-id",), {}),
-        (("--resume",), {})), ""),
+        (("--resume",), {}), (("--speak",), {"default": "claude"})), ""),
 )}
 
 

@@ -174,3 +174,27 @@ def _branch_of(record: dict, repo: Path) -> str | None:
     if record["branch"]:
         return record["branch"]
     return next((name for name in _branches(repo) if name.endswith("/" + record["task_id"])), None)
+
+
+def check_holds(run_dir: Path, hands: int = 1) -> list[str]:
+    """No hand started while its account was held, by the journal and by the times of the hands' own files.
+
+    `hands`: how many a hold must have sent back at the least, so that a run without one is no pass.
+    """
+    events = [json.loads(line) for line in (run_dir / "journal.jsonl").read_bytes().split(b"\n")[:-1]]
+    accounts = {e["actor"]: e["account"] for e in events if e["kind"] == "actor_added"}
+    met = [e for e in events if e["kind"] == "hand_ended" and e.get("cause") == "limit"]
+    faults = [] if len(met) >= hands else [f"{len(met)} hands met a limit"]
+    for began in (e for e in events if e["kind"] == "hold_began" and e["hold"] == "limit"):
+        later = [e for e in events if e["seq"] > began["seq"] and e.get("account") == began["account"]
+                 and e["kind"] in ("hold_began", "hold_ended")]
+        end = later[0]["at"] if later else float("inf")
+        if later and later[0]["kind"] == "hold_ended" and end < began["until"] - 0.1:
+            faults.append(f"a hold until {began['until']} ended at {end}")
+        faults += [f"{e['actor']}: hand {e['hand']} started in a hold" for e in events
+                   if e["kind"] == "hand_started" and began["at"] < e["at"] < end
+                   and accounts[e["actor"]] == began["account"]]
+        faults += [f"{path} was made in a hold" for actor, account in accounts.items()
+                   if account == began["account"] for path in (run_dir / "tasks" / actor).glob("hand.*")
+                   if began["at"] + 0.05 < path.stat().st_mtime < end - 0.05]
+    return faults

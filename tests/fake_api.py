@@ -1,4 +1,6 @@
-"""A stand-in for the Anthropic Messages API on 127.0.0.1: the tests drive the real claude offline with it.
+"""A stand-in for the APIs of models on 127.0.0.1: the tests drive real agents offline with it.
+
+It speaks Anthropic's Messages (claude, opencode), OpenAI's Responses (codex) and Gemini's generateContent.
 
 What the "model" does is written in the prompt, so one server serves any number of agents at a time, and a
 test reads as what it is about. The server remembers nothing of a conversation: where it stands in its script
@@ -66,6 +68,10 @@ ERROR_TYPES = {
 
 
 # ------------------------------------------------------------------ the script
+
+def new_id(prefix):
+    return prefix + uuid.uuid4().hex[:24]
+
 
 class Turn:
     """One message of a conversation."""
@@ -246,6 +252,51 @@ def pieces(text, size):
     return [text[at:at + size] for at in range(0, len(text), size)] or [""]
 
 
+# ------------------------------------------------------------------ its shape in the other APIs
+
+def responses_turns(body):
+    """The `input` of OpenAI's Responses is a flat list; what the model made in one go is one turn."""
+    turns = []
+
+    def turn_of(role):
+        if not turns or turns[-1].role != role:
+            turns.append(Turn(role))
+        return turns[-1]
+
+    for item in body.get("input") or []:
+        kind = item.get("type", "message")
+        if kind == "message" and item.get("role") in ("user", "assistant"):
+            text = "\n".join(part.get("text", "") for part in item.get("content") or [])
+            turn = turn_of(item["role"])
+            turn.text = "\n".join(filter(None, (turn.text, text)))
+        elif kind == "function_call":
+            turn_of("assistant").calls.append(item["call_id"])
+        elif kind == "function_call_output":
+            output = item.get("output") or ""
+            if isinstance(output, list):
+                output = "\n".join(part.get("text", "") for part in output)
+            # codex puts a head that ends in `Output:` before what a tool gave
+            turn_of("user").results[item["call_id"]] = output.split("\nOutput:\n", 1)[-1]
+    return turns
+
+
+def gemini_turns(body):
+    """Calls have no ids that can be relied on here: results belong to calls by their order."""
+    turns, calls = [], []
+    for n, content in enumerate(body.get("contents", [])):
+        parts = content.get("parts", [])
+        text = "\n".join(part["text"] for part in parts if part.get("text") and not part.get("thought"))
+        if content.get("role") == "model":
+            calls = [f"{n}-{i}" for i, part in enumerate(p for p in parts if "functionCall" in p)]
+            turns.append(Turn("assistant", text, calls))
+        else:
+            answers = [part["functionResponse"].get("response") for part in parts if "functionResponse" in part]
+            turns.append(Turn("user", text, results={
+                call: a["output"] if isinstance(a, dict) and list(a) == ["output"] else json.dumps(a)
+                for call, a in zip(calls, answers)}))
+    return turns
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "fake"
@@ -331,18 +382,29 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/v1/messages/count_tokens":
             self.note(status=200)
             return self.send_json(200, {"input_tokens": max(1, len(json.dumps(body)) // 4)})
+        if path.endswith("/responses"):
+            return self.openai_responses(body)
+        if path.endswith(":streamGenerateContent") or path.endswith(":generateContent"):
+            return self.gemini(path, body)
+        if path.endswith(":countTokens"):
+            self.note(status=200)
+            return self.send_json(200, {"totalTokens": max(1, len(json.dumps(body)) // 4)})
         self.note(status=404, body=body)
         self.send_json(404, {"type": "error", "error": {"type": "not_found_error", "message": path}})
 
     def fail(self, status, step):
         error = {"type": step.get("type") or ERROR_TYPES.get(status, "api_error"),
                  "message": step.get("message", f"scripted error {status}")}
+        if not self.path.startswith("/v1/messages"):
+            error = {**error, "code": status, "status": step.get("status", "")}
         self.send_json(status, {"type": "error", "error": error}, step.get("headers"))
 
-    def plan(self, body, **more):
+    def plan(self, body, turns=None, **more):
         """What to answer with, after the waits before it; None where an error was sent instead."""
         try:
-            plan = Plan([to_turn(message) for message in body.get("messages", [])])
+            if turns is None:
+                turns = [to_turn(message) for message in body.get("messages", [])]
+            plan = Plan(turns)
         except ValueError as error:
             self.note(status=400, bad_script=str(error), **more)
             self.fail(400, {"message": f"bad SCRIPT: {error}"})
@@ -379,6 +441,79 @@ class Handler(BaseHTTPRequestHandler):
             self.stream(message, step)
         else:
             self.send_json(200, message)
+
+    def openai_responses(self, body):
+        """OpenAI's Responses API, streamed, as codex asks it."""
+        plan = self.plan(body, responses_turns(body), model=body.get("model"),
+                         n_tools=len(body.get("tools", [])))
+        if plan is None:
+            return
+        output = []
+        if plan.text():
+            output.append({"type": "message", "id": new_id("msg_"), "role": "assistant", "status": "completed",
+                           "content": [{"type": "output_text", "text": plan.text(), "annotations": []}]})
+        for call in plan.calls():
+            item = {"type": "function_call", "id": new_id("fc_"), "call_id": new_id("call_"),
+                    "name": call["tool"], "status": "completed", "arguments": json.dumps(call.get("input", {}))}
+            spaces = [t["name"] for t in body.get("tools", []) if t.get("type") == "namespace"]
+            for space in spaces:         # codex offers mcp__server__tool as a tool of a namespace
+                if call["tool"].startswith(space + "__"):
+                    item.update(name=call["tool"][len(space) + 2:], namespace=space)
+            output.append(item)
+        used = made_up_usage({"messages": body.get("input")}, output)
+        done = {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()),
+                "status": "completed", "model": body.get("model"), "output": output,
+                "usage": {"input_tokens": used["input_tokens"], "input_tokens_details": {"cached_tokens": 0},
+                          "output_tokens": used["output_tokens"],
+                          "output_tokens_details": {"reasoning_tokens": 0},
+                          "total_tokens": used["input_tokens"] + used["output_tokens"],
+                          **plan.step.get("usage", {})}}
+        self.begin_sse()
+        self.event("response.created", response={**done, "status": "in_progress", "output": []})
+        for index, item in enumerate(output):
+            body_key = {"content": []} if item["type"] == "message" else {"arguments": ""}
+            self.event("response.output_item.added", output_index=index, item={**item, **body_key})
+            if index == 0:
+                time.sleep(plan.step.get("stall", 0))
+            if item["type"] == "message":
+                self.event("response.output_text.delta", item_id=item["id"], output_index=index,
+                           content_index=0, delta=plan.text())
+            self.event("response.output_item.done", output_index=index, item=item)
+        self.event("response.completed", response=done)
+        self.end_sse()
+
+    def gemini(self, path, body):
+        """Gemini's generateContent, streamed in two pieces where there is a text to cut."""
+        tools = [d["name"] for t in body.get("tools", []) for d in t.get("functionDeclarations", [])]
+        plan = self.plan(body, gemini_turns(body), n_tools=len(tools))
+        if plan is None:
+            return
+        calls = [{"functionCall": {"name": call["tool"], "args": call.get("input", {})}}
+                 for call in plan.calls()] if tools else []
+        used = made_up_usage({"messages": body.get("contents")}, calls or plan.text())
+        told = {"promptTokenCount": used["input_tokens"], "candidatesTokenCount": used["output_tokens"],
+                "totalTokenCount": used["input_tokens"] + used["output_tokens"], **plan.step.get("usage", {})}
+
+        def answer(parts, ends):
+            return {"candidates": [{"index": 0, "content": {"role": "model", "parts": parts},
+                                    **({"finishReason": "STOP"} if ends else {})}],
+                    "usageMetadata": told, "modelVersion": path.split("/")[-1].split(":")[0]}
+
+        text = plan.text()
+        if ":stream" not in path:
+            return self.send_json(200, answer([{"text": text or "-"}, *calls], True))
+        self.begin_sse()
+        half = len(text) // 2
+        for part in filter(None, (text[:half], text[half:])):
+            self.data(answer([{"text": part}], False))
+            time.sleep(plan.step.get("stall", 0))
+        self.data(answer(calls or [{"text": ""}], True))
+        self.end_sse()
+
+    def data(self, value):
+        data = f"data: {json.dumps(value)}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
 
     def deltas(self, block, step):
         """A block as it opens, and the pieces that fill it."""

@@ -44,9 +44,9 @@ def deal_until(home: Home, manifest: Path, point: str, number: int) -> None:
 
 
 def has_event(home: Home, kind: str, actor: str) -> bool:
-    if not home.runs.is_dir() or not any(home.runs.glob("0*/journal.jsonl")):
-        return False
-    return any(e["kind"] == kind and e.get("actor") == actor for e in read_events(home.run_dir()))
+    newest = max(home.runs.glob("0*"), default=None)
+    return newest is not None and (newest / "journal.jsonl").exists() and any(
+        e["kind"] == kind and e.get("actor") == actor for e in read_events(newest))
 
 
 def plain(home: Home) -> None:
@@ -148,7 +148,42 @@ def led(home: Home) -> None:
     home.pitboss("dispatch", manifest, check=1)
 
 
-RUNS = (plain, crashed, stopped, cancelled, halted, led)
+def limited(home: Home) -> None:
+    """A limit holds its account; the dispatcher dies in the hold; the next one has other credentials and meets another."""
+    home.repo("repo")
+    (home.runs.parent).mkdir(parents=True)
+    (home.runs.parent / "house.sqlite").write_text("this is no database" * 100)
+    manifest = home.manifest('[run]\nmax_parallel = 2\n[defaults]\nagent = "demo"\nuse_worktree = false\n'
+                             + "".join(task(f"t{n}", "$ say a\n$ limit 1 2\n$ say b") for n in range(3)))
+    dispatch = home.start("dispatch", manifest)
+    wait_for(lambda: has_event(home, "hold_began", "t0") or has_event(home, "hold_began", "t1"))
+    dispatch.kill()
+    dispatch.wait()
+    home.pitboss("resume", home.run_dir().name, env={"PITBOSS_DEMO_ACCOUNT": "another"}, check=0)
+
+
+def told(home: Home) -> None:
+    """Another run's limit holds a hand that was about to be dealt when the dispatcher died."""
+    home.repo("repo")
+    head = '[defaults]\nagent = "demo"\n'
+    deal_until(home, home.manifest(head + task("one", "$ say a"), "one.toml"), "journal.after", 4)
+    run = home.run_dir()
+    other = home.start("dispatch", home.manifest(head + task("two", "$ limit 2 1"), "two.toml"))
+    wait_for(lambda: home.run_dir() != run and has_event(home, "hold_began", "two"))
+    home.pitboss("resume", run.name, check=0)
+    assert other.wait(60) == 0
+    home.root.joinpath("told").symlink_to(run)
+
+
+def refused(home: Home) -> None:
+    """Credentials are refused: one failure, and nothing more starts."""
+    home.repo("repo")
+    manifest = home.manifest('[run]\nmax_parallel = 1\n[defaults]\nagent = "demo"\nuse_worktree = false\n'
+                             + "".join(task(f"t{n}", "$ auth") for n in range(3)))
+    home.pitboss("dispatch", manifest, check=1)
+
+
+RUNS = (led, plain, crashed, stopped, cancelled, halted, limited, told, refused)
 
 
 def scrub(text: str, root: Path) -> str:
@@ -160,14 +195,16 @@ def scrub(text: str, root: Path) -> str:
     return re.sub(r"pid:\[\d+\]", "pid:[4026531836]", text)
 
 
-def main() -> int:
+def main(names: list[str]) -> int:
+    """Record the journals of these names; without any, all."""
     JOURNALS.mkdir(parents=True, exist_ok=True)
-    for record in [run for run in RUNS if run.__name__ in sys.argv[1:] or not sys.argv[1:]]:
+    for record in [r for r in RUNS if not names or r.__name__ in names]:
         with tempfile.TemporaryDirectory(prefix="record-") as folder:
             home = Home(Path(folder).resolve())
             try:
                 record(home)
-                text = scrub((home.run_dir() / "journal.jsonl").read_text(encoding="ascii"), home.root)
+                named = home.root / record.__name__        # else the newest run
+                text = scrub(((named if named.exists() else home.run_dir()) / "journal.jsonl").read_text(encoding="ascii"), home.root)
             finally:
                 home.end_everything()
             (JOURNALS / f"{record.__name__}.jsonl").write_text(text, encoding="ascii")
@@ -176,4 +213,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

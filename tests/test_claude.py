@@ -11,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import fake_api
+from checker import check_holds
 from tools import Home, git, processes_with, read_events, read_records, wait_for
 
 CLAUDE = os.environ.get("PITBOSS_TEST_CLAUDE") or shutil.which("claude") or ""
@@ -637,7 +639,9 @@ FAILURES = {
 }
 for name, (steps, env, _) in FAILURES.items():
     before = [bash("echo before")] if steps else []
-    crowd_task(f"fails_{name}", prompt(*before, *steps, say("never")), env={**FEW_RETRIES, **env})
+    # each has a key of its own: one that is refused holds every hand of its account
+    crowd_task(f"fails_{name}", prompt(*before, *steps, say("never")),
+               env={"ANTHROPIC_API_KEY": f"{KEY}-{name}", **FEW_RETRIES, **env})
 
 
 @real
@@ -648,12 +652,61 @@ def test_a_failure_says_what_it_was(crowd, case):
     check_failure(crowd[1], kind, bool(steps), f"fails_{case}")
 
 
+def check_recovery(run: Run, task_id: str = "a") -> list[dict]:
+    """A task whose first hand met a limit went on in its session; returns the two results."""
+    record, results = run.record(task_id), run.results(task_id)
+    assert (record["status"], record["hands"], record["final_message"]) == ("Success", 2, "recovered"), record
+    assert [r["api_error_status"] for r in results] == [429, None] and run.hands(task_id) == 2
+    assert {r["session_id"] for r in results} == {record["claude_session_id"]}
+    assert record["cost_usd"] == pytest.approx(sum(r["total_cost_usd"] for r in results), abs=1e-9)
+    assert check_holds(run.folder) == []
+    check_nothing_lives(run)
+    return results
+
+
 @real
-def test_a_limit_that_stays(claude):
-    run = claude.dispatch(claude.task("a", prompt(bash("echo before"), {"error": 429}, say("never")),
-                                      env=FEW_RETRIES), check=1)
-    check_failure(run, "rate_limit", paid=True)
-    assert (run.summary()["tasks_failed"], run.summary()["was_interrupted"]) == (1, False)
+def test_a_limit_that_outlasts_claude_holds_its_account(claude):
+    """Its own tries are over: the hand goes on in its session after the hold; until then nothing else starts."""
+    limited = prompt(bash("echo before >>before.txt"), {"error": 429, "times": 2}, say("recovered"))
+    run = claude.dispatch(claude.task("a", limited, env=FEW_RETRIES, branch="work"),
+                          claude.task("b", prompt(say("fine"))), run={"max_parallel": 1})
+    check_recovery(run)
+    kept = Path(run.record("a")["worktree_path"])
+    assert (kept / "before.txt").read_text() == "before\n", "what was done before the limit is not done again"
+    assert check_success(run, "b")["hands"] == 1
+    assert [e["actor"] for e in read_events(run.folder) if e["kind"] == "hand_started"] == ["a", "a", "b"]
+
+
+def subscription(seconds: int) -> tuple[int, dict, dict]:
+    """(when a subscription's limit ends, the API's headers that say so, a login as a subscriber)."""
+    resets_at = int(time.time()) + seconds
+    headers = {"anthropic-ratelimit-unified-status": "rejected", "anthropic-ratelimit-unified-reset":
+               str(resets_at), "anthropic-ratelimit-unified-representative-claim": "five_hour"}
+    login = {"ANTHROPIC_API_KEY": "", "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-not-a-token-0123456789"}
+    return resets_at, headers, login
+
+
+@real
+def test_a_subscriptions_limit_tells_when_it_ends(claude):
+    """claude tells the reset time of a subscription's limit, as the API's headers have it; until then nothing starts."""
+    resets_at, headers, login = subscription(15)
+    limited = prompt({"error": 429, "times": 1, "headers": headers}, say("recovered"))
+    run = claude.dispatch(claude.task("a", limited, env={**login, **FEW_RETRIES}))
+    check_recovery(run)
+    told = [e["rate_limit_info"] for e in run.log() if e["type"] == "rate_limit_event"]
+    assert {(t["status"], t["resetsAt"]) for t in told if t["status"] == "rejected"} == {("rejected", resets_at)}
+    starts = [e["at"] for e in read_events(run.folder) if e["kind"] == "hand_started"]
+    assert len(starts) == 2 and starts[1] >= resets_at
+
+
+@real
+def test_refused_credentials_stop_the_second_start(claude):
+    run = claude.dispatch(claude.task("a", prompt({"error": 401}, say("never")), env=FEW_RETRIES),
+                          *(claude.task(f"t{n}", prompt(say("never"))) for n in range(3)),
+                          run={"max_parallel": 1}, check=1)
+    assert list(run.records()) == ["a"]
+    check_failure(run, "auth_failure", paid=False)
+    assert run.summary()["tasks_not_started"] == 3 and run.count("hand_started") == 1
     check_nothing_lives(run)
 
 

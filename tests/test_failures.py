@@ -48,6 +48,7 @@ def failed(code: str, status: int | None = None, **more) -> list[dict]:
     return [INIT, ECHO, synthetic(code), result(True, "API Error", api_error_status=status, **more)]
 
 
+NOW = 1795275000.0
 LIMIT = {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1795275595}}
 
 
@@ -90,6 +91,24 @@ CASES = [
     Case("its folder is gone", [], Ending(None, no_folder=True), "SpawnFailed", "unknown", "/gone"),
     # ---- the provider said no
     Case("a limit", failed("rate_limit", 429), Ending(1), "Failed", "rate_limit", "API Error"),
+    Case("a limit of an account", failed("rate_limit", 429), Ending(1), "again: resume (limit)", "rate_limit",
+         "API Error", {"account": "x"}),
+    Case("a limit of an account, and no session", failed("rate_limit", 429), Ending(1),
+         "again: prompt (limit)", "rate_limit", "API Error", {"account": "x", "resumes": False}),
+    Case("a limit before the old session had the prompt", failed("rate_limit", 429), Ending(1),
+         "again: again (limit)", "rate_limit", "API Error", {"account": "x", "how": "again"}),
+    Case("a limit after the old session had answered", [SAID, *failed("rate_limit", 429)], Ending(1),
+         "again: resume (limit)", "rate_limit", "API Error", {"account": "x", "how": "again"}),
+    Case("a limit too often without an end or an answer", failed("rate_limit", 429), Ending(1), "Failed",
+         "rate_limit", "API Error", {"account": "x", "blind": 20}),
+    Case("a limit very often, but with an end", [LIMIT, *failed("rate_limit", 429)], Ending(1),
+         "again: resume (limit)", "rate_limit", "API Error", {"account": "x", "blind": 20}),
+    Case("a limit very often, but with answers", [SAID, *failed("rate_limit", 429)], Ending(1),
+         "again: resume (limit)", "rate_limit", "API Error", {"account": "x", "blind": 20}),
+    Case("a limit of an account, and its time was up", failed("rate_limit", 429), Ending(1), "TimedOut",
+         "unknown", "60 s", {"account": "x", "stop": "timeout"}),
+    Case("no login of an account", failed("authentication_failed", 401), Ending(1), "Failed", "auth_failure",
+         actor={"account": "x"}),
     Case("no login", failed("authentication_failed", 401), Ending(1), "Failed", "auth_failure"),
     Case("no money", failed("billing_error", 400), Ending(1), "Failed", "auth_failure"),
     Case("the server broke", failed("server_error", 500), Ending(1), "Failed", "network_error"),
@@ -162,7 +181,7 @@ def words_of(decided: dict) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_end_of_a_hand(case):
-    decided = pitboss.decide_hand_end(actor_of(**case.actor), talk_of(*case.events), case.end)
+    decided = pitboss.decide_hand_end(actor_of(**case.actor), talk_of(*case.events), case.end, NOW)
     assert words_of(decided) == case.gives
     reason = decided.get("reason")
     assert (reason and reason["kind"]) == case.kind
@@ -172,6 +191,8 @@ def test_the_end_of_a_hand(case):
 
 def test_every_kind_of_failure_has_a_case():
     assert {case.kind for case in CASES} - {None} == set(pitboss.FAILURE_KINDS)
+    assert {case.gives.rpartition("(")[2] for case in CASES if case.gives.startswith("again")} == {
+        "lost)", "unbegun)", "limit)"}
     assert {case.gives for case in CASES if not case.gives.startswith("again")} == set(pitboss.STATUSES)
 
 
@@ -188,6 +209,8 @@ def test_a_limit_tells_when_it_ends_and_nothing_else_does():
                                Ending(1))["resets_at"] == 1795275595
     assert "resets_at" not in pitboss.find_reason(talk_of(*failed("rate_limit", 429)), Ending(1))
     assert "resets_at" not in pitboss.find_reason(talk_of(LIMIT, *failed("server_error", 500)), Ending(1))
+    allowed = {"type": "rate_limit_event", "rate_limit_info": {"status": "allowed_warning", "resetsAt": 9e9}}
+    assert "resets_at" not in pitboss.find_reason(talk_of(LIMIT, allowed, *failed("rate_limit", 429)), Ending(1))
 
 
 def test_the_reason_is_never_read_from_the_work():
@@ -223,13 +246,13 @@ ENDS = [Ending(code, number, vanished, folder, cut, stderr)
                                                  (None, 9, False, False),
                                                  (None, None, True, False), (None, None, False, True))
         for cut in (False, True) for stderr in ("", "words", "No conversation found")]
-ACTORS = [actor_of(stop=stop, stop_done=done, stop_reason=words, how=how, lost=lost, afresh=afresh,
+ACTORS = [actor_of(account=account, stop=stop, stop_done=done, stop_reason=words, how=how, lost=lost, afresh=afresh,
                    format=form,
                    resumes=form == "claude")
           for (stop, done) in (("", False), ("timeout", False), ("cancel", False), ("cancel", True),
                                ("linger", True))
           for words in ("", "why") for how in ("prompt", "afresh", "resume", "again") for lost in (0, 2, 3)
-          for afresh in (False, True) for form in ("claude", "text")]
+          for afresh in (False, True) for form in ("claude", "text") for account in ("", "x")]
 
 
 def test_rules_that_hold_whatever_happened():
@@ -248,7 +271,9 @@ def rules(actor: pitboss.Actor, talk: pitboss.Talk, end: Ending, decided: dict):
     yield "either another hand or an end", (again is None) != (status is None)
     if again:
         yield "a known way to go on", again in ("prompt", "afresh", "resume") or again == actor.how == "again"
-        yield "a known cause", decided["cause"] in ("lost", "unbegun")
+        yield "a known cause", decided["cause"] in ("lost", "unbegun", "limit")
+        yield "a limit has a reason and an account", decided["cause"] != "limit" or (
+            actor.account and reason["kind"] == "rate_limit")
         yield "an agent that cannot resume is not resumed", actor.resumes or again in ("prompt", "afresh") \
             or actor.how == again
         yield "what was cancelled or timed out gets no other hand", actor.stop in ("", "linger")

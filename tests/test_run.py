@@ -39,9 +39,9 @@ def owed_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
     owed = set()
     for name, actor in run.actors.items():
         last = next((e["kind"] for e in reversed(events) if e.get("actor") == name
-                     and e["kind"] in ("placed", "hand_dealt", "hand_voided", "hand_ended")), "")
+                     and e["kind"] in ("placed", "hand_dealt", "hand_voided", "hand_held", "hand_ended")), "")
         owed |= {(verb, name) for verb in {
-            "waiting": (), "placing": ("place",),
+            "waiting": (), "held": (), "placing": ("place",),
             "dealing": ("spawn",) if last == "hand_dealt" else ("deal",),
             "running": ("watch",), "stopping": ("watch", "stop"), "closing": ("close",),
             "paused": (), "frozen": ("watch",), "settled": ()}[actor.state]}
@@ -52,13 +52,21 @@ def owed_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
     states = Counter(a.state for a in run.actors.values())
     at_work = sum(states[s] for s in ("placing", "dealing", "running", "stopping", "closing", "paused", "frozen"))
     nothing_starts = run.draining or run.halted or run.cancelled
+    may_come = [a for a in run.actors.values() if a.state in ("waiting", "held")
+                and getattr(run.holds.get(a.account), "kind", "") != "auth"]
     began = any(e["kind"] == "dispatcher_started" for e in events)
-    at_its_end = began and not at_work and (nothing_starts
-                                            or not states["waiting"]) and run.finished_at is None
+    at_its_end = began and not at_work and (nothing_starts or not may_come) and run.finished_at is None
     if at_its_end and (run.draining != "no_space" or ("finish", "") in run.owed):
         owed.add(("finish",
                   ""))       # where there is no room it is owed at the latest when somebody resumes it
     return owed
+
+
+def may_start(run: pitboss.RunState, account: str) -> bool:
+    """Whether an account's hold lets another hand start: none does, but a probe one when none lives."""
+    kind = run.holds[account].kind if account in run.holds else ""
+    live = sum(pitboss.STATES[a.state].live and a.account == account for a in run.actors.values())
+    return not kind or kind == "probe" and not live
 
 
 def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
@@ -67,7 +75,8 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
     live = sum(pitboss.STATES[a.state].live for a in actors)
     free = run.facts.get("max_parallel", 0) - live
     expected = {
-        "live": live,
+        "live": live, "held": sorted(a.id for a in actors if a.state == "held"),
+        "live_by": dict(Counter(a.account for a in actors if a.account and pitboss.STATES[a.state].live)),
         "closing": sum(a.state == "closing" for a in actors),
         "failed": sum(bool(a.status) and not pitboss.STATUSES[a.status].good and not is_needless(run, a)
                       for a in actors),
@@ -76,11 +85,17 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
         "owed": owed_from_scratch(run, events),
         "seq": events[-1]["seq"], "last_at": events[-1]["at"],
     }
-    found = {"live": run.live, "closing": run.closing, "failed": run.failed, "waiting": list(run.waiting),
+    found = {"live": run.live, "held": sorted(run.held), "live_by": {k: n for k, n in run.live_by.items() if n},
+             "closing": run.closing, "failed": run.failed, "waiting": list(run.waiting),
              "settled": sorted(run.settled), "owed": set(run.owed), "seq": run.seq, "last_at": run.last_at}
     wrong = [f"{k} is {found[k]}, not {expected[k]}" for k in expected if found[k] != expected[k]]
-    if free > 0 and run.waiting and not (run.draining or run.halted or run.cancelled):
-        wrong.append(f"{free} free slots while {list(run.waiting)} wait")
+    startable = [a for a in [*run.held, *run.waiting] if may_start(run, run.actors[a].account)]
+    if free > 0 and startable and not (run.draining or run.halted or run.cancelled):
+        wrong.append(f"{free} free slots while {startable} wait")
+    if run.held and (run.halted or run.cancelled or run.draining not in ("", "no_space")):
+        wrong.append(f"{list(run.held)} are held, and nothing more starts")
+    wrong += [f"{a} is held by refused credentials" for a in run.held
+              if getattr(run.holds.get(run.actors[a].account), "kind", "") == "auth"]
     if live > run.facts.get("max_parallel", 0):
         wrong.append(f"{live} actors hold a slot")
     for lead, layer in run.layers.items():
@@ -162,7 +177,8 @@ def test_the_recorded_journals_show_every_kind_of_event_and_end():
     events = [e for path in JOURNALS for e in events_of(path)]
     assert {e["kind"] for e in events} == set(pitboss.EVENTS)
     assert {e["status"] for e in events if e.get("status")} | {"SpawnFailed"} == set(pitboss.STATUSES)
-    assert {e["cause"] for e in events if e.get("again")} >= {"lost"}
+    assert {e["cause"] for e in events if e.get("again")} >= {"lost", "limit"}
+    assert {e["hold"] for e in events if e["kind"] == "hold_began"} >= {"limit", "auth"}
 
 
 @by_journal
@@ -181,7 +197,8 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
 
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
-           "halted": "failed", "led": "failed"}
+           "halted": "failed", "limited": "ok", "told": "ok", "refused": "failed",
+           "led": "failed"}
 
 
 @by_journal
@@ -208,7 +225,8 @@ class History:
         for n in range(0 if self.led else self.chance.randrange(1, 7)):
             self.record("actor_added", actor=f"t{n}", role="task", agent="demo", model="m", directory="/d",
                         timeout_s=60,
-                        use_worktree=self.chance.random() < 0.5, branch=None)
+                        use_worktree=self.chance.random() < 0.5, branch=None,
+                        account=self.chance.choice(("", "x", "x", "y")))
         self.record("dispatcher_started", pid=1)
 
     def record(self, kind: str, **facts) -> None:
@@ -221,6 +239,8 @@ class History:
 
     def go_on(self) -> None:
         """One more event: mostly something that is owed has happened."""
+        if self.chance.random() < (0.1 if self.run.owed else 0.8) and self.pass_time():
+            return
         if self.run.owed and self.chance.random() < 0.8:
             verb, actor = self.chance.choice(list(self.run.owed))
             getattr(self, f"do_{verb}")(actor)
@@ -228,8 +248,8 @@ class History:
             led = (self.disturb_spawn, self.disturb_worker, self.disturb_worker) if self.led else ()
             self.chance.choice((self.disturb_restart, self.disturb_usage, self.disturb_time,
                                 self.disturb_drain,
-                                self.disturb_cancel, self.disturb_usage, self.disturb_time,
-                                self.disturb_usage, *led, *led))()
+                                self.disturb_cancel, self.disturb_usage, self.disturb_hold,
+                                self.disturb_account, self.disturb_usage, *led, *led))()
 
     def do_freeze(self, name: str) -> None:
         self.record("frozen", actor=name)
@@ -287,6 +307,8 @@ class History:
             return self.record("hand_voided", actor=name, hand=actor.hand)
         if (name, actor.hand) in self.dealt and actor.stop:
             return self.record("hand_skipped", actor=name)
+        if (name, actor.hand) in self.dealt and not pitboss.may_start(self.run, actor.account, own=1):
+            return self.record("hand_held", actor=name)
         if self.chance.random() < 0.1:
             return self.record("spawn_failed", actor=name, hand=actor.hand, message="no")
         self.record("hand_started", actor=name, hand=actor.hand, handle={"pid": 7})
@@ -295,9 +317,16 @@ class History:
         actor, talk = self.run.actors[name], pitboss.Talk()
         talk.began = self.chance.random() < 0.8
         talk.result = self.chance.choice((None, {"is_error": False}, {"is_error": True}))
+        if not talk.result or talk.result["is_error"]:
+            talk.error = self.chance.choice(("", "rate_limit", "rate_limit", "authentication_failed"))
+            talk.resets_at = self.chance.choice((None, self.at + 5, self.at - 5))
+        talk.answers = self.chance.randrange(2)
         end = self.chance.choice((pitboss.Ending(0), pitboss.Ending(1), pitboss.Ending(None, 9),
                                   pitboss.Ending(None, vanished=True)))
-        facts = pitboss.decide_hand_end(actor, talk, end)
+        facts = pitboss.decide_hand_end(actor, talk, end, self.at)
+        hold = pitboss.decide_hold(self.run, actor, talk, facts.get("reason"), self.at, self.chance.random())
+        if hold:
+            self.record("hold_began", **hold)
         self.record("hand_ended", actor=name, hand=actor.hand, code=end.code, signal=end.signal,
                     usage=[1, 2, 0, 0],
                     cost_usd=0.5, session_id="s", final=None, log_at=9, lived_s=1.0, skipped=0, **facts)
@@ -315,6 +344,30 @@ class History:
     def disturb_restart(self) -> None:
         self.dealt.clear()
         self.record("dispatcher_started", pid=2)
+
+    def pass_time(self) -> bool:
+        """The first hold that time ends, ends; one that waits for an answer gets it.  False: there is none."""
+        for hold in list(self.run.holds.values()):
+            ended = pitboss.decide_hold_end(hold, self.at + 20000)
+            if hold.kind == "probe":
+                ended = "hold_ended", {"account": hold.account, "why": "answered"}
+            if ended:
+                self.record(ended[0], **ended[1])
+                return True
+        return False
+
+    def disturb_hold(self) -> None:
+        """Another run told of an account."""
+        told = pitboss.Health(self.chance.choice("xy"), self.chance.choice(("ok", "limit", "auth")), self.at,
+                              self.at + 9, True, 1, "another")
+        event = pitboss.decide_told(self.run, told, self.at)
+        if event:
+            self.record(event[0], **event[1])
+
+    def disturb_account(self) -> None:
+        name = self.chance.choice(list(self.run.actors))
+        if self.run.actors[name].state != "settled":
+            self.record("account_changed", actor=name, account=self.chance.choice("xy"))
 
     def running(self) -> list[str]:
         return [a.id for a in self.run.actors.values() if a.state == "running"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import pitboss
-from tools import Home, read_records
+from tools import Home, read_events, read_records, wait_for
 
 SAMPLES = Path(__file__).resolve().parent / "data" / "claude"
 ESTIMATE = -1                           # output tokens of a turn that told none: some number above zero
@@ -144,15 +145,29 @@ REPLAY = ('cat "$SAMPLE.jsonl"; if [ -e "$SAMPLE.stderr" ]; then cat "$SAMPLE.st
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """The records of one run whose tasks print the samples."""
+    """The records of one run whose tasks print the samples.
+
+    Each has an account of its own.  Those that met a limit are held, which only a drain brings to an end.
+    """
     home = Home(tmp_path_factory.mktemp("replay"))
+    limited = [sample for sample in TABLE if sample.kind == "rate_limit"]
     tasks = "".join(
         f'[[task]]\nid = "{sample.name}"\ndirectory = "."\nprompt = "x"\n'
-        f'env = {{ SAMPLE = "{SAMPLES / sample.name}", STATUS = "{sample.exit}" }}\n' for sample in TABLE)
+        f'env = {{ SAMPLE = "{SAMPLES / sample.name}", STATUS = "{sample.exit}", A_KEY = "{sample.name}" }}\n'
+        for sample in sorted(TABLE, key=limited.__contains__))
     manifest = home.manifest(
         f'[agent.replay]\ncommand = ["sh", "-c", {json.dumps(REPLAY)}]\nformat = "claude"\n'
         f'[defaults]\nagent = "replay"\nuse_worktree = false\n{tasks}')
-    home.pitboss("dispatch", manifest, check=1)
+    dispatch = home.start("dispatch", manifest)
+
+    def is_held() -> bool:
+        events = read_events(home.run_dir()) if any(home.runs.glob("0*/journal.jsonl")) else []
+        return sum(e["kind"] == "closed" for e in events) + len(limited) == len(TABLE) and sum(
+            e.get("cause") == "limit" for e in events) >= len(limited)
+
+    wait_for(is_held)
+    dispatch.send_signal(signal.SIGINT)
+    assert dispatch.wait(30) == 130
     yield {record["task_id"]: record for record in read_records(home.run_dir())}
     home.end_everything()
 
@@ -445,7 +460,7 @@ $ write made.txt a line
 $ run echo out; echo err >&2; false
 $ commit work
 """
-DEMO_TASKS = {"works": SCRIPT, "is_limited": "$ say first\n$ limit 60", "is_refused": "$ auth",
+DEMO_TASKS = {"works": SCRIPT, "is_limited": "$ say first\n$ limit 1 1", "is_refused": "$ auth",
               "fails": "$ fail a reason"}
 # Fields of real events that the scripted agent leaves out, and why.
 LEFT_OUT = {
@@ -462,7 +477,7 @@ LEFT_OUT = {
     "message.usage.": "details of the provider's bill, in a message that cost nothing",
 }
 # Kinds that the scripted agent prints and no sample has.
-NO_SAMPLE = {"rate_limit_event": "a subscription's limit: only the provider itself makes claude print it"}
+NO_SAMPLE = {"rate_limit_event": "a subscription's limit; tests/test_claude.py sees the real one"}
 
 
 def is_left_out(path: str) -> bool:
@@ -475,6 +490,7 @@ def demo_events(tmp_path_factory):
     home = Home(tmp_path_factory.mktemp("demo"))
     home.repo()
     tasks = "".join(f'[[task]]\nid = "{name}"\ndirectory = "repo"\nprompt = {json.dumps(script)}\n'
+                    f'env = {{ PITBOSS_DEMO_ACCOUNT = "{name}" }}\n'
                     for name, script in DEMO_TASKS.items())
     home.pitboss("dispatch", home.manifest(f'[defaults]\nagent = "demo"\n{tasks}'), check=1)
     logs = home.run_dir().glob("tasks/*/stdout.log")

@@ -414,9 +414,13 @@ def test_agents_are_started_without_their_prompt_in_sight():
         assert not row.interrupt or json.loads(row.interrupt)
         if row.resumes:
             for how in ("prompt", "afresh", "resume", "again"):
-                argv = row.argv(make_deal(how, name))
-                flag = "--resume" if how in ("resume", "again") else "--session-id"
-                assert argv[argv.index(flag) + 1] == "11111111-2222"
+                argv, goes_on = row.argv(make_deal(how, name)), how in ("resume", "again")
+                assert ("11111111-2222" in argv) == (goes_on or row.names_session)
+                assert argv != row.argv(make_deal("prompt" if goes_on else "resume", name))
+        assert set(row.ignores) <= {f.name for f in pitboss.ACTOR_FIELDS} | set(pitboss.TABLES)
+        assert (row.model_form[0] == "") == (row.model_form[1] == "") and bool(row.measured) == bool(row.version)
+        said = pitboss.limits_of(row)
+        assert all(f"{key}: no effect" in said or key in said for key in row.ignores)
     known = next(f.help for f in pitboss.ACTOR_FIELDS if f.name == "agent")
     assert all(f"`{name}`" in known for name in pitboss.AGENTS)
 
