@@ -6971,10 +6971,10 @@ class Deal(NamedTuple):
     mcp_config: str            # path; empty: no servers
     sessions: str              # a folder beside the runs, for agents that keep sessions there
     superuser: bool
-    told: tuple = ()           # what it is told with its first message
-    max_workers: int = 0       # of its layer: as many calls of one turn may wait at once
     servers: tuple = ()        # the MCP servers that mcp_config holds
     memory: tuple = ()         # (path, text) of the files that the row's `reads` names, the root's first
+    told: tuple = ()           # what it is told with its first message
+    max_workers: int = 0       # of its layer: as many calls of one turn may wait at once
 
     def goes_on(self) -> bool:
         """Whether the hand goes on in the session that is named, rather than beginning one."""
@@ -7951,6 +7951,8 @@ class Dispatcher:
     def make_deal(self, actor: Actor, row: Agent, folder: str) -> Deal:
         """What the adapter needs; the files that it names are written."""
         task = self.plan_of(actor.id)._replace(directory=actor.directory, model=actor.model)
+        prompt_file = os.path.join(folder, "prompt.txt")
+        write_file(prompt_file, task.prompt.encode("utf-8", "surrogatepass"))
         told = tuple(read_message(folder, m) for m in actor.inbox[:actor.carried])
         if actor.how == "resume" and actor.role == "lead":
             told = (digest_workers(self.run, actor.id), *told)

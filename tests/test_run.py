@@ -39,7 +39,8 @@ def owed_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
     owed = set()
     for name, actor in run.actors.items():
         last = next((e["kind"] for e in reversed(events) if e.get("actor") == name
-                     and e["kind"] in ("placed", "hand_dealt", "hand_voided", "hand_held", "hand_ended")), "")
+                     and e["kind"] in ("placed", "hand_dealt", "hand_voided", "hand_held", "hand_skipped",
+                                      "hand_ended")), "")
         owed |= {(verb, name) for verb in {
             "waiting": (), "held": (), "placing": ("place",),
             "dealing": ("spawn",) if last == "hand_dealt" else ("deal",),
