@@ -1798,6 +1798,7 @@ def fold_end(talk: Talk, text: str | None = None, failed: bool = False) -> None:
 
 def fold_words(talk: Talk, text: Any, piece: bool = False) -> None:
     """Something was said in the main conversation; a `piece` may go on where the one before it ended."""
+    talk.answers += 1
     talk.began = talk.open = True
     if isinstance(text, str) and (text.strip() or talk.growing):
         talk.text = ((talk.text if talk.growing else "") + text)[-MAX_TEXT:]
@@ -1807,6 +1808,7 @@ def fold_words(talk: Talk, text: Any, piece: bool = False) -> None:
 
 def fold_step(talk: Talk, words: Any) -> None:
     """Something was done: a tool was called."""
+    talk.answers += 1
     talk.began = talk.open = True
     talk.growing = False
     if isinstance(words, str) and words:
@@ -3587,8 +3589,9 @@ def decide_again_after_limit(actor: Actor, talk: Talk, end: Ending, now: float) 
     blind = 0 if talk.answers or is_told(talk.resets_at, now) else actor.blind + 1
     if reason["kind"] != "rate_limit" or not actor.account or blind > MAX_BLIND_HOLDS:
         return None
-    unheard = not talk.answers and actor.how == "again"       # that prompt is not in the session yet
-    again = ("again" if unheard else "resume") if actor.resumes else "prompt"
+    heard = talk.answers or talk.echoed        # else nobody knows whether the session has the prompt
+    known = actor.resumes and (talk.session_id or actor.session_id)
+    again = ("resume" if heard else "again") if known else "prompt"
     return {"again": again, "cause": "limit", "blind": blind, "reason": reason}
 
 

@@ -48,6 +48,7 @@ def failed(code: str, status: int | None = None, **more) -> list[dict]:
     return [INIT, ECHO, synthetic(code), result(True, "API Error", api_error_status=status, **more)]
 
 
+NOT_HEARD = [INIT, synthetic("rate_limit"), result(True, "API Error", api_error_status=429)]
 NOW = 1795275000.0
 LIMIT = {"type": "rate_limit_event", "rate_limit_info": {"status": "rejected", "resetsAt": 1795275595}}
 
@@ -95,8 +96,12 @@ CASES = [
          "API Error", {"account": "x"}),
     Case("a limit of an account, and no session", failed("rate_limit", 429), Ending(1),
          "again: prompt (limit)", "rate_limit", "API Error", {"account": "x", "resumes": False}),
-    Case("a limit before the old session had the prompt", failed("rate_limit", 429), Ending(1),
+    Case("a limit before the old session had the prompt", NOT_HEARD, Ending(1),
          "again: again (limit)", "rate_limit", "API Error", {"account": "x", "how": "again"}),
+    Case("a limit before the new session had the prompt", NOT_HEARD, Ending(1),
+         "again: again (limit)", "rate_limit", "API Error", {"account": "x"}),
+    Case("a limit, and the agent never told its session", NOT_HEARD[1:], Ending(1),
+         "again: prompt (limit)", "rate_limit", "API Error", {"account": "x"}),
     Case("a limit after the old session had answered", [SAID, *failed("rate_limit", 429)], Ending(1),
          "again: resume (limit)", "rate_limit", "API Error", {"account": "x", "how": "again"}),
     Case("a limit too often without an end or an answer", failed("rate_limit", 429), Ending(1), "Failed",
@@ -270,7 +275,8 @@ def rules(actor: pitboss.Actor, talk: pitboss.Talk, end: Ending, decided: dict):
     again, status, reason = decided.get("again"), decided.get("status"), decided.get("reason")
     yield "either another hand or an end", (again is None) != (status is None)
     if again:
-        yield "a known way to go on", again in ("prompt", "afresh", "resume") or again == actor.how == "again"
+        yield "a known way to go on", again in ("prompt", "afresh", "resume") or again == "again" and (
+            actor.how == "again" or decided["cause"] == "limit")
         yield "a known cause", decided["cause"] in ("lost", "unbegun", "limit")
         yield "a limit has a reason and an account", decided["cause"] != "limit" or (
             actor.account and reason["kind"] == "rate_limit")
