@@ -1798,18 +1798,18 @@ def fold_end(talk: Talk, text: str | None = None, failed: bool = False) -> None:
 
 def fold_words(talk: Talk, text: Any, piece: bool = False) -> None:
     """Something was said in the main conversation; a `piece` may go on where the one before it ended."""
-    talk.answers += 1
     talk.began = talk.open = True
+    talk.answers += not talk.growing
     if isinstance(text, str) and (text.strip() or talk.growing):
         talk.text = ((talk.text if talk.growing else "") + text)[-MAX_TEXT:]
         talk.words = talk.text or talk.words
         talk.growing = piece
 
 
-def fold_step(talk: Talk, words: Any) -> None:
-    """Something was done: a tool was called."""
-    talk.answers += 1
+def fold_step(talk: Talk, words: Any, answers: int = 1) -> None:
+    """Something was done: a tool was called, which `answers` requests of the agent's."""
     talk.began = talk.open = True
+    talk.answers += answers
     talk.growing = False
     if isinstance(words, str) and words:
         talk.words = words + " …"
@@ -1830,13 +1830,13 @@ def _codex_thread(talk: Talk, event: dict) -> None:
 
 def _codex_item(talk: Talk, event: dict) -> None:
     """An item of type `error` is a remark, not a failure."""
-    item = event["item"]
+    item, begins = event["item"], int(event["type"] == "item.started")
     if item.get("type") == "agent_message":
         fold_words(talk, item.get("text"))
     elif item.get("type") == "mcp_tool_call":
-        fold_step(talk, f"{item.get('server')}.{item.get('tool')}")
+        fold_step(talk, f"{item.get('server')}.{item.get('tool')}", begins)
     elif item.get("type") not in ("error", "reasoning"):
-        fold_step(talk, item.get("command") or item.get("type"))
+        fold_step(talk, item.get("command") or item.get("type"), begins)
 
 
 def _codex_end(talk: Talk, event: dict) -> None:
@@ -7002,7 +7002,7 @@ class Agent(NamedTuple):
     resumes: bool
     interrupt: str             # a line that interrupts a turn; empty: SIGINT
     version: tuple             # arguments that print its version; empty: it is not asked
-    limits: str                # what it cannot do, for people
+    limits: str                # what it cannot do beyond what the columns say, for people
     names_session: bool = True      # it takes an id of our choosing for a new session; else it tells one
     moves: bool = True         # its session goes on in another folder, or it says at once that it does not
     ignores: tuple = ()        # manifest keys, and tables, that have no effect on it
@@ -7855,6 +7855,8 @@ class Dispatcher:
         left = (actor.former or {}).get("cwd")
         if not row.moves and how == "again" and left and left != (actor.place or {}).get("cwd", left):
             how = "afresh"             # its session belongs to a folder that it cannot be given again
+        if how in ("resume", "again") and not actor.session_id:
+            how = "afresh"             # the hand ended before it told its session
         fresh = how == "afresh" or not actor.session_id
         session_id = actor.session_id if not fresh else mint_uuid() if row.names_session else ""
         self.dealt.add((name, actor.hand + 1))

@@ -146,6 +146,17 @@ def test_pieces_of_a_text_are_one_text_and_a_tool_call_ends_it():
     assert talk.last_text() == "More."
 
 
+@pytest.mark.parametrize("agent, name, answers", [("codex", "plain", 1), ("codex", "err_429", 0), ("codex", "no_bypass", 3),
+                                                  ("opencode", "plain", 1), ("opencode", "err_401", 0),
+                                                  ("opencode", "perm_auto", 2), ("gemini", "plain", 1),
+                                                  ("gemini", "err_401", 0), ("gemini", "perm_default", 4)])
+def test_answers_of_a_provider_are_counted(agent, name, answers):
+    """A hand that met a limit is dealt with otherwise when its provider had answered it."""
+    talk = pitboss.Talk("m")
+    pitboss.fold_lines(talk, (DATA / agent / f"{name}.jsonl").read_bytes().splitlines(), agent)
+    assert talk.answers == answers
+
+
 @pytest.mark.parametrize("status, form, code, signal", [
     (137, "gemini", None, 9), (143, "gemini", None, 15), (144, "gemini", 144, None), (152, "gemini", 152, None),
     (159, "gemini", 159, None), (152, "codex", None, 24), (152, "", None, 24), (3, "gemini", 3, None)])
@@ -341,6 +352,22 @@ def test_a_session_that_is_gone_is_dealt_afresh(spoken):
     spoken.home.pitboss("resume", run.name, check=0)
     events = read_events(spoken.home.run_dir())
     assert [e["how"] for e in events if e["kind"] == "hand_dealt"] == ["again", "afresh"]
+
+
+@pytest.mark.slow
+def test_a_hand_that_met_a_limit_before_it_told_its_session_is_dealt_its_prompt(home):
+    """opencode says nothing of a session when its first request is refused, here with a limit."""
+    spoken = Spoken(home, "opencode")
+    flag = home.root / "limited"
+    spoken.program.write_text(spoken.program.read_text().replace(
+        "resumed =", f"""if not os.path.exists({str(flag)!r}):
+    open({str(flag)!r}, "w").close()
+    print('{{"type":"error","error":{{"name":"APIError","data":{{"message":"slow down","statusCode":429}}}}}}')
+    sys.exit(1)
+resumed =""", 1))
+    run = spoken.deal("$ say one")
+    dealt = [e for e in read_events(run) if e["kind"] == "hand_dealt"]
+    assert [e["how"] for e in dealt] == ["prompt", "afresh"] and read_records(run)[0]["final_message"] == "one"
 
 
 def test_a_session_that_cannot_move_is_dealt_afresh_when_its_folder_cannot_be_made_again(spoken):
