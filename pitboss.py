@@ -12837,7 +12837,7 @@ def render_reference() -> str:
     parts += [f"| `{t.name}` | {argument_names(t.fields)} | {t.help} | "
               f"{' and '.join(TOLD_ROLES[r] for r in t.roles if r in TOLD_ROLES)} |" for t in TOOLS.values()]
     parts += ["", "#### Operations of the control socket", "",
-              'JSON lines, the first `{"op": "hello"}`; `sockets.json` in the run folder says where it is.', "",
+              'JSON lines, the first `{"op": "hello"}`; `sockets.json` of a run names the place.', "",
               "| op | fields | what it does |", "|---|---|---|"]
     parts += [f"| `{name}` | {argument_names(op.fields)} | {op.help} |" for name, op in OPS.items()]
     parts += ["", "#### Agents", "", "| agent | program | measured with | what it cannot do |",
