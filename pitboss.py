@@ -462,6 +462,7 @@ class Field(NamedTuple):
     example: Any = None       # a value for examples, where neither the default nor the kind has one
     instead: tuple = ()       # exactly one of this key and these is given
     needs: str = ""           # it is given beside this key only
+    mode: str = ""            # the one mode of runs that it is for; in others it has no effect
     schema: dict = {}         # what its JSON schema says beyond kind and bounds
 
 
@@ -500,14 +501,16 @@ class Problem(NamedTuple):
     where: tuple = ()         # the same path as keys and indexes, to find its line
 
 
-def check_fields(fields: tuple[Field, ...], given: dict, path: str,
-                 where: tuple) -> tuple[dict, list[Problem]]:
+def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple,
+                 not_yet: Mapping[str, str] = {}) -> tuple[dict, list[Problem]]:
     """(`given` completed with defaults, everything wrong with it).
 
     A value that is wrong is replaced by its default, so that later checks can go on.
+    `not_yet`: other keys, and what they belong to.
     """
     spelled = [name for f in fields for name in (f.name, *f.also)]
-    problems = [Problem(path + k, f"unknown key{did_you_mean(k, spelled)}", (*where, k))
+    problems = [Problem(path + k, f"{not_yet[k]} are not supported by this version" if k in not_yet
+                        else f"unknown key{did_you_mean(k, spelled)}", (*where, k))
                 for k in given if k not in spelled]
     values = {}
     for f in fields:
@@ -590,8 +593,8 @@ def schema_of(fields: tuple[Field, ...]) -> dict:
         "type": "object", "additionalProperties": False,
         "required": [f.name for f in fields if f.default is REQUIRED and not f.also],
         **({"allOf": rules} if rules else {}),
-        "properties": {name: {**value_schema(f), "description": f.help if name == f.name else
-                              f"the same as `{f.name}`: {f.help}"}
+        "properties": {name: {**value_schema(f), "description": meaning_of(f) if name == f.name else
+                              f"the same as `{f.name}`: {meaning_of(f)}"}
                        for f in fields for name in spellings[f.name]},
     }
 
@@ -611,12 +614,17 @@ def value_schema(f: Field) -> dict:
     }
 
 
+def meaning_of(f: Field) -> str:
+    """What a field means, and for which runs."""
+    return f.help + (f"; only in {f.mode} runs" if f.mode else "")
+
+
 def reference_row(f: Field) -> tuple[str, str, str, str]:
     """A field for people: key with its other spellings, type, default, meaning; code stands in backticks."""
     default = "required" if f.default is REQUIRED else f.shown or ("–" if f.default is None
                                                                    else f"`{json.dumps(f.default)}`")
     names = f"`{f.name}`" + "".join(f" (`{n}`)" for n in f.also)
-    return names, allowed_words(f).replace(" without NUL", ""), default, f.help
+    return names, allowed_words(f).replace(" without NUL", ""), default, meaning_of(f)
 
 
 def reference_of(fields: tuple[Field, ...]) -> str:
@@ -679,8 +687,8 @@ RUN_FIELDS = (
           example="nightly"),
     Field("max_parallel", "count", None, "hands at once; it beats the environment",
           also=("max_parallel_tasks",), low=1,
-          shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`", example=4),
-    Field("halt_on_failure", "flag", False, "after any status but Success start nothing more"),
+          shown="`ANTHROPIC_MAX_CONCURRENT`, else `4`", example=4, mode="flat"),
+    Field("halt_on_failure", "flag", False, "after any status but Success start nothing more", mode="flat"),
     Field("run_dir", "path", None, "where run folders go", shown="`$XDG_DATA_HOME/pitboss/runs`",
           example="runs"),
     Field("worktree_dir", "path", None, "where worktrees go, for example another disk",
@@ -697,17 +705,17 @@ RUN_FIELDS = (
                                               "on"),
 )
 
-HOUSE_FIELDS = (           # of [run] or [lead], for runs with a lead; beside [[task]] they get a warning
-    Field("max_workers", "count", None, "live workers of a layer", low=1, high=16),
-    Field("budget_usd", "number", None, "what the run may spend", above=0),
-    Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1,
-          shown="`timeout_secs`, else `3600`"),
-    Field("approval_policy", "text", None, "what happens to an approval that no rule matches",
-          also=("default_approval_policy",),
-          choices=("block", "auto_approve", "auto_reject")),
-    Field("require_plan_approval", "flag", None, "no worker before a plan was approved"),
-    Field("dump_shared_store", "flag", None, "write shared-store.json at the end"),
+HOUSE_FIELDS = (           # of [run] or [lead]; what is REQUIRED stands in one of them
+    Field("max_workers", "count", REQUIRED, "live workers of a layer", low=1, high=16, example=4,
+          mode="hierarchical"),
+    Field("budget_usd", "number", REQUIRED, "what the run may spend", above=0, example=5.0,
+          mode="hierarchical"),
+    Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1, example=7200,
+          shown="`timeout_secs`, else `3600`", mode="hierarchical"),
+    Field("dump_shared_store", "flag", False, "write shared-store.json at the end", mode="hierarchical"),
 )
+HOUSE_KEYS = tuple(f._replace(default=None, shown="none; required, here or in `[lead]`")
+                   if f.default is REQUIRED else f for f in HOUSE_FIELDS)     # as either table may have them
 
 ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
     Field("agent", "word", "claude", "the agent program: `claude`, `opencode`, `codex`, `gemini`, `demo`, or "
@@ -725,10 +733,7 @@ ACTOR_FIELDS = (           # of [defaults] and, overriding it, of each actor
                                                "additionalProperties": KINDS["text"].schema}),
 )
 
-TASK_FIELDS = (
-    Field("id", "text", REQUIRED, "name of the task, unique in the run", pattern=r"[A-Za-z0-9_-]{1,64}"),
-    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree",
-          example="."),
+WORK_FIELDS = (            # of each task and of the lead
     Field("prompt", "text", None, "what the agent is asked to do; this or `template`",
           instead=("template",), schema={"pattern": _SPACE_FREE}),
     Field("template", "text", None, "id of the `[[template]]` that makes the prompt", instead=("prompt",)),
@@ -738,11 +743,19 @@ TASK_FIELDS = (
     *ACTOR_FIELDS,
 )
 
+TASK_FIELDS = (
+    Field("id", "text", REQUIRED, "name of the task, unique in the run", pattern=r"[A-Za-z0-9_-]{1,64}"),
+    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree",
+          example="."),
+    *WORK_FIELDS,
+)
+
 LEAD_FIELDS = (
     Field("id", "text", REQUIRED, "name of the lead", pattern=r"[A-Za-z0-9_-]{1,64}"),
-    Field("directory", "path", REQUIRED, "where it works: with a worktree, a folder inside a git work tree"),
-    *TASK_FIELDS[2:],
-    *HOUSE_FIELDS,
+    Field("directory", "path", REQUIRED, "where it works, and its workers unless it says otherwise",
+          example="."),
+    *WORK_FIELDS,
+    *HOUSE_KEYS,
 )
 
 TEMPLATE_FIELDS = (
@@ -769,11 +782,11 @@ COMMAND_FIELDS = (
 
 TABLES = {
     #  header           fields           many    what it is
-    "run":        (RUN_FIELDS + HOUSE_FIELDS, "one",  "the run as a whole"),
-    "defaults":   (ACTOR_FIELDS,    "one",  "what every task has unless it says otherwise"),
+    "run":        (RUN_FIELDS + HOUSE_KEYS, "one", "the run as a whole"),
+    "defaults":   (ACTOR_FIELDS,    "one",  "what every task, and the lead, has unless it says otherwise"),
     "task":       (TASK_FIELDS,     "list", "one actor of a flat run"),
-    "lead":       (LEAD_FIELDS,     "sole", "`[lead]` or `[[lead]]`: the actor that spawns workers; never "
-                                            "beside `[[task]]`"),
+    "lead":       (LEAD_FIELDS,     "sole", "the actor that spawns the workers of a hierarchical run; also "
+                                            "written `[[lead]]`, never beside `[[task]]`"),
     "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
     "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
     "agent":      (COMMAND_FIELDS,  "named", "a program of your own as agent"),
@@ -790,12 +803,16 @@ MANY = {
 
 MODES = {"flat": "task", "hierarchical": "lead"}   # of a run, and the one table that makes it so
 
+_APPROVALS = dict.fromkeys(("approval_policy", "default_approval_policy", "require_plan_approval"),
+                           "approvals")
 NOT_YET = {
-    "sublead_defaults": "sub-leads",
-    "approval_policy":  "approvals",
-    "require_plan_approval": "approvals",
-    "notification":     "notifications",
-    "lifecycle":        "notifications",
+    # table ("" is the document): keys of it that are known, and what they belong to
+    "": {"sublead_defaults": "sub-leads", "approval_policy": "approvals", "notification": "notifications",
+         "lifecycle": "notifications"},
+    "run": _APPROVALS,
+    "lead": {**_APPROVALS, "permission_routing": "approvals",
+             **dict.fromkeys(("allow_subleads", "max_subleads", "max_sublead_budget_usd", "sublead_defaults",
+                              "max_workers_across_tree", "max_total_workers"), "sub-leads")},
 }
 
 NOT_HERE = {
@@ -966,16 +983,17 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     for name, value in doc.items():
         if name in NOT_HERE:
             warnings.append(Problem(name, NOT_HERE[name], (name,)))
-        elif name in NOT_YET:
-            problems.append(Problem(name, f"{NOT_YET[name]} are not supported by this version", (name,)))
+        elif name in NOT_YET[""]:
+            problems.append(Problem(name, f"{NOT_YET[''][name]} are not supported by this version", (name,)))
         elif name not in TABLES:
             problems.append(Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)))
     for name, (fields, many, _) in TABLES.items():
         tables[name], wrong = read_table(name, doc.get(name), fields, many)
         problems += wrong
-    house, wrong = resolve_house(tables) if "lead" in doc else ({}, [])
+    mode = "hierarchical" if MODES["hierarchical"] in doc else "flat"
+    house, wrong = resolve_house(tables) if mode == "hierarchical" else ({}, [])
     problems += wrong
-    rules, wrong, more = resolve_rules(tables, house, stem, env, expand)
+    rules, wrong, more = resolve_rules(tables, mode, house, stem, env, expand)
     problems, warnings = problems + wrong, warnings + more
     servers, wrong = resolve_servers(tables["mcp_server"])
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
@@ -983,7 +1001,6 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand, house)
     tasks, bad = resolve_models(tasks, doc, agents)
     wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
-    mode = "hierarchical" if "lead" in doc else "flat"
     return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong),
                     tuple(warnings + more))
 
@@ -1026,7 +1043,7 @@ def read_table(name: str, given: Any, fields: tuple[Field, ...], many: str) -> t
                                       (name,))]
         if given is None and many == "sole":
             return ({}, {}), []
-        values, problems = check_fields(fields, given or {}, f"{name}.", (name,))
+        values, problems = check_fields(fields, given or {}, f"{name}.", (name,), NOT_YET.get(name, {}))
         return (values, given or {}), problems
     if many == "list":
         if given is not None and not (isinstance(given, list) and all(isinstance(t, dict) for t in given)):
@@ -1060,14 +1077,13 @@ def check_unique(name: str, rows: list[dict]) -> list[Problem]:
     return problems
 
 
-def resolve_rules(tables: dict, house: dict, stem: str, env: Mapping[str, str],
+def resolve_rules(tables: dict, mode: str, house: dict, stem: str, env: Mapping[str, str],
                   expand: Callable[[str], str]) -> tuple[Rules, list[Problem], list[Problem]]:
-    """`[run]` with its defaults filled in, its problems, and its warnings; `house`: empty without a lead."""
+    """`[run]` with its defaults filled in, its problems, and its warnings; `house`: empty in a flat run."""
     values, given = tables["run"]
-    useless = ("max_parallel", "halt_on_failure") if house else tuple(f.name for f in HOUSE_FIELDS)
-    why = "of flat runs; beside a lead" if house else "a house rule of runs with a lead; beside [[task]]"
-    warnings = [Problem(f"run.{name}", f"{why} it has no effect", ("run", name)) for f in TABLES["run"][0]
-                if f.name in useless for name in (f.name, *f.also) if name in given]
+    warnings = [Problem(f"run.{name}", f"is for {f.mode} runs only; beside {header_of(MODES[mode])} it has "
+                                       "no effect", ("run", name)) for f in TABLES["run"][0]
+                if f.mode not in ("", mode) for name in (f.name, *f.also) if name in given]
     parallel, problems = values.get("max_parallel"), []
     if parallel is None:
         text = env.get("ANTHROPIC_MAX_CONCURRENT", "")
@@ -1088,22 +1104,19 @@ def resolve_rules(tables: dict, house: dict, stem: str, env: Mapping[str, str],
 
 def resolve_house(tables: dict) -> tuple[dict, list[Problem]]:
     """The house rules, from [run] or [lead], and what is wrong with them."""
-    (in_run, run_given), (in_lead, lead_given) = tables["run"], tables["lead"]
     house, problems = {}, []
     for f in HOUSE_FIELDS:
-        places = [(f"{table}.{name}", values.get(f.name), (table, name))
-                  for table, values, given in (("run", in_run, run_given), ("lead", in_lead, lead_given))
-                  for name in (f.name, *f.also) if name in given]
-        house[f.name] = places[0][1] if places else None
-        if len(places) > 1 and places[0][1] != places[-1][1]:
-            problems.append(Problem(places[-1][0], f"found {show_value(places[-1][1])}, but {places[0][0]}, "
-                                                   f"which means the same, is {show_value(places[0][1])}; "
-                                                   "allowed: one of them", places[-1][2]))
-        if not places and f.name in ("max_workers", "budget_usd"):
+        places = [(table, name, given[name], values[f.name])
+                  for table, (values, given) in ((t, tables[t]) for t in ("run", "lead"))
+                  for name in [n for n in (f.name, *f.also) if n in given][:1]]
+        house[f.name] = places[0][3] if places else None if f.default is REQUIRED else f.default
+        if not places and f.default is REQUIRED:
             problems.append(Problem(f"run.{f.name}", f"is required beside a lead: {f.help}", ("lead",)))
-        if places and f.name in NOT_YET and places[0][1]:
-            problems.append(Problem(places[0][0], f"{NOT_YET[f.name]} are not supported by this version",
-                                    places[0][2]))
+        if len(places) > 1 and places[0][2] != places[1][2]:
+            (first, other, was, _), (table, name, found, _) = places
+            problems.append(Problem(f"{table}.{name}", f"found {show_value(found)}, but {first}.{other}, "
+                                                       f"which means the same, is {show_value(was)}; "
+                                                       "allowed: one of them", (table, name)))
     return house, problems
 
 
@@ -1139,7 +1152,7 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str], expand: Callable[[
     tasks, problems, warnings = [], [], []
     if not tables["task"] and "lead" not in doc:
         problems.append(Problem("task", "there is none; allowed: one or more [[task]], or one [lead]"))
-    if given and "lead" in doc:
+    if "task" in doc and "lead" in doc:
         problems.append(Problem("lead", "found beside [[task]]; allowed: one or more [[task]], or one "
                                         "[lead]", ("lead",)))
     rows = [(row, given[n], f"task[{n}].", ("task", n)) for n, row in enumerate(tables["task"])]
@@ -1267,8 +1280,8 @@ def resolve_prompt(row: dict, given: dict, templates: dict[str, str], path: str,
     for table in ("env", "vars"):
         if isinstance(given.get(table), dict) and "prompt" in given[table]:
             return "", [Problem(f"{path}{table}.prompt",
-                                f"it stands below [task.{table}], so it is not the task's prompt; move it "
-                                "above that header", (*where, table, "prompt"))]
+                                f"it stands below [{where[0]}.{table}], so it is not the {where[0]}'s "
+                                "prompt; move it above that header", (*where, table, "prompt"))]
     return "", [Problem(path + "prompt", "is required: what the agent is asked to do, or a template", where)]
 
 
@@ -1297,24 +1310,36 @@ def header_of(name: str) -> str:
     return MANY[TABLES[name][1]][0].format(name)
 
 
-def reference_tables() -> Iterator[tuple[str, str, tuple[Field, ...]]]:
-    """(headers, what it is, its keys) of each table; a key that an earlier table has is told there."""
-    told: list[Field] = []
-    for name, (fields, _, what) in TABLES.items():
-        sharing = [other for other, (more, _, _) in TABLES.items() if other != name
-                   and all(f in more for f in fields)]
-        yield (", and each ".join(map(header_of, (name, *sharing))), what,
-               tuple(f for f in fields if f not in told))
-        told += fields
+class Described(NamedTuple):
+    """One table for people; `also`: its keys that an earlier table explains, in words."""
+
+    name: str
+    what: str
+    own: tuple
+    also: str
+
+
+def reference_tables(names: Iterable[str] = TABLES) -> Iterator[Described]:
+    """The tables of those names, in the order of TABLES; a key that several have is told in the first."""
+    shown = {name: TABLES[name] for name in TABLES if name in names}
+    for name, (fields, _, what) in shown.items():
+        homes: dict[str, list[Field]] = {}
+        for f in fields:
+            homes.setdefault(next(t for t, (more, _, _) in shown.items() if f in more), []).append(f)
+        own = tuple(homes.pop(name, ()))
+        also = [f"{'every key' if len(fs) == len(TABLES[t][0]) else ', '.join(f'`{f.name}`' for f in fs)} "
+                f"of `{header_of(t)}`" for t, fs in homes.items()]
+        yield Described(name, what, own, "; ".join(also))
 
 
 def render_map() -> str:
     """Every key of a manifest, a line each: key, type, default, meaning."""
     lines = []
-    for header, what, fields in reference_tables():
-        rows = [[cell.replace("`", "") for cell in reference_row(f)] for f in fields]
-        lines += [f"{header}: {what}", *("  " + line for line in render_table(
-            [["KEY", "TYPE", "DEFAULT", "MEANING"], *rows])), ""]
+    for t in reference_tables():
+        rows = [[cell.replace("`", "") for cell in reference_row(f)] for f in t.own]
+        lines += [f"{header_of(t.name)}: {t.what.replace('`', '')}", *("  " + line for line in render_table(
+            [["KEY", "TYPE", "DEFAULT", "MEANING"], *rows]))]
+        lines += ["  also " + t.also.replace("`", ""), ""] if t.also else [""]
     return "\n".join(lines)
 
 
@@ -1334,15 +1359,24 @@ def manifest_schema(taken: Mapping[str, Iterable[str]]) -> dict:
                     "the file system, only `pitboss validate` knows.",
         "type": "object", "additionalProperties": False,
         "oneOf": [{"required": [table]} for table in MODES.values()],
+        "allOf": [house_schema(f) for f in HOUSE_FIELDS if f.default is REQUIRED],
         "properties": properties,
     }
+
+
+def house_schema(f: Field) -> dict:
+    """The JSON schema of a document in which a house rule stands in [run] or the lead, if there is a lead."""
+    lead, given = MODES["hierarchical"], {"required": [f.name]}
+    return {"if": {"required": [lead]}, "then": {"anyOf": [
+        {"required": [table], "properties": {table: {**given, "items": given}}} for table in ("run", lead)]}}
 
 
 class Starter(NamedTuple):
     """A manifest to begin with: `sections` are (header without brackets, values) pairs, in order.
 
     The first section of a table also tells its other keys, as comments; with `every` those
-    that have a default stand there as keys, and tables without a section are added.
+    that have a default stand there as keys, and tables without a section are added.  Its
+    first table of MODES makes its mode; one of another mode is shown as a comment.
     """
 
     name: str
@@ -1353,9 +1387,11 @@ class Starter(NamedTuple):
 
 _PROMPT = "Add type annotations to the modules that have none, run the tests, and commit."
 _SHARED = "Read {path} and write what is missing in its documentation.\nCommit when it is done."
-_LEAD = ("Find the modules that have no tests. Spawn one worker for each with spawn_worker, wait for them "
-         "with "
-         "wait_for_any, read what they say, and write a summary to REPORT.md.")
+_LEAD = """\
+Find the modules that have no tests.
+Spawn one worker for each with spawn_worker: it knows nothing but its prompt, and has a branch of its own.
+Wait for them with wait_for_any, and read what they say. Merge the branches that are good.
+Write what was done, and what was not, to REPORT.md and commit it."""
 _CLAUDE = {**{f.name: f.default for f in ACTOR_FIELDS if f.name in ("agent", "model")}, "timeout_secs": 1800}
 
 STARTERS = {s.name: s for s in (
@@ -1369,7 +1405,7 @@ STARTERS = {s.name: s for s in (
                   "timeout_secs": 3600}),
         ("template", {"id": "document", "prompt": _SHARED}))),
     Starter("full", "a lead that spawns workers under a budget", (
-        ("run", {"max_workers": 4, "budget_usd": 5.0}), ("defaults", _CLAUDE),
+        ("run", {"max_workers": 4, "budget_usd": 5.0, "lead_timeout_secs": 7200}), ("defaults", _CLAUDE),
         ("lead", {"id": "lead", "directory": ".", "prompt": _LEAD}))),
 )}
 
@@ -1378,6 +1414,7 @@ EXAMPLE = Starter("example", "every table and every key that there is", (
     ("task", {"id": "types", "directory": ".", "prompt": _PROMPT, "branch": "feat/types"}),
     ("task", {"id": "readme", "directory": ".", "template": "document", "vars": {"path": "README.md"}}),
     ("task", {"id": "style", "directory": ".", "prompt": "The linter reads none.", "agent": "linter"}),
+    ("lead", {"id": "lead", "directory": ".", "prompt": _LEAD, "max_workers": 4, "budget_usd": 5.0}),
     ("template", {"id": "document", "prompt": _SHARED}),
     ("mcp_server", {"id": "tickets", "command": "tickets-mcp"}),
     ("agent.linter", {"command": ("sh", "-c", "ruff check --fix . && git commit -qam 'Mend style'")}),
@@ -1386,38 +1423,52 @@ EXAMPLE = Starter("example", "every table and every key that there is", (
 SCHEMA_FILE = "pitboss.schema.json"
 
 
-def render_starter(starter: Starter, with_schema: bool = False) -> str:
+def mode_of(starter: Starter) -> str:
+    """The mode of the runs that a starter makes."""
+    return next(mode for head, _ in starter.sections for mode, table in MODES.items() if table == head)
+
+
+def render_starter(starter: Starter, with_schema: bool, notes: Mapping[str, Iterable[str]]) -> str:
     """A starter as TOML; `with_schema`: SCHEMA_FILE stands beside it, for editors that know `#:schema`.
 
     Without it the line is a plain comment: taplo 0.9.0 refuses a manifest whose schema is missing (measured).
+    `notes` has more lines to tell above a table, by its name.
     """
-    use, told = f"#:schema ./{SCHEMA_FILE}", set()
+    use, told, mode = f"#:schema ./{SCHEMA_FILE}", set(), mode_of(starter)
     lines = [use] if with_schema else [
         f"# {use}",
         "# The line above, without its first two characters, lets editors that know taplo (Even Better TOML)",
         f"# check this file, once that schema is there: pitboss schema --format json-schema > {SCHEMA_FILE}"]
     lines += ["#", *comment_lines(f"A manifest of pitboss: {starter.about}."),
               "# A line like #key = value is a key that may be given, with its default or a sample."]
-    own = {name: fields for name, (_, _, fields) in zip(TABLES, reference_tables())}
     shown = {head.partition(".")[0] for head, _ in starter.sections}
-    more = [(header_of(name).strip("[]"), {}) for name in TABLES if starter.every and name not in shown]
+    own = {t.name: t.own for t in reference_tables(TABLES if starter.every else shown)}
+    more = [(header_of(name).strip("[]"), {}) for name in own if name not in shown]
     for head, values in (*starter.sections, *more):
-        lines += ["", *starter_section(head, values, own[head.partition(".")[0]], starter.every, told)]
+        name = head.partition(".")[0]
+        about = [] if name in told else comment_lines(TABLES[name][2])
+        if about and name in notes:
+            about += ["#", *(line for note in notes[name] for line in comment_lines(note, "  ")), "#"]
+        section = starter_section(head, values, own[name], starter.every, mode, told)
+        if name in MODES.values() and name != MODES[mode]:
+            about += comment_lines(f"This would stand instead of {header_of(MODES[mode])}:")
+            section = [f"# {line}".rstrip() for line in "\n".join(section).split("\n")]
+        lines += ["", *about, *section]
     return "\n".join(lines) + "\n"
 
 
-def starter_section(head: str, values: Mapping[str, Any], own: tuple[Field, ...], every: bool,
+def starter_section(head: str, values: Mapping[str, Any], own: tuple[Field, ...], every: bool, mode: str,
                     told: set) -> list[str]:
     """One section of a starter; `told` grows by the table and the (table, key) pairs that it explains."""
     name = head.partition(".")[0]
-    fields, many, what = TABLES[name]
-    first = name not in told
-    header = MANY[many][0].format(name).replace(f"{name}.NAME", head)
-    lines = [*(comment_lines(what) if first else []), header]
+    fields, many, _ = TABLES[name]
+    first, lines = name not in told, [MANY[many][0].format(name).replace(f"{name}.NAME", head)]
     for f in fields:
+        fits = f.mode in ("", mode)
         given = f.name in values or f.default is REQUIRED or (
-            every and first and f in own and f.default not in (None, (), {}))
-        fits = not any(n in values for n in f.instead) and (not f.needs or f.needs in values)
+            every and fits and first and f in own and f.default not in (None, (), {}))
+        fits = (fits or every) and not any(n in values for n in f.instead) and (
+            not f.needs or f.needs in values)
         if given or first and f in own and fits:
             lines += ["", *explain_key(f)] if f in own and (name, f.name) not in told else []
             lines.append(("" if given else "#") + f"{f.name} = {render_toml(starter_value(f, values))}")
@@ -1441,11 +1492,11 @@ def explain_key(f: Field) -> list[str]:
     return [*comment_lines(meaning), *comment_lines(f"({'; '.join(facts)})")]
 
 
-def comment_lines(text: str) -> list[str]:
-    """A text as comments of TOML."""
+def comment_lines(text: str, hanging: str = "") -> list[str]:
+    """A text as comments of TOML; `hanging`: what its second line and those after begin with."""
     import textwrap
 
-    return textwrap.wrap(text.replace("`", ""), 100, initial_indent="# ", subsequent_indent="# ",
+    return textwrap.wrap(text.replace("`", ""), 100, initial_indent="# ", subsequent_indent="# " + hanging,
                          break_long_words=False, break_on_hyphens=False)
 
 
@@ -12034,12 +12085,18 @@ def look_at_folders(env: Mapping[str, str], given: str | None) -> Iterator[Findi
                       "set XDG_RUNTIME_DIR to a short path on a local disk; a flat run needs none")
 
 
+def render_template(starter: Starter, with_schema: bool = False) -> str:
+    """A starter as TOML, with the tools that a lead has."""
+    tools = [f"{t.name}: {t.help}" for t in TOOLS.values() if "lead" in t.roles]
+    return render_starter(starter, with_schema, {"lead": ["Its tools (mcp__pitboss__NAME):", *tools]})
+
+
 def cmd_init(options: Any) -> str:
     """Write a commented manifest to begin with; it is valid as it is in a git repository with a commit."""
     import shlex
 
     starter, path = STARTERS[options.template], options.out
-    text = render_starter(starter, os.path.exists(os.path.join(os.path.dirname(path), SCHEMA_FILE)))
+    text = render_template(starter, os.path.exists(os.path.join(os.path.dirname(path), SCHEMA_FILE)))
     if path == "-":
         print(text, end="")
         return "ok"
@@ -12098,7 +12155,7 @@ def render_manifest_schema() -> str:
 SCHEMA_FORMATS = {
     #  name         what prints it                                   a saved copy ends in
     "map":         (render_map,                                      ""),
-    "example":     (functools.partial(render_starter, EXAMPLE),      ".toml"),
+    "example":     (functools.partial(render_template, EXAMPLE),     ".toml"),
     "json-schema": (render_manifest_schema,                          ".json"),
 }
 
@@ -12756,17 +12813,35 @@ def cmd_reference(options: Any) -> str:
     return "ok"
 
 
+TOLD_ROLES = {"lead": "leads", "worker": "workers"}
+
+
+def argument_names(fields: tuple[Field, ...]) -> str:
+    """The names of some fields, those that may be left out with a question mark."""
+    return ", ".join(f"`{f.name}`" if f.default is REQUIRED else f"`{f.name}?`" for f in fields) or "–"
+
+
 def render_reference() -> str:
     """Every table of the README that is derived from the code, as Markdown."""
     parts = []
-    for header, what, fields in reference_tables():
-        parts += [f"#### `{header}`: {what}", "", reference_of(fields), ""]
+    for t in reference_tables():
+        parts += [f"#### `{header_of(t.name)}`: {t.what}", "", reference_of(t.own), ""]
+        parts += [f"Also {t.also}.", ""] if t.also else []
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
     parts += [f"| `{f'{c.name} {c.usage}'.strip()}` | {c.help} |" for c in COMMANDS.values() if c.help]
     parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
               *(f"| {n} | {text} |" for n, text in EXIT_CODES.values())]
     parts += ["", "#### Statuses", "", "| status | meaning |", "|---|---|",
               *(f"| `{s.name}` | {s.meaning} |" for s in STATUSES.values())]
+    parts += ["", "#### Tools of leads and workers", "",
+              "Server `pitboss`, so `mcp__pitboss__NAME`; `?`: it may be left out.", "",
+              "| tool | arguments | what it does | for |", "|---|---|---|---|"]
+    parts += [f"| `{t.name}` | {argument_names(t.fields)} | {t.help} | "
+              f"{' and '.join(TOLD_ROLES[r] for r in t.roles if r in TOLD_ROLES)} |" for t in TOOLS.values()]
+    parts += ["", "#### Operations of the control socket", "",
+              'JSON lines, the first `{"op": "hello"}`; `sockets.json` of a run names the place.', "",
+              "| op | fields | what it does |", "|---|---|---|"]
+    parts += [f"| `{name}` | {argument_names(op.fields)} | {op.help} |" for name, op in OPS.items()]
     parts += ["", "#### Agents", "", "| agent | program | measured with | what it cannot do |",
               "|---|---|---|---|"]
     parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.measured or '–'} | "

@@ -11,13 +11,14 @@ NOTES = {"$schema", "$comment", "title", "description", "default"}
 ONE = {"additionalProperties", "propertyNames", "items", "not", "if", "then"}      # hold a schema
 MANY = {"allOf", "anyOf", "oneOf", "prefixItems"}                                  # hold a list of schemas
 PLAIN = {"type", "required", "enum", "const", "pattern", "minLength", "minimum", "exclusiveMinimum", "maximum",
-         "minItems"}
+         "minItems", "maxItems"}
 TYPES = {
     "object": lambda v: isinstance(v, dict),
     "array": lambda v: isinstance(v, list),
     "string": lambda v: isinstance(v, str),
     "boolean": lambda v: isinstance(v, bool),
     "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
+    "null": lambda v: v is None,
     "integer": lambda v: TYPES["number"](v) and v == v // 1,                       # 2.0 is one
 }
 
@@ -77,8 +78,10 @@ def faults(schema: Any, value: Any, path: str = "") -> list[str]:
 
 def own_faults(schema: dict, value: Any) -> Iterator[str]:
     """What the keywords without schemas in them have against a value."""
-    if "type" in schema and not TYPES[schema["type"]](value):
-        yield f"no {schema['type']}"
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    if types and not any(TYPES[name](value) for name in types):
+        yield f"no {' or '.join(types)}"
     if "enum" in schema and not any(same(value, one) for one in schema["enum"]):
         yield f"none of {schema['enum']}"
     if "const" in schema and not same(value, schema["const"]):
@@ -97,5 +100,7 @@ def own_faults(schema: dict, value: Any) -> Iterator[str]:
             yield f"above {schema['maximum']}"
     if isinstance(value, list) and len(value) < schema.get("minItems", 0):
         yield "too few"
+    if isinstance(value, list) and len(value) > schema.get("maxItems", len(value)):
+        yield "too many"
     if isinstance(value, dict):
         yield from (f"without {name}" for name in schema.get("required", ()) if name not in value)

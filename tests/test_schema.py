@@ -34,7 +34,7 @@ BEYOND = {
     "places of a template and vars": r" has a place | has no place | makes an empty prompt",
     "a float where JSON sees an integer": r"found [1-9]\d*\.0; allowed: an integer",
     "an infinity, which JSON does not have": r"found Infinity; allowed: a number",
-    "an integer that TOML does not have": r"found -?\d{19,}…?; allowed: an? (integer|number)",
+    "an integer that TOML does not have": r"found -?\d{19,}…?; allowed: an? (integer|number)(?! from)",
 }
 
 
@@ -70,6 +70,7 @@ def compare(problems: list[pitboss.Problem], against: list[str]) -> str:
     ({"type": "integer"}, [1, 2.0], [1.5, True, "1", float("inf"), float("nan")]),
     ({"type": "number"}, [1, 1.5], [True, "1", None]),
     ({"type": "boolean"}, [True], [1, "true"]),
+    ({"type": ["string", "null"]}, ["a", None], [1, False, []]),
     ({"type": "object"}, [{}], [[]]),
     ({"enum": ["a", 1]}, ["a", 1], ["b", True]),
     ({"const": 1}, [1], [True, 2]),
@@ -78,6 +79,7 @@ def compare(problems: list[pitboss.Problem], against: list[str]) -> str:
     ({"minimum": 1, "maximum": 3}, [1, 3, "x"], [0, 4, float("nan")]),
     ({"exclusiveMinimum": 0}, [0.1], [0, float("nan")]),
     ({"minItems": 1}, [[1], ""], [[]]),
+    ({"maxItems": 1}, [[1], [], "ab"], [[1, 2]]),
     ({"items": {"type": "string"}, "prefixItems": [{"minLength": 1}]}, [["a", ""], []], [[""], ["a", 1]]),
     ({"required": ["a"]}, [{"a": 1}, "x"], [{}]),
     ({"properties": {"a": {"type": "string"}}, "additionalProperties": False}, [{"a": ""}, {}],
@@ -131,10 +133,29 @@ def test_another_reading_of_json_schema_agrees():
     assert wrong == ["bad_run_budget_nan", "bad_task_id_with_a_line_end"]
 
 
-def test_whatever_stands_where_is_judged_alike(repo):
+WHOLE_LEAD = """
+[run]
+name = "x"
+max_workers = 3
+[defaults]
+agent = "demo"
+[[lead]]
+id = "a"
+directory = "."
+prompt = "Do it."
+branch = "b"
+budget_usd = 5.0
+max_workers = 3
+lead_timeout_secs = 60
+dump_shared_store = true
+"""
+
+
+@pytest.mark.parametrize("whole", [WHOLE, WHOLE_LEAD], ids=["flat", "lead"])
+def test_whatever_stands_where_is_judged_alike(repo, whole):
     """Random values at random keys, keys under other names, and lines left out."""
     chance = random.Random(11)
-    lines = WHOLE.replace('"sub"', '"."').replace('"/abs"', '"."').strip().splitlines()
+    lines = whole.replace('"sub"', '"."').replace('"/abs"', '"."').strip().splitlines()
     keys = [n for n, line in enumerate(lines) if " = " in line]
     names = sorted({name for fields, _, _ in pitboss.TABLES.values() for f in fields for name in (f.name, *f.also)})
     told = fine = 0
@@ -162,7 +183,7 @@ def test_the_schema_holds_every_key_under_every_name_and_no_other():
         inside = SCHEMA["properties"][table]
         assert inside["description"] == what
         while "properties" not in inside:
-            inside = inside.get("items") or inside["additionalProperties"]
+            inside = inside.get("items") or inside.get("anyOf", [None])[0] or inside["additionalProperties"]
         assert set(inside["properties"]) == {name for f in fields for name in (f.name, *f.also)}
         assert inside["additionalProperties"] is False
         assert all(f.help in inside["properties"][name]["description"] for f in fields for name in (f.name, *f.also))
@@ -176,17 +197,21 @@ def test_the_schema_holds_every_key_under_every_name_and_no_other():
 @pytest.mark.parametrize("starter", STARTERS, ids=lambda s: s.name)
 @pytest.mark.parametrize("with_schema", [False, True])
 def test_a_starter_is_valid_as_it_is(repo, starter, with_schema):
-    text = pitboss.render_starter(starter, with_schema)
+    text = pitboss.render_template(starter, with_schema)
     manifest, problems = check(text, repo)
     assert problems == [] and manifest.warnings == () and manifest.tasks
+    assert manifest.mode == pitboss.mode_of(starter)
     assert faults(SCHEMA, tomllib.loads(text)) == []
     assert max(map(len, text.splitlines())) <= 110 and starter.about in text.replace("\n# ", " ")
 
 
 @pytest.mark.parametrize("starter", STARTERS, ids=lambda s: s.name)
 def test_every_key_that_a_starter_offers_can_be_taken(repo, starter):
-    """Each `#key = value` becomes a key when its `#` goes, and so do all of them together."""
-    lines = pitboss.render_starter(starter).splitlines()
+    """Each `#key = value` becomes a key when its `#` goes, and so do all of them together.
+
+    The example offers keys of other runs, too, and says so; taken, they get a warning.
+    """
+    lines = pitboss.render_template(starter).splitlines()
     offered = [n for n, line in enumerate(lines) if re.match(r"#\w+ = ", line)]
     assert offered
     for some in ([n] for n in offered), [offered]:
@@ -194,23 +219,69 @@ def test_every_key_that_a_starter_offers_can_be_taken(repo, starter):
             text = "\n".join(line[1:] if n in taken else line for n, line in enumerate(lines))
             assert len(tomllib.loads(text)) >= 3
             manifest, problems = check(text, repo)
-            assert problems == [] and manifest.warnings == (), text
+            elsewhere = [f.name for f in pitboss.TABLES["run"][0] if f.mode not in ("", manifest.mode)
+                         and starter.every and any(lines[n].startswith(f"#{f.name} = ") for n in taken)]
+            assert problems == [] and [w.path for w in manifest.warnings] == [f"run.{name}" for name in elsewhere], text
 
 
 @pytest.mark.parametrize("starter", STARTERS, ids=lambda s: s.name)
 def test_a_starter_explains_each_of_its_keys_once(starter):
-    text = pitboss.render_starter(starter)
-    prose = re.sub(r"\n# ", " ", text)
+    text = pitboss.render_template(starter)
+    prose, mode = re.sub(r"\n(# )+", " ", text), pitboss.mode_of(starter)
     for head in dict.fromkeys(head.partition(".")[0] for head, _ in starter.sections):
         fields, _, what = pitboss.TABLES[head]
-        assert what in prose
+        assert what.replace("`", "") in prose
         keys = {key for h, values in starter.sections if h.partition(".")[0] == head for key in values}
         assert keys <= {f.name for f in fields}
-    for _, f in ((t, f) for t, (fields, _, _) in pitboss.TABLES.items() for f in fields):
-        if f.help.replace("`", "") in prose and re.search(rf"^#?{f.name} = ", text, re.M):
-            continue
-        assert f in pitboss.HOUSE_FIELDS or starter is not pitboss.EXAMPLE, f"{f.name} is not in the example"
-    assert not any(re.search(rf"^#?{f.name} = ", text, re.M) for f in pitboss.HOUSE_FIELDS)
+    for table, f in ((t, f) for t, (fields, _, _) in pitboss.TABLES.items() for f in fields):
+        shown = re.search(rf"^(# )?#?{f.name} = ", text, re.M)
+        assert shown or starter is not pitboss.EXAMPLE, f"{table}.{f.name} is not in the example"
+        if starter is pitboss.EXAMPLE:
+            assert prose.count(f" {pitboss.meaning_of(f)} (".replace("`", "")) == 1, f"{table}.{f.name}"
+        elif table in {head.partition(".")[0] for head, _ in starter.sections} and f.mode not in ("", mode):
+            assert not shown, f"{table}.{f.name} is for other runs"
+
+
+def test_the_example_shows_what_makes_another_mode_as_a_comment(repo):
+    text = pitboss.render_template(pitboss.EXAMPLE)
+    block = re.search(r"^# This would stand instead of \[\[task\]\]:\n((?:#.*\n)+)", text, re.M)[1]
+    lead = tomllib.loads("\n".join(line[2:] for line in block.splitlines()))
+    assert set(lead) == {"lead"}
+    document = {**tomllib.loads(text), **lead}
+    manifest, problems = check("\n".join(f"{k} = {pitboss.render_toml(v)}" for k, v in document.items()), repo)
+    assert [p.path for p in problems] == ["lead"] and faults(SCHEMA, document)      # beside [[task]]
+    del document["task"]
+    manifest, problems = check("\n".join(f"{k} = {pitboss.render_toml(v)}" for k, v in document.items()), repo)
+    assert problems == [] and manifest.mode == "hierarchical" and faults(SCHEMA, document) == []
+    assert manifest.tasks[0].prompt == dict(pitboss.EXAMPLE.sections)["lead"]["prompt"]
+
+
+def test_a_starter_with_a_lead_tells_its_tools():
+    for starter in STARTERS:
+        prose = re.sub(r"\n# +", " ", pitboss.render_template(starter))
+        told = [t.name for t in pitboss.TOOLS.values() if f" {t.name}: {t.help}" in prose]
+        wanted = [t.name for t in pitboss.TOOLS.values() if "lead" in t.roles]
+        assert told == (wanted if any(head == "lead" for head, _ in starter.sections) else [])
+
+
+def test_what_is_not_there_yet_is_refused_by_name_and_offered_nowhere(repo):
+    views = [pitboss.render_map(), pitboss.render_reference(), *map(pitboss.render_template, STARTERS),
+             json.dumps(SCHEMA)]
+    whole = {"flat": WHOLE.replace('"sub"', '"."').replace('"/abs"', '"."'), "lead": WHOLE_LEAD}
+    seen = 0
+    for table, keys in pitboss.NOT_YET.items():
+        for key, what in keys.items():
+            for mode, text in whole.items():
+                if table == "lead" and mode == "flat":
+                    continue
+                head = f"[[{table}]]" if f"[[{table}]]" in text else f"[{table}]"
+                text = text.replace(head, f"{head}\n{key} = true") if table else f"{key} = true\n{text}"
+                found = [(p.path, p.message) for p in check(text, repo)[0].problems]
+                assert found == [(f"{table}.{key}".strip("."), f"{what} are not supported by this version")]
+                assert faults(SCHEMA, tomllib.loads(text))
+                seen += 1
+            assert not [v for v in views if re.search(rf"(?<![\w ]){key}\b", v)], key
+    assert seen >= 15
 
 
 def test_samples_are_values_that_their_fields_take():
@@ -248,7 +319,8 @@ def test_a_fresh_starter_is_accepted_and_its_agents_run(home, template):
     assert "note:" not in done.stderr and "pitboss.toml" in done.stdout
     for line in re.findall(r"^  pitboss (.*?)(?:  #|$)", done.stdout, re.M):
         assert line.split()[0] in pitboss.COMMANDS
-    assert home.pitboss("validate", "pitboss.toml", cwd=repo, check=0).stdout.startswith("OK: flat")
+    mode = pitboss.mode_of(pitboss.STARTERS[template])
+    assert home.pitboss("validate", "pitboss.toml", cwd=repo, check=0).stdout.startswith(f"OK: {mode}")
     manifest = repo / "pitboss.toml"
     manifest.write_text(manifest.read_text().replace('agent = "claude"', 'agent = "demo"'))
     home.pitboss("dispatch", "-q", "pitboss.toml", cwd=repo, check=0)
@@ -275,7 +347,7 @@ def test_what_is_there_is_never_overwritten_without_force(home):
     assert "pitboss.toml" in done.stderr and "--force" in done.stderr and done.stdout == ""
     assert path.read_text() == "mine\n"
     home.pitboss("init", "--force", check=0)
-    assert path.read_text() == pitboss.render_starter(pitboss.STARTERS["simple"])
+    assert path.read_text() == pitboss.render_template(pitboss.STARTERS["simple"])
 
 
 def test_force_writes_through_a_link(home):
@@ -289,7 +361,7 @@ def test_force_writes_through_a_link(home):
 
 def test_a_starter_on_standard_output_is_nothing_else(home):
     done = home.pitboss("init", "-", "--template", "flat", check=0)
-    assert done.stdout == pitboss.render_starter(pitboss.STARTERS["flat"]) and done.stderr == ""
+    assert done.stdout == pitboss.render_template(pitboss.STARTERS["flat"]) and done.stderr == ""
     assert not (home.root / "-").exists()
 
 
@@ -392,7 +464,7 @@ def test_a_saved_copy_of_any_bytes_differs(home):
 def test_the_map_has_a_line_a_key():
     lines = pitboss.render_map().splitlines()
     for _, (fields, _, what) in pitboss.TABLES.items():
-        assert any(line.endswith(what) and line.startswith("[") for line in lines)
+        assert any(line.endswith(what.replace("`", "")) and line.startswith("[") for line in lines)
         for f in fields:
             _, kind, default, meaning = (cell.replace("`", "") for cell in pitboss.reference_row(f))
             assert any(line.split()[0] == f.name and kind in line and default in line and line.endswith(meaning)
@@ -420,11 +492,15 @@ def pitboss_source() -> str:
 
 
 INIT = ("init", "-", "--template", "flat")
+INIT_LEAD = ("init", "-", "--template", "full")
 NEW_KEYS = {
     #                   what stands there, and where a starter shows it
-    "RUN_FIELDS":      (*VIEWS, INIT),
-    "ACTOR_FIELDS":    (*VIEWS, INIT),
+    "RUN_FIELDS":      (*VIEWS, INIT, INIT_LEAD),
+    "HOUSE_FIELDS":    (*VIEWS, INIT_LEAD),
+    "ACTOR_FIELDS":    (*VIEWS, INIT, INIT_LEAD),
+    "WORK_FIELDS":     (*VIEWS, INIT, INIT_LEAD),
     "TASK_FIELDS":     (*VIEWS, INIT),
+    "LEAD_FIELDS":     (*VIEWS, INIT_LEAD),
     "TEMPLATE_FIELDS": (*VIEWS, INIT),
     "SERVER_FIELDS":   VIEWS,
     "COMMAND_FIELDS":  VIEWS,
@@ -437,23 +513,24 @@ def test_a_new_key_shows_everywhere(edited, repo, table):
     row = '    Field("shine", "count", 7, "how much it shines", also=("lustre",), low=2, high=9),\n'
     for args, text in zip(NEW_KEYS[table], edited(anchor, row, *NEW_KEYS[table])):
         assert "shine" in text and "lustre" in text and "how much it shines" in text, args
-        if args[-1] in ("example", "flat"):
-            assert len(re.findall(r"^#?shine = 7$", text, re.M)) == 1
+        if args[-1] in ("example", "flat", "full"):
+            assert len(re.findall(r"^(?:# )?#?shine = 7$", text, re.M)) == 1
         if args[-1] == "json-schema":
             known = {path.split("/")[-1]: one for path, one in schemas_in(json.loads(text))}
             for name in ("shine", "lustre"):
                 assert (known[name]["minimum"], known[name]["maximum"], known[name]["default"]) == (2, 9, 7)
 
 
-@pytest.mark.parametrize("table", ["TASK_FIELDS", "TEMPLATE_FIELDS", "SERVER_FIELDS", "COMMAND_FIELDS"])
+@pytest.mark.parametrize("table", ["TASK_FIELDS", "LEAD_FIELDS", "TEMPLATE_FIELDS", "SERVER_FIELDS", "COMMAND_FIELDS"])
 def test_a_new_key_that_is_required_stands_in_every_starter(edited, home, table):
     anchor = re.search(rf"^{table} = \(.*\n", pitboss_source(), re.M)[0]
     row = '    Field("shine", "count", REQUIRED, "how much it shines", low=2),\n'
     make_repo(home.root)
-    for text in edited(anchor, row, VIEWS[1], INIT):
+    texts = edited(anchor, row, VIEWS[1], INIT, INIT_LEAD)
+    for text in texts:
         home.manifest(text)
         assert edited(anchor, row, ("validate", "m.toml"))[0].startswith("OK")
-    assert "shine = 2" in text or table in ("SERVER_FIELDS", "COMMAND_FIELDS")
+    assert any(re.search(r"^(# )?#?shine = 2$", text, re.M) for text in texts)
 
 
 def test_a_new_table_shows_everywhere(edited, home):
@@ -490,9 +567,19 @@ def test_a_new_status_and_exit_code_show_everywhere(edited):
     row = '    "shone": (99, "it shone too much"),\n'
     for text in edited("EXIT_CODES = {\n", row, ("--help",), ("list", "--help"), ("reference",)):
         assert re.search(r"\b99\b.*it shone too much", text)
-    row = '    Status("Shone", "*", "red", False, "it shone too much"),\n'
+    row = '    Status("Shone", "*", "red", False, "Shone", "done_shone", "it shone too much"),\n'
     reference, = edited("STATUSES = {s.name: s for s in (\n", row, ("reference",))
     assert "| `Shone` | it shone too much |" in reference
+
+
+def test_a_new_tool_and_operation_show_everywhere(edited):
+    row = '    Tool("shine", "Shine", LEADS, True, (TARGET, WAIT), {"ok": "flag"}, tool_list, "make it shine"),\n'
+    for text in edited("TOOLS = {t.name: t for t in (\n", row, ("reference",), INIT_LEAD):
+        assert "| `shine` | `task_id`, `timeout_secs?` | make it shine | leads |" in text or \
+            "# shine: make it shine" in text
+    row = '    "shine": Op(op_list_workers, (_REASON,), "make it shine"),\n'
+    reference, = edited("OPS = {\n", row, ("reference",))
+    assert "| `shine` | `reason?` | make it shine |" in reference
 
 
 # ------------------------------------------------------------------ the editors' own checker
@@ -505,11 +592,11 @@ TAPLO = os.environ.get("PITBOSS_TEST_TAPLO") or shutil.which("taplo")
 @pytest.mark.skipif(not TAPLO, reason="taplo is not on PATH and PITBOSS_TEST_TAPLO does not name it")
 def test_editors_check_a_starter_by_its_first_line(home):
     (home.root / pitboss.SCHEMA_FILE).write_text(pitboss.render_manifest_schema())
-    changes = {"good": ("", ""), "table": ("[[task]]", "[[tasks]]"), "bound": ("timeout_secs = ", "timeout_secs = -"),
-               "key": ("directory", "folder"), "needs": ("prompt = ", "vars = {}\nprompt = ")}
+    changes = {"good": ("", ""), "bound": ("timeout_secs = ", "timeout_secs = -"), "key": ("directory =", "folder ="),
+               "needs": ("prompt = ", "vars = {}\nprompt = "), "mode": ("\n[defaults]", "\n[defaults]\n[DEFAULTS]")}
     for starter in STARTERS:
         for name, (old, new) in changes.items():
-            text = pitboss.render_starter(starter, with_schema=True)
+            text = pitboss.render_template(starter, with_schema=True)
             home.manifest(text.replace(old, new, 1), f"{starter.name}_{name}.toml")
     done = subprocess.run([TAPLO, "check"], env=home.env, cwd=home.root, text=True, check=False, capture_output=True,
                           timeout=60, stdin=subprocess.DEVNULL)

@@ -18,6 +18,7 @@ import sys
 import pytest
 
 import pitboss
+from json_schema import faults, schemas_in
 from test_shape import FUNCTIONS, PITBOSS, Program
 
 PROGRAM = Program(PITBOSS.read_text(encoding="utf-8"))
@@ -102,6 +103,8 @@ def test_statuses_are_the_known_words_and_each_is_given():
     for name, status in pitboss.STATUSES.items():
         assert status.name == name and status.colour in pitboss.COLOURS and is_sentence_part(status.meaning)
         assert pitboss.cell_width(status.glyph) == 1
+        assert status.tool == ("Completed" if name == "Success" else name)
+        assert status.wire == "done" + re.sub("([A-Z])", r"_\1", name).lower()
     assert len({s.glyph for s in pitboss.STATUSES.values()}) == len(pitboss.STATUSES)
     assert [s.name for s in pitboss.STATUSES.values() if s.good] == ["Success"]
 
@@ -115,7 +118,7 @@ def test_states_are_each_entered_by_an_event():
     assert entered | {pitboss.Actor._field_defaults["state"]} == set(pitboss.STATES)
     for name, state in pitboss.STATES.items():
         assert state.name == name and is_sentence_part(state.meaning)
-    assert set(pitboss.STATE_WORDS) <= set(pitboss.STATES)
+        assert state.tool in ("Pending", "Running", "Paused", "Frozen")
 
 
 def test_failure_kinds_are_the_known_ones():
@@ -134,21 +137,29 @@ KIND_SAMPLES = {
     "flag":   ([True, False],                   [0, 1, "true", None]),
     "texts":  ([[], ["a", ""]],                 ["a", [1], [None], {}, ("a",)]),
     "env":    ([{}, {"A": ""}],                 [[], {"A": 1}, {"A": None}, "A=1"]),
+    "any":    (["", "a\0b", [], [1], {}, {"a": [None]}], [1, True, None, 1.5]),
 }
 JSON_TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
               "array": (list,),
               "object": (dict,)}
 
 
-def all_fields() -> list[tuple[str, pitboss.Field]]:
+def manifest_fields() -> list[tuple[str, pitboss.Field]]:
     return [(table, f) for table, (fields, _, _) in pitboss.TABLES.items() for f in fields]
+
+
+def all_fields() -> list[tuple[str, pitboss.Field]]:
+    """The fields of manifests, of tools and of operations."""
+    return manifest_fields() + [(name, f) for table in (pitboss.TOOLS, pitboss.OPS) for name, row in table.items()
+                                for f in row.fields]
 
 
 def test_kinds_take_what_their_schema_says_and_are_used():
     assert set(KIND_SAMPLES) == set(pitboss.KINDS) == {f.kind for _, f in all_fields()}
     for name, kind in pitboss.KINDS.items():
         field = pitboss.Field("x", name, None, "a sample")
-        assert kind.types == JSON_TYPES[kind.schema["type"]]
+        names = kind.schema["type"]
+        assert set(kind.types) == {t for n in ([names] if isinstance(names, str) else names) for t in JSON_TYPES[n]}
         good, bad = KIND_SAMPLES[name]
         assert [v for v in good if pitboss.wrong_value(field, v)] == []
         assert [v for v in bad if not pitboss.wrong_value(field, v)] == []
@@ -158,7 +169,12 @@ def test_fields_are_whole():
     for table, (fields, many, what) in pitboss.TABLES.items():
         spelled = [name for f in fields for name in (f.name, *f.also)]
         assert len(set(spelled)) == len(spelled), table
-        assert many in ("one", "list", "named") and is_sentence_part(what)
+        assert many in pitboss.MANY and is_sentence_part(what)
+    assert {many for _, many, _ in pitboss.TABLES.values()} == set(pitboss.MANY)
+    assert set(pitboss.MODES.values()) <= set(pitboss.TABLES) and not set(pitboss.NOT_YET[""]) & set(pitboss.TABLES)
+    for table, keys in pitboss.NOT_YET.items():
+        fields = pitboss.TABLES[table][0] if table else ()
+        assert not set(keys) & {name for f in fields for name in (f.name, *f.also)}, f"{table} has a key that is not there"
     for table, f in all_fields():
         where = f"{table}.{f.name}"
         assert re.fullmatch(r"[a-z_]+",
@@ -168,6 +184,7 @@ def test_fields_are_whole():
             assert pitboss.wrong_value(f, default) == "", where
         assert not (f.choices and (f.pattern or f.low is not None)), where
         assert f.low is None or f.above is None, where
+        assert f.mode in ("", *pitboss.MODES), where
 
 
 def test_a_bound_of_a_field_is_in_its_words_and_in_its_schema():
@@ -185,9 +202,20 @@ def test_a_bound_of_a_field_is_in_its_words_and_in_its_schema():
             assert schema["enum"] == list(f.choices) and pitboss.wrong_value(f, "nonsense")
 
 
+def test_house_rules_are_keys_of_run_and_of_the_lead():
+    for table in ("run", "lead"):
+        fields = {f.name: f for f in pitboss.TABLES[table][0]}
+        assert all(fields[f.name] is key for f, key in zip(pitboss.HOUSE_FIELDS, pitboss.HOUSE_KEYS))
+    for f, key in zip(pitboss.HOUSE_FIELDS, pitboss.HOUSE_KEYS):
+        assert key.default is not pitboss.REQUIRED and (key is f) == (f.default is not pitboss.REQUIRED)
+        assert f.mode == "hierarchical"
+
+
 def test_what_a_field_declares_arrives_in_its_record():
-    for record, fields in ((pitboss.Rules, pitboss.RUN_FIELDS), (pitboss.Server, pitboss.SERVER_FIELDS),
-                           (pitboss.Command, pitboss.COMMAND_FIELDS)):
+    rules = [f.name for f in pitboss.RUN_FIELDS + pitboss.HOUSE_FIELDS]
+    rules.remove("lead_timeout_secs")             # becomes timeout_s of the lead
+    assert list(pitboss.Rules._fields) == rules
+    for record, fields in ((pitboss.Server, pitboss.SERVER_FIELDS), (pitboss.Command, pitboss.COMMAND_FIELDS)):
         assert list(record._fields) == [f.name for f in fields]
     renamed = {"timeout_secs": "timeout_s"}
     assert {renamed.get(f.name, f.name) for f in pitboss.ACTOR_FIELDS} <= set(pitboss.Task._fields)
@@ -275,12 +303,16 @@ def verbs_paid(function: ast.AST) -> set[str]:
     return paid
 
 
+JOURNAL_WRITERS = ("Dispatcher.", "open_journal")       # what they append is an event
+
+
 @functools.cache
 def recorded() -> dict[str, set[str]]:
     """The kinds of events that each function records."""
     kinds = {}
     for name, function in functions().items():
-        calls = calls_of(function, "record") + calls_of(function, "append")
+        calls = calls_of(function, "record") + (calls_of(function, "append") if name.startswith(JOURNAL_WRITERS)
+                                                else [])
         found = {c.args[0].value for c in calls if c.args and isinstance(c.args[0], ast.Constant)
                  and isinstance(c.args[0].value, str)}
         if found:
@@ -288,15 +320,31 @@ def recorded() -> dict[str, set[str]]:
     return kinds
 
 
+def kinds_made(name: str) -> set[str]:
+    """The kinds of the events that the functions of a section make, as dicts with a `kind`."""
+    section = [s.name for s in PROGRAM.sections].index(name)
+    nodes = [n for n in PROGRAM.tree.body if isinstance(n, FUNCTIONS) and PROGRAM.section_of(n) == section]
+    return {value.value for n in nodes for x in ast.walk(n) if isinstance(x, ast.Dict)
+            for key, value in zip(x.keys, x.values) if getattr(key, "value", None) == "kind"}
+
+
 def test_events_are_exactly_what_is_recorded():
-    written = set().union(*(kinds for name, kinds in recorded().items()
-                            if name.startswith("Dispatcher.") or name == "open_journal"))
-    assert written == set(pitboss.EVENTS)
+    written = set().union(*recorded().values())
+    shared = kinds_made("SHARED")
+    assert shared == set(pitboss.SHARED_EVENTS) and not shared & written
+    passing = {name for name, f in functions().items() for call in calls_of(f, "record")
+               if any(word.arg is None for word in call.keywords) and not call.args}
+    assert passing == {"record_verdict", "Dispatcher.settle_leases", "drop_wait"}, "they record what SHARED decided"
+    assert written | shared == set(pitboss.EVENTS)
     for kind, row in pitboss.EVENTS.items():
-        assert row.handler is getattr(pitboss, f"on_{kind}")
+        assert row.handler is (pitboss.on_shared if kind in shared else getattr(pitboss, f"on_{kind}"))
         assert list(inspect.signature(row.handler).parameters) == ["run", "event"]
-    named = {f"on_{kind}" for kind in (*pitboss.EVENTS, *pitboss.SHARED_EVENTS)}
-    assert {n for n in functions() if n.startswith("on_")} == named, "a handler without a row"
+    for kind, row in pitboss.SHARED_EVENTS.items():
+        assert row.handler is getattr(pitboss, f"on_{kind}")
+        assert list(inspect.signature(row.handler).parameters) == ["shared", "event"]
+        assert pitboss.EVENTS[kind].durable == row.durable
+    assert {n for n in functions() if n.startswith("on_")} == {"on_shared", *(f"on_{kind}" for kind in pitboss.EVENTS)}, \
+        "a handler without a row"
 
 
 def test_every_verb_that_is_owed_has_an_effect_and_is_paid():
@@ -309,15 +357,21 @@ def test_every_verb_that_is_owed_has_an_effect_and_is_paid():
                                                         if n.startswith("effect_")}
 
 
+RECORDED_ELSEWHERE = {
+    # effect: what it calls or waits for, and that records it
+    "stop":    ["effect_watch"],           # a hand that is stopped is watched to its end
+    "spawn":   ["find_spawned"],
+    "deliver": ["note_delivered"],         # when the agent's log echoes the message
+}
+
+
 def test_every_effect_records_that_it_has_happened():
     """What pays for a verb is recorded by its effect, or by what the effect calls or waits for."""
     for verb in pitboss.EFFECTS:
         paying = {kind for kind,
                   h in handlers().items() if verb in set().union(*map(verbs_paid, reached_from(h)))}
-        effects = {verb,
-                   "watch"} if verb == "stop" else {verb}      # a hand that is stopped is watched to its end
-        names = {f"Dispatcher.effect_{e}" for e in effects} | ({"Dispatcher.find_spawned"} if verb == "spawn"
-                                                               else set())
+        names = {f"Dispatcher.effect_{verb}", *(f"Dispatcher.{n}" for n in RECORDED_ELSEWHERE.get(verb, ()))}
+        assert names <= functions().keys()
         assert paying & set().union(*(recorded().get(n, set()) for n in names)), verb
 
 
@@ -467,6 +521,92 @@ def test_a_tool_is_shown_to_models(tool):
     assert shown["required"] == [f.name for f in row.fields if f.default is pitboss.REQUIRED]
 
 
+SPEC_TOOLS = {
+    # arguments, `?` for those that may be left out: keys of the result
+    "spawn_worker": ("prompt directory? branch? tools? timeout_secs? model? agent? env?", "task_id worktree_path"),
+    "worker_status": ("task_id", "state started_at partial_usage cost_usd last_text_preview prompt_preview"),
+    "wait_for_worker": ("task_id timeout_secs?", "settled state ..."),
+    "wait_for_any": ("task_ids timeout_secs?", "task_id record settled states"),
+    "list_workers": ("", "workers subleads"),
+    "cancel_worker": ("task_id reason?", "ok"),
+    "pause_worker": ("task_id mode?", "ok"),
+    "continue_worker": ("task_id prompt?", "ok"),
+    "reprompt_worker": ("task_id prompt", "ok delivery"),
+    "budget_status": ("", "budget_usd spent_usd reserved_usd workers_live max_workers"),
+    "kv_get": ("path", "entry"),
+    "kv_set": ("path value override_flag?", "version"),
+    "kv_cas": ("path expected_version new_value override_flag?", "version swapped"),
+    "kv_delete": ("path override_flag?", "existed"),
+    "kv_list": ("glob", "entries truncated total_matched"),
+    "kv_wait": ("path timeout_secs min_version?", "entry settled"),
+    "lease_acquire": ("name ttl_secs wait_secs?", "acquired lease_id version holder acquired_at expires_at"),
+    "lease_release": ("lease_id", "ok"),
+    "lease_list": ("", "leases"),
+    "run_lease_acquire": ("key ttl_secs wait_secs?", "acquired lease_id version holder acquired_at expires_at"),
+    "run_lease_release": ("lease_id? key?", "ok"),
+}
+SPEC_OPS = {
+    "list_workers": "", "cancel_worker": "task_id reason?", "cancel_run": "reason?", "pause_worker": "task_id mode?",
+    "continue_worker": "task_id prompt?", "reprompt_worker": "task_id prompt",
+}
+
+
+def arguments_of(fields: tuple) -> str:
+    return " ".join(f.name + ("" if f.default is pitboss.REQUIRED else "?") for f in fields)
+
+
+def test_tools_are_whole_and_shown_to_those_who_may_call_them():
+    assert set(SPEC_TOOLS) == set(pitboss.TOOLS)
+    shown = {role: {t["name"]: t for t in pitboss.tools_of(role)} for role in ("lead", "sublead", "worker", "task")}
+    assert shown["task"] == {} and list(shown["lead"]) == list(pitboss.TOOLS)
+    assert set(shown["worker"]) == {name for name in SPEC_TOOLS if re.match("kv_|(run_)?lease_", name)}
+    for name, row in pitboss.TOOLS.items():
+        arguments, result = SPEC_TOOLS[name]
+        assert row.name == name and re.fullmatch(r"[a-z]+(_[a-z]+)*", name) and row.roles and row.title
+        assert is_sentence_part(row.help) and not row.title.endswith(".") and row.run.__doc__
+        assert row.run.__name__.startswith("tool_") and list(inspect.signature(row.run).parameters) == [
+            "dispatcher", "actor", "args", "call"]
+        assert (arguments_of(row.fields), " ".join(row.result)) == (arguments, result), name
+        assert row.read_only == bool(re.search("spawn|wait|status|list|get", name)), name
+        for role, tools in shown.items():
+            assert (name in tools) == (role in row.roles)
+        told = shown["lead"][name]
+        assert told["description"].lower() == row.help.lower() + "." and told["title"] == row.title
+        assert told["annotations"] == {"title": row.title, "readOnlyHint": row.read_only}
+        assert told["outputSchema"] == pitboss.result_schema(row.result)
+        given, whole = told["inputSchema"], pitboss.schema_of(row.fields)
+        assert given["additionalProperties"] is False
+        assert given["properties"] == {f.name: whole["properties"][f.name] for f in row.fields}
+        for schema in (given, told["outputSchema"]):
+            assert list(schemas_in(schema)) and set(schema["required"]) <= set(schema["properties"]), name
+    handlers_there = {n for n in functions() if n.startswith("tool_")}
+    assert handlers_there == {row.run.__name__ for row in pitboss.TOOLS.values()}, "a handler without a row"
+
+
+@pytest.mark.parametrize("word, good, bad", [
+    ("text", ["a"], [None, 1]), ("text?", ["a", None], [1]), ("flag", [True], [0, None]), ("count", [1], [1.5, True]),
+    ("number?", [1.5, None], ["1"]), ("object", [{}], [[], None]), ("object[]", [[], [{}]], [{}, [1], None]),
+    ("any", [1, None, "a", {}], [])])
+def test_a_result_is_what_its_schema_says(word, good, bad):
+    schema = pitboss.result_schema({"x": word})
+    assert [v for v in good if faults(schema, {"x": v})] == [] and [v for v in bad if not faults(schema, {"x": v})] == []
+    assert bool(faults(schema, {})) == (not word.endswith("?"))
+    assert faults(schema, {"x": good[0], "y": 1}) and not faults(pitboss.result_schema({"x": word, "...": ""}),
+                                                                 {"x": good[0], "y": 1})
+
+
+def test_operations_are_whole():
+    assert {name: arguments_of(row.fields) for name, row in pitboss.OPS.items()} == SPEC_OPS
+    for name, row in pitboss.OPS.items():
+        assert row.run is getattr(pitboss, f"op_{name}") and row.run.__doc__ and is_sentence_part(row.help)
+        assert list(inspect.signature(row.run).parameters) == ["dispatcher", "message"]
+        for f in row.fields:        # the same words as the tool that does the same
+            tool = pitboss.TOOLS.get(name)
+            assert not tool or {(g.kind, g.choices, g.default) for g in tool.fields if g.name == f.name} == {
+                (f.kind, f.choices, f.default)}, f"{name}.{f.name}"
+    assert {n for n in functions() if n.startswith("op_")} == {f"op_{name}" for name in pitboss.OPS}
+
+
 def test_log_marks_are_each_shown_for_something():
     assert set(LOG_SAMPLES) == set(pitboss.LOG_MARKS)
     for mark, (colour, what) in pitboss.LOG_MARKS.items():
@@ -508,7 +648,7 @@ def test_commands_parse_their_own_examples():
 
 def test_the_reference_has_a_row_for_everything():
     text = pitboss.render_reference()
-    words = [f.name for table, f in all_fields() if f not in pitboss.HOUSE_FIELDS]
+    words = [f.name for _, f in all_fields()] + [f"| `{name}` |" for name in (*pitboss.TOOLS, *pitboss.OPS)]
     words += [*pitboss.STATUSES, *pitboss.AGENTS, *(str(code) for code, _ in pitboss.EXIT_CODES.values())]
     words += [c.name for c in pitboss.COMMANDS.values() if c.help] + [f"$ {s.usage}"
                                                                       for s in pitboss.STEPS.values()]
