@@ -367,7 +367,7 @@ def test_a_hand_that_met_a_limit_before_it_told_its_session_is_dealt_its_prompt(
 resumed =""", 1))
     run = spoken.deal("$ say one")
     dealt = [e for e in read_events(run) if e["kind"] == "hand_dealt"]
-    assert [e["how"] for e in dealt] == ["prompt", "afresh"] and read_records(run)[0]["final_message"] == "one"
+    assert [e["how"] for e in dealt] == ["prompt", "prompt"] and read_records(run)[0]["final_message"] == "one"
 
 
 def test_a_session_that_cannot_move_is_dealt_afresh_when_its_folder_cannot_be_made_again(spoken):
