@@ -375,7 +375,7 @@ def test_the_launcher_finds_another_python_when_its_own_is_gone(bare, tmp_path):
     text = launcher.read_text()
     launcher.write_text(re.sub(r"for python in \S+", "for python in /nowhere/python3", text))
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python3").symlink_to(shutil.which("python3"))
+    (tmp_path / "bin" / "python3").symlink_to(os.path.realpath(PYTHON))
     done = run_installed(bare, "version", env={**bare.env, "PATH": str(tmp_path / "bin")})
     assert done.stdout == f"pitboss {pitboss.VERSION}\n"
     done = run_installed(bare, "version", env={**bare.env, "PATH": str(tmp_path)})
