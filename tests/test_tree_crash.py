@@ -142,8 +142,8 @@ def make_crew(home: Home, lead: Script, promises: list[Promise], trail: Path, si
 # ---- rounds: SIGKILL at random moments, and at calls that were carried out and not answered ----
 
 ANSWERED = ("spawn", "cas", "set", "kv_deleted", "lease_granted", "lease_ended")
-AIMS = {"spawn": 'journal:"role":"worker".after', "cas": 'journal:"cas":true.after',
-        "half a cas": 'journal:"cas":true.half', "call": 'journal:"call".after'}
+AIMS = {"spawn": ('journal:"role":"worker".after', 4), "cas": ('journal:"cas":true.after', 20),
+        "half a cas": ('journal:"cas":true.half', 20), "call": ('journal:"call".after', 60)}
 
 
 def strike(crew: Crew, rng: random.Random, horizon_s: float, *args) -> bool:
@@ -153,14 +153,15 @@ def strike(crew: Crew, rng: random.Random, horizon_s: float, *args) -> bool:
     """
     aim = rng.choice(("moment", "moment", *AIMS))
     if aim != "moment":
-        return start_with_fault(crew, AIMS[aim], rng.randint(1, 4), *args)
+        moment, last = AIMS[aim]
+        return start_with_fault(crew, moment, rng.randint(1, last), *args)
     dispatcher = crew.start(*args)
     was_hit = strike_after(crew, dispatcher, rng.uniform(0, horizon_s))
     assert was_hit or dispatcher.returncode == 0, f"exit {dispatcher.returncode}: {crew.said()}"
     return was_hit
 
 
-def finish(tree: Tree, once: bool = True) -> None:
+def finish(tree: Tree) -> None:
     """Resume what has not ended; then nothing may be wrong with it."""
     crew, run_dir = tree.crew, tree.crew.run_dir()
     if run_dir is None:
@@ -206,3 +207,238 @@ def test_many_killed_dispatchers_of_a_tree_do_nothing_twice(tmp_path, record_pro
     print("carried over:", dict(hits))
     if ROUNDS >= 30:
         assert [what for what in ("killed", "killed again", *ANSWERED) if not hits[what]] == []
+
+
+# ---- calls that were written down and not answered ----
+
+def die_and_resume(root: Path, moment: str, n: int) -> Counter | None:
+    """Kill a small run at the n-th `moment` and resume it; what was carried over, None when it was not hit."""
+    root.mkdir(exist_ok=True)
+    tree = make_tree(root, random.Random(7), 2, 1)
+    try:
+        was_hit = start_with_fault(tree.crew, moment, n, "dispatch", tree.crew.manifest)
+        finish(tree)
+    except AssertionError as error:
+        raise AssertionError(f"{moment} {n} in {root}: {error}\n{tree.crew.said()}") from error
+    finally:
+        tree.crew.home.end_everything()
+    carried = tree_checker.carried_over(tree.crew.run_dir()) if tree.crew.run_dir() else Counter()
+    shutil.rmtree(root)
+    return carried if was_hit else None
+
+
+@pytest.mark.parametrize("what, moment, n", [
+    ("spawn", 'journal:"role":"worker".after', 1), ("spawn", 'journal:"role":"worker".after', 2),
+    ("cas", 'journal:"cas":true.after', 1), ("cas", 'journal:"cas":true.after', 3)])
+def test_a_call_that_was_carried_out_is_answered_and_not_done_again(tmp_path, what, moment, n):
+    assert die_and_resume(tmp_path / "tree", moment, n)[what] == 1
+
+
+@pytest.mark.parametrize("moment", ['journal:"role":"worker".half', 'journal:"cas":true.before'])
+def test_a_call_that_was_not_written_down_is_done_by_the_next_dispatcher(tmp_path, moment):
+    assert die_and_resume(tmp_path / "tree", moment, 1) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+def test_a_death_at_every_line_of_a_tree_loses_nothing(tmp_path, when):
+    """Until three runs have ended without it; `after` has then carried every kind of call over."""
+    carried, misses, n = Counter(), 0, 0
+    while misses < 3:
+        n += 1
+        found = die_and_resume(tmp_path / f"n{n}", f"journal.{when}", n)
+        carried, misses = carried + (found or Counter()), misses + (found is None)
+    assert n > 40
+    if when == "after":
+        assert [what for what in ANSWERED if not carried[what]] == []
+
+
+# ---- a dispatcher dies while its agents are at work ----
+
+def make_waiting_tree(root: Path, names: list[str], late: str = "") -> Tree:
+    """Workers that wait for the file `go`, a lead that waits for them; it spawns `late` after `lead-go`."""
+    home, trail = Home(root), root / "trail"
+    trail.mkdir()
+    lead, scripts, spawned = Script(), [], []
+    lead.step(f"run {trail_begin(trail, LEAD)}")
+    for name in [*names, late] if late else names:
+        script = Script()
+        script.step(f"run {trail_begin(trail, name)}")
+        script.call("kv_set", path="/peer/self/notes", value="begun")
+        script.step(f"run touch {root}/{name}.ready")
+        script.wait_for_file(root / "go")
+        script.call("kv_cas", path="/peer/self/notes", expected_version=1, new_value="done")
+        script.step(f"append {checker.LOOSE} {name} loose")
+        script.step(f"run {trail_end(trail, name)}")
+        scripts.append(script.text())
+        if name == late:
+            lead.step(f"run touch {root}/{LEAD}.ready")
+            lead.wait_for_file(root / "lead-go")
+        spawned.append(lead.call("spawn_worker", prompt=script.text()))
+    for n in spawned:
+        lead.call("wait_for_worker", task_id=f"<{n}.task_id>")
+    lead.call("budget_status")
+    lead.step(f"run {trail_end(trail, LEAD)}")
+    names = [*names, late] if late else names
+    promises = [Promise(LEAD), *(Promise(name, (), (f"{name} loose",)) for name in names)]
+    crew = make_crew(home, lead, promises, trail, len(names))
+    return Tree(crew, scripts, {f"/peer/{name}/notes": ("done", 2) for name in names})
+
+
+@pytest.fixture
+def grow(tmp_path):
+    """Makes a waiting tree and dispatches it: the tree, the dispatcher, the run folder."""
+    trees = []
+
+    def make(names: list[str], late: str = "") -> tuple[Tree, subprocess.Popen, Path]:
+        tree = make_waiting_tree(tmp_path, names, late)
+        trees.append(tree)
+        dispatcher = tree.crew.start("dispatch", tree.crew.manifest)
+        ready = [*names, LEAD] if late else names
+        wait_for(lambda: all(tree.go(f"{name}.ready").exists() for name in ready) or dispatcher.poll(), 60,
+                 "all scripts to wait")
+        run_dir = tree.crew.run_dir()
+        wait_for(lambda: kinds(run_dir)["hand_started"] == len(names) + 1, 30, "every hand_started")
+        if not late:
+            wait_for(lambda: is_asking(run_dir, LEAD, "wait_for_worker"), 30, "the lead to wait")
+        return tree, dispatcher, run_dir
+
+    yield make
+    for tree in trees:
+        tree.crew.home.end_everything()
+
+
+def is_asking(run_dir: Path, actor: str, tool: str) -> bool:
+    """Whether the last call of an actor is one of that tool and has no answer."""
+    calls = calls_of(run_dir, actor)
+    return bool(calls) and calls[-1].tool == tool and calls[-1].result is None
+
+
+def hand_processes(run_dir: Path, actor: str, hand: int = 1) -> dict[int, str]:
+    """The living processes of one hand: the shell around it, the agent, its bridge, what it started."""
+    return processes_with(f"{run_dir.name}:{actor}:{hand}")
+
+
+def bridges(run_dir: Path) -> set[int]:
+    return {pid for pid, line in processes_with(f"PITBOSS_RUN_ID={run_dir.name}").items()
+            if "/self/bridge" in line}
+
+
+def take_over(tree: Tree, run_dir: Path) -> subprocess.Popen:
+    """A resume that holds the run."""
+    before = kinds(run_dir)["dispatcher_started"]
+    resumed = tree.crew.start("resume", run_dir.name)
+    wait_for(lambda: kinds(run_dir)["dispatcher_started"] > before or resumed.poll() is not None, 30,
+             "the takeover")
+    return resumed
+
+
+def check_end(tree: Tree, dispatcher: subprocess.Popen, once: bool = True) -> None:
+    assert dispatcher.wait(60) == 0, tree.crew.said()
+    assert tree.faults(once) == []
+
+
+def test_resume_adopts_a_lead_and_its_workers_and_answers_its_wait(grow):
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2", "worker-3"])
+    there = bridges(run_dir)
+    kill(dispatcher)
+    assert len(there) == 4
+    resumed = take_over(tree, run_dir)
+    assert bridges(run_dir) == there
+    assert is_asking(run_dir, LEAD, "wait_for_worker")
+    tree.go().touch()
+    check_end(tree, resumed)
+    assert sorted(p.name for p in run_dir.glob("tasks/*/hand.*")) == ["hand.1"] * 4
+    assert {e["hand"] for e in read_events(run_dir) if e["kind"] == "hand_dealt"} == {1}
+
+
+def test_what_is_asked_for_while_nobody_is_there_happens_once(grow):
+    """A spawn of the lead and a write of each worker, between two dispatchers."""
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], late="worker-3")
+    kill(dispatcher)
+    tree.go().touch()
+    tree.go("lead-go").touch()
+    wait_for(lambda: is_asking(run_dir, LEAD, "spawn_worker"), 30, "the lead to ask for a worker")
+    for name in ("worker-1", "worker-2"):
+        wait_for(lambda name=name: is_asking(run_dir, name, "kv_cas"), 30, "the workers to write")
+    before = kinds(run_dir)
+    check_end(tree, take_over(tree, run_dir))
+    assert (before["actor_added"], kinds(run_dir)["actor_added"]) == (3, 4)
+
+
+def test_a_run_whose_agents_wait_outlives_several_dispatchers(grow):
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], late="worker-3")
+    for n in range(3):
+        kill(dispatcher)
+        dispatcher = take_over(tree, run_dir)
+        if n == 1:
+            tree.go("lead-go").touch()
+    tree.go().touch()
+    check_end(tree, dispatcher)
+
+
+def test_of_two_resumes_of_a_tree_one_is_refused_and_one_finishes(grow):
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"])
+    kill(dispatcher)
+    both = [tree.crew.start("resume", run_dir.name) for _ in range(2)]
+    wait_for(lambda: any(p.poll() is not None for p in both), 30, "a refusal")
+    refused, winner = sorted(both, key=lambda p: p.poll() is None)
+    assert refused.returncode == 4, tree.crew.said()
+    tree.go().touch()
+    check_end(tree, winner)
+    assert kinds(run_dir)["dispatcher_started"] == 2
+
+
+# ---- the lead's process dies ----
+
+def end_hand(run_dir: Path, actor: str) -> None:
+    """SIGKILL to all of an actor's first hand at once: all is stopped first, so that no exit is told."""
+    stopped: set[int] = set()
+    while fresh := hand_processes(run_dir, actor).keys() - stopped:
+        signal_all(fresh, signal.SIGSTOP)
+        stopped |= fresh
+    signal_all(stopped, signal.SIGKILL)
+    wait_for(lambda: not hand_processes(run_dir, actor), 10, f"the end of {actor}'s hand")
+
+
+def echoes(run_dir: Path, actor: str) -> list[str]:
+    """What an actor was told, by its own echoes."""
+    return [e["message"]["content"] for e in tree_checker.log_events(run_dir, actor)
+            if e["type"] == "user" and e.get("isReplay")]
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "unwatched"])
+def test_a_lead_that_vanishes_is_dealt_again_with_a_digest(grow, watched):
+    """Its workers go on; the next hand is told of them and waits for them anew."""
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"])
+    if not watched:
+        kill(dispatcher)
+    end_hand(run_dir, LEAD)
+    if not watched:
+        dispatcher = take_over(tree, run_dir)
+    wait_for(lambda: hand_processes(run_dir, LEAD, 2), 30, "the lead's second hand")
+    wait_for(lambda: is_asking(run_dir, LEAD, "wait_for_worker"), 30, "the lead to wait again")
+    tree.go().touch()
+    check_end(tree, dispatcher, once=False)
+    told = echoes(run_dir, LEAD)
+    assert len(told) == 2 and told[1].startswith("continue")
+    assert all(f"- {name}: Running" in told[1] for name in ("worker-1", "worker-2")), told[1]
+    assert [(e["actor"], e["hand"]) for e in read_events(run_dir) if e["kind"] == "hand_dealt"] == [
+        (LEAD, 1), ("worker-1", 1), ("worker-2", 1), (LEAD, 2)]
+
+
+def test_a_digest_tells_of_a_worker_whose_spawn_was_never_answered(tmp_path):
+    tree = make_waiting_tree(tmp_path, ["worker-1", "worker-2"])
+    crew = tree.crew
+    try:
+        assert start_with_fault(crew, 'journal:"role":"worker".after', 2, "dispatch", crew.manifest)
+        run_dir = crew.run_dir()
+        assert is_asking(run_dir, LEAD, "spawn_worker")
+        end_hand(run_dir, LEAD)
+        resumed = take_over(tree, run_dir)
+        wait_for(lambda: len(echoes(run_dir, LEAD)) == 2, 30, "the lead's second hand")
+        told = echoes(run_dir, LEAD)[1]
+    finally:
+        crew.home.end_everything()
+    assert all(f"- {name}: " in told for name in ("worker-1", "worker-2")), told
+    resumed.wait(30)

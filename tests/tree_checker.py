@@ -125,41 +125,46 @@ def check_keys(run_dir: Path) -> list[str]:
 def check_money(run_dir: Path) -> list[str]:
     """What the agents said they cost is what the records say, in sum what the run and its budget say."""
     faults, costs = [], {r["task_id"]: r["cost_usd"] or 0.0 for r in read_records(run_dir)}
+    ends = [e for e in read_events(run_dir) if e["kind"] == "hand_ended"]
     for actor, cost in costs.items():
-        told = sum(told_costs(run_dir, actor))
-        if abs(told - cost) > PENNY:
-            faults.append(f"{actor}: its log says {told} USD, its record {cost}")
+        booked = {e["hand"]: e["cost_usd"] for e in ends if e["actor"] == actor}
+        faults += [f"{actor}: its hand {hand} said {told} USD, {booked[hand]} were booked"
+                   for hand, told in told_costs(run_dir, actor).items() if abs(told - booked[hand]) > PENNY]
+        if abs(sum(booked.values()) - cost) > PENNY:
+            faults.append(f"{actor}: {booked} USD were booked, its record says {cost}")
     total = json.loads((run_dir / "summary.json").read_bytes())["total_cost_usd"] or 0.0
     if abs(total - sum(costs.values())) > PENNY:
         faults.append(f"summary.json: {total} USD in total, the records say {sum(costs.values())}")
     return faults + check_books(run_dir, costs)
 
 
-def told_costs(run_dir: Path, actor: str) -> list[float]:
-    """The last result of each hand that had one: what that process cost."""
-    results: dict[int, float] = {}
-    ends = [e["log_at"] for e in read_events(run_dir) if e["kind"] == "hand_ended" and e["actor"] == actor]
-    at = 0
+def told_costs(run_dir: Path, actor: str) -> dict[int, float]:
+    """What each hand with a result said that it cost; one that was killed said nothing."""
+    ends = sorted((e["log_at"], e["hand"]) for e in read_events(run_dir)
+                  if e["kind"] == "hand_ended" and e["actor"] == actor)
+    results, at = {}, 0
     for line in (run_dir / "tasks" / actor / "stdout.log").read_bytes().splitlines(keepends=True):
         at += len(line)
         event = json.loads(line)
         if event["type"] == "result":
-            results[sum(at > end for end in ends)] = event["total_cost_usd"]
-    return list(results.values())
+            results[next(hand for end, hand in ends if at <= end)] = event["total_cost_usd"]
+    return results
 
 
 def check_books(run_dir: Path, costs: dict[str, float]) -> list[str]:
     """A budget_status after the last worker: its cost is spent to the cent, and nothing is reserved."""
     events = read_events(run_dir)
-    lead = next(e["actor"] for e in events if e["kind"] == "actor_added")
+    lead = actors_of(run_dir)[0]
     settled = max((e["at"] for e in events if e["kind"] == "hand_ended" and e["actor"] != lead), default=0.0)
     faults = []
     for call in calls_of(run_dir, lead):
         if call.tool != "budget_status" or not call.result or call.at < settled:
             continue
-        own = [e["cost_usd"] for e in events if e["kind"] == "usage" and e["actor"] == lead
-               and e["at"] <= call.at]
-        want = sum(cost for actor, cost in costs.items() if actor != lead) + (own[-1] if own else 0.0)
+        own: dict[int, float] = {}       # by hand: what it has cost so far
+        for event in events:
+            if event["kind"] in ("usage", "hand_ended") and event["actor"] == lead and event["at"] <= call.at:
+                own[event["hand"]] = event["cost_usd"]
+        want = sum(cost for actor, cost in costs.items() if actor != lead) + sum(own.values())
         got = call.result
         if abs(got["spent_usd"] - want) > PENNY or got["reserved_usd"] or got["workers_live"]:
             faults.append(f"budget_status: {got}, but {want} USD were spent and no worker lives")
