@@ -21,9 +21,9 @@ import pytest
 import checker
 import tree_checker
 from checker import Promise, trail_begin, trail_end
-from test_crash import (Crew, is_finished, kill, kinds, signal_all, start_with_fault, state_of, strike_after,
+from test_crash import (FAULTS, Crew, is_finished, kill, kinds, signal_all, start_with_fault, state_of, strike_after,
                         time_passes)
-from tools import Home, processes_with, read_events, read_records, wait_for
+from tools import ISOLATED, PYTHON, Home, processes_with, read_events, read_records, wait_for
 from tree_checker import calls_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the verdict reads /proc")
@@ -255,34 +255,70 @@ def test_a_death_at_every_line_of_a_tree_loses_nothing(tmp_path, when):
 
 # ---- a dispatcher dies while its agents are at work ----
 
-def make_waiting_tree(root: Path, names: list[str], late: str = "") -> Tree:
-    """Workers that wait for the file `go`, a lead that waits for them; it spawns `late` after `lead-go`."""
-    home, trail = Home(root), root / "trail"
-    trail.mkdir()
-    lead, scripts, spawned = Script(), [], []
-    lead.step(f"run {trail_begin(trail, LEAD)}")
-    for name in [*names, late] if late else names:
-        script = Script()
-        script.step(f"run {trail_begin(trail, name)}")
-        script.call("kv_set", path="/peer/self/notes", value="begun")
-        script.step(f"run touch {root}/{name}.ready")
-        script.wait_for_file(root / "go")
-        script.call("kv_cas", path="/peer/self/notes", expected_version=1, new_value="done")
-        script.step(f"append {checker.LOOSE} {name} loose")
-        script.step(f"run {trail_end(trail, name)}")
-        scripts.append(script.text())
-        if name == late:
-            lead.step(f"run touch {root}/{LEAD}.ready")
-            lead.wait_for_file(root / "lead-go")
-        spawned.append(lead.call("spawn_worker", prompt=script.text()))
-    for n in spawned:
+def waiting_script(root: Path, name: str, go: str = "go") -> Script:
+    """A worker that waits for a file and then has something to do."""
+    script = Script()
+    script.step(f"run {trail_begin(root / 'trail', name)}")
+    script.call("kv_set", path="/peer/self/notes", value="begun")
+    script.step(f"run touch {root}/{name}.ready")
+    script.wait_for_file(root / go)
+    script.call("kv_cas", path="/peer/self/notes", expected_version=1, new_value="done")
+    script.step(f"append {checker.LOOSE} {name} loose")
+    script.step(f"run {trail_end(root / 'trail', name)}")
+    return script
+
+
+def make_waiting_tree(root: Path, names: list[str], middle=None) -> Tree:
+    """Workers that wait for the file `go`, and a lead that waits for them, twice.
+
+    Before that, `middle(lead, spawned)` adds to the lead's script; it gives the scripts of further workers.
+    """
+    home = Home(root)
+    (root / "trail").mkdir()
+    lead, scripts = Script(), [waiting_script(root, name).text() for name in names]
+    lead.step(f"run {trail_begin(root / 'trail', LEAD)}")
+    spawned = [lead.call("spawn_worker", prompt=prompt) for prompt in scripts]
+    for name in names:
+        lead.wait_for_file(root / f"{name}.ready")
+    scripts += middle(lead, spawned) or () if middle else ()
+    for n in [*spawned, *spawned]:
         lead.call("wait_for_worker", task_id=f"<{n}.task_id>")
     lead.call("budget_status")
-    lead.step(f"run {trail_end(trail, LEAD)}")
-    names = [*names, late] if late else names
+    lead.step(f"run {trail_end(root / 'trail', LEAD)}")
+    names = [f"worker-{n + 1}" for n in range(len(scripts))]
     promises = [Promise(LEAD), *(Promise(name, (), (f"{name} loose",)) for name in names)]
-    crew = make_crew(home, lead, promises, trail, len(names))
+    crew = make_crew(home, lead, promises, root / "trail", len(names))
     return Tree(crew, scripts, {f"/peer/{name}/notes": ("done", 2) for name in names})
+
+
+def one_more(root: Path):
+    """A middle: the lead spawns a third worker when there is the file `lead-go`."""
+    def add(lead: Script, spawned: list[int]) -> list[str]:
+        prompt = waiting_script(root, "worker-3").text()
+        lead.step(f"run touch {root}/{LEAD}.ready")
+        lead.wait_for_file(root / "lead-go")
+        spawned.append(lead.call("spawn_worker", prompt=prompt))
+        return [prompt]
+
+    return add
+
+
+def rest_one(root: Path, mode: str):
+    """A middle: the lead lets the first worker rest until there is the file `lead-go`."""
+    def add(lead: Script, spawned: list[int]) -> None:
+        first = f"<{spawned[0]}.task_id>"
+        lead.call("pause_worker", task_id=first, mode=mode)
+        lead.step(f"run touch {root}/{LEAD}.ready")
+        lead.wait_for_file(root / "lead-go")
+        lead.call("continue_worker", task_id=first)
+        lead.step(f"run touch {root}/go")
+
+    return add
+
+
+def wait_for_ready(tree: Tree, dispatcher: subprocess.Popen, *names: str) -> None:
+    wait_for(lambda: all(tree.go(f"{name}.ready").exists() for name in names)
+             or dispatcher.poll() is not None, 60, "the scripts to wait")
 
 
 @pytest.fixture
@@ -290,16 +326,14 @@ def grow(tmp_path):
     """Makes a waiting tree and dispatches it: the tree, the dispatcher, the run folder."""
     trees = []
 
-    def make(names: list[str], late: str = "") -> tuple[Tree, subprocess.Popen, Path]:
-        tree = make_waiting_tree(tmp_path, names, late)
+    def make(names: list[str], middle=None) -> tuple[Tree, subprocess.Popen, Path]:
+        tree = make_waiting_tree(tmp_path, names, middle)
         trees.append(tree)
         dispatcher = tree.crew.start("dispatch", tree.crew.manifest)
-        ready = [*names, LEAD] if late else names
-        wait_for(lambda: all(tree.go(f"{name}.ready").exists() for name in ready) or dispatcher.poll(), 60,
-                 "all scripts to wait")
+        wait_for_ready(tree, dispatcher, *names, *([LEAD] if middle else []))
         run_dir = tree.crew.run_dir()
         wait_for(lambda: kinds(run_dir)["hand_started"] == len(names) + 1, 30, "every hand_started")
-        if not late:
+        if not middle:
             wait_for(lambda: is_asking(run_dir, LEAD, "wait_for_worker"), 30, "the lead to wait")
         return tree, dispatcher, run_dir
 
@@ -324,10 +358,10 @@ def bridges(run_dir: Path) -> set[int]:
             if "/self/bridge" in line}
 
 
-def take_over(tree: Tree, run_dir: Path) -> subprocess.Popen:
+def take_over(crew: Crew, run_dir: Path) -> subprocess.Popen:
     """A resume that holds the run."""
     before = kinds(run_dir)["dispatcher_started"]
-    resumed = tree.crew.start("resume", run_dir.name)
+    resumed = crew.start("resume", run_dir.name)
     wait_for(lambda: kinds(run_dir)["dispatcher_started"] > before or resumed.poll() is not None, 30,
              "the takeover")
     return resumed
@@ -343,7 +377,7 @@ def test_resume_adopts_a_lead_and_its_workers_and_answers_its_wait(grow):
     there = bridges(run_dir)
     kill(dispatcher)
     assert len(there) == 4
-    resumed = take_over(tree, run_dir)
+    resumed = take_over(tree.crew, run_dir)
     assert bridges(run_dir) == there
     assert is_asking(run_dir, LEAD, "wait_for_worker")
     tree.go().touch()
@@ -352,9 +386,9 @@ def test_resume_adopts_a_lead_and_its_workers_and_answers_its_wait(grow):
     assert {e["hand"] for e in read_events(run_dir) if e["kind"] == "hand_dealt"} == {1}
 
 
-def test_what_is_asked_for_while_nobody_is_there_happens_once(grow):
+def test_what_is_asked_for_while_nobody_is_there_happens_once(grow, tmp_path):
     """A spawn of the lead and a write of each worker, between two dispatchers."""
-    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], late="worker-3")
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], one_more(tmp_path))
     kill(dispatcher)
     tree.go().touch()
     tree.go("lead-go").touch()
@@ -362,15 +396,15 @@ def test_what_is_asked_for_while_nobody_is_there_happens_once(grow):
     for name in ("worker-1", "worker-2"):
         wait_for(lambda name=name: is_asking(run_dir, name, "kv_cas"), 30, "the workers to write")
     before = kinds(run_dir)
-    check_end(tree, take_over(tree, run_dir))
+    check_end(tree, take_over(tree.crew, run_dir))
     assert (before["actor_added"], kinds(run_dir)["actor_added"]) == (3, 4)
 
 
-def test_a_run_whose_agents_wait_outlives_several_dispatchers(grow):
-    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], late="worker-3")
+def test_a_run_whose_agents_wait_outlives_several_dispatchers(grow, tmp_path):
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], one_more(tmp_path))
     for n in range(3):
         kill(dispatcher)
-        dispatcher = take_over(tree, run_dir)
+        dispatcher = take_over(tree.crew, run_dir)
         if n == 1:
             tree.go("lead-go").touch()
     tree.go().touch()
@@ -415,7 +449,7 @@ def test_a_lead_that_vanishes_is_dealt_again_with_a_digest(grow, watched):
         kill(dispatcher)
     end_hand(run_dir, LEAD)
     if not watched:
-        dispatcher = take_over(tree, run_dir)
+        dispatcher = take_over(tree.crew, run_dir)
     wait_for(lambda: hand_processes(run_dir, LEAD, 2), 30, "the lead's second hand")
     wait_for(lambda: is_asking(run_dir, LEAD, "wait_for_worker"), 30, "the lead to wait again")
     tree.go().touch()
@@ -428,17 +462,162 @@ def test_a_lead_that_vanishes_is_dealt_again_with_a_digest(grow, watched):
 
 
 def test_a_digest_tells_of_a_worker_whose_spawn_was_never_answered(tmp_path):
-    tree = make_waiting_tree(tmp_path, ["worker-1", "worker-2"])
-    crew = tree.crew
+    crew = make_waiting_tree(tmp_path, ["worker-1", "worker-2"]).crew
     try:
         assert start_with_fault(crew, 'journal:"role":"worker".after', 2, "dispatch", crew.manifest)
         run_dir = crew.run_dir()
         assert is_asking(run_dir, LEAD, "spawn_worker")
         end_hand(run_dir, LEAD)
-        resumed = take_over(tree, run_dir)
+        take_over(crew, run_dir)
         wait_for(lambda: len(echoes(run_dir, LEAD)) == 2, 30, "the lead's second hand")
         told = echoes(run_dir, LEAD)[1]
     finally:
         crew.home.end_everything()
     assert all(f"- {name}: " in told for name in ("worker-1", "worker-2")), told
-    resumed.wait(30)
+
+
+# ---- a bridge dies ----
+
+def end_bridge(run_dir: Path, actor: str) -> None:
+    """SIGKILL to the one bridge of an actor's first hand."""
+    pid, = hand_processes(run_dir, actor).keys() & bridges(run_dir)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: state_of(pid) in "ZX", 10, "the bridge's end")
+
+
+def test_an_agent_goes_on_with_another_bridge(grow):
+    """The lead's dies in a wait, which it asks for again; a worker's dies between two calls."""
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"])
+    end_bridge(run_dir, LEAD)
+    end_bridge(run_dir, "worker-1")
+    wait_for(lambda: len(bridges(run_dir)) == 2, 30, "the lead's next bridge")
+    tree.go().touch()
+    check_end(tree, dispatcher, once=False)
+    lost = [call for call in calls_of(run_dir, LEAD) if call.result is None]
+    assert [(call.tool, call.words) for call in lost] == [("wait_for_worker", "Connection closed")]
+    assert tree_checker.check_answers(run_dir, "worker-1") == []
+
+
+def test_a_bridge_dies_while_no_dispatcher_is_there(grow):
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"])
+    kill(dispatcher)
+    end_bridge(run_dir, LEAD)
+    end_bridge(run_dir, "worker-1")
+    tree.go().touch()
+    wait_for(lambda: is_asking(run_dir, "worker-1", "kv_cas"), 30, "the worker to write")
+    check_end(tree, take_over(tree.crew, run_dir), once=False)
+
+
+def test_a_spawn_whose_bridge_died_before_its_answer_happened_once(tmp_path):
+    """The dispatcher stands still right after it wrote the spawn down, and goes on when the bridge is dead."""
+    home, lead, prompt = Home(tmp_path), Script(), waiting_script(tmp_path, "worker-1").text()
+    (tmp_path / "trail").mkdir()
+    lead.call("spawn_worker", prompt=prompt)
+    listed = lead.call("list_workers")
+    lead.call("wait_for_worker", task_id=f"<{listed}.workers.0.task_id>")
+    crew = make_crew(home, lead, [Promise(LEAD), Promise("worker-1", (), ("worker-1 loose",))],
+                     tmp_path / "trail", 1)
+    (tmp_path / "go").touch()
+    dispatcher = start_until(crew, 'journal:"role":"worker".after', 1, "dispatch", crew.manifest)
+    try:
+        end_bridge(crew.run_dir(), LEAD)
+        dispatcher.send_signal(signal.SIGCONT)
+        assert dispatcher.wait(60) == 0, crew.said()
+    finally:
+        home.end_everything()
+    run_dir = crew.run_dir()
+    assert [call.words for call in calls_of(run_dir, LEAD) if call.result is None] == ["Connection closed"]
+    assert kinds(run_dir)["actor_added"] == 2
+    assert checker.check_run(run_dir, crew.repo, crew.promises) == []
+
+
+def test_a_place_in_a_queue_outlives_its_bridge(tmp_path):
+    """What the dead bridge waited for comes to the actor, which asks again and is not locked out by itself."""
+    home, lead, worker = Home(tmp_path), Script(), Script()
+    for _ in range(2):
+        got = worker.call("lease_acquire", name="door", ttl_secs=600, wait_secs=600)
+    worker.call("lease_release", lease_id=f"<{got}.lease_id>")
+    held = lead.call("lease_acquire", name="door", ttl_secs=600)
+    spawned = lead.call("spawn_worker", prompt=worker.text())
+    lead.wait_for_file(tmp_path / "go")
+    lead.call("lease_release", lease_id=f"<{held}.lease_id>")
+    lead.call("wait_for_worker", task_id=f"<{spawned}.task_id>")
+    lead.call("lease_acquire", name="door", ttl_secs=600)
+    crew = make_crew(home, lead, [Promise(LEAD), Promise("worker-1")], tmp_path / "trail", 1)
+    dispatcher = crew.start("dispatch", crew.manifest)
+    try:
+        run_dir = wait_for(crew.run_dir, 30)
+        wait_for(lambda: kinds(run_dir)["lease_queued"] == 1, 30, "the worker to wait")
+        end_bridge(run_dir, "worker-1")
+        wait_for(lambda: kinds(run_dir)["lease_queued"] == 2, 30, "the worker to wait again")
+        (tmp_path / "go").touch()
+        assert dispatcher.wait(60) == 0, crew.said()
+    finally:
+        home.end_everything()
+    assert checker.check_run(run_dir, crew.repo, crew.promises) == []
+    last = calls_of(run_dir, LEAD)[-1].result
+    assert last["acquired"] and last["version"] == 3, last
+
+
+def start_until(crew: Crew, moment: str, n: int, *args) -> subprocess.Popen:
+    """The program, stopped at the n-th `moment`; SIGCONT lets it go on."""
+    dispatcher = crew.start(argv=[PYTHON, *ISOLATED, str(FAULTS), moment, str(n), "--", *map(str, args)])
+    wait_for(lambda: dispatcher.poll() is not None or state_of(dispatcher.pid) == "T", 60, f"{moment} {n}")
+    assert dispatcher.poll() is None, crew.said()
+    return dispatcher
+
+
+# ---- a worker rests while its dispatcher dies ----
+
+def states(run_dir: Path, actor: str) -> set[str]:
+    """The kernel's letters for the processes of an actor's first hand; T is stopped."""
+    return {state_of(pid) for pid in hand_processes(run_dir, actor)}
+
+
+def test_a_frozen_worker_stays_frozen(grow, tmp_path):
+    """Also when somebody wakes its processes while no dispatcher is there: adoption stops them again."""
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], rest_one(tmp_path, "freeze"))
+    assert states(run_dir, "worker-1") == {"T"}
+    kill(dispatcher)
+    assert states(run_dir, "worker-1") == {"T"}
+    signal_all(hand_processes(run_dir, "worker-1"), signal.SIGCONT)
+    resumed = take_over(tree.crew, run_dir)
+    wait_for(lambda: states(run_dir, "worker-1") == {"T"}, 30, "the freeze")
+    assert "T" not in states(run_dir, "worker-2")
+    tree.go("lead-go").touch()
+    check_end(tree, resumed)
+
+
+def test_a_paused_worker_stays_paused(grow, tmp_path):
+    tree, dispatcher, run_dir = grow(["worker-1", "worker-2"], rest_one(tmp_path, "cancel"))
+    assert not hand_processes(run_dir, "worker-1")
+    kill(dispatcher)
+    resumed = take_over(tree.crew, run_dir)
+    tree.go("lead-go").touch()
+    check_end(tree, resumed)
+    dealt = [(e["kind"], e.get("hand")) for e in read_events(run_dir) if e.get("actor") == "worker-1"
+             and e["kind"] in ("hand_dealt", "pause_decided", "continue_decided")]
+    assert dealt == [("hand_dealt", 1), ("pause_decided", None), ("continue_decided", None),
+                     ("hand_dealt", 2)]
+
+
+@pytest.mark.parametrize("mode, moment", [
+    ("freeze", 'journal:"pause_decided".after'), ("freeze", 'journal:"kind":"frozen".before'),
+    ("freeze", 'journal:"continue_decided".after'), ("freeze", 'journal:"kind":"thawed".before'),
+    ("cancel", 'journal:"pause_decided".after'), ("cancel", 'journal:"continue_decided".after')])
+def test_a_rest_that_was_decided_is_carried_out_by_the_next_dispatcher(tmp_path, mode, moment):
+    tree = make_waiting_tree(tmp_path, ["worker-1", "worker-2"], rest_one(tmp_path, mode))
+    crew = tree.crew
+    if "continue" in moment or "thawed" in moment:
+        tree.go("lead-go").touch()
+    try:
+        assert start_with_fault(crew, moment, 1, "dispatch", crew.manifest)
+        run_dir = crew.run_dir()
+        resumed = take_over(crew, run_dir)
+        if not tree.go("lead-go").exists():
+            wait_for(lambda: states(run_dir, "worker-1") == ({"T"} if mode == "freeze" else set()), 30,
+                     "the rest")
+            tree.go("lead-go").touch()
+        check_end(tree, resumed)
+    finally:
+        crew.home.end_everything()
