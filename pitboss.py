@@ -8324,11 +8324,14 @@ class Dispatcher:
 
 
 def topics_of(event: dict) -> list[tuple]:
-    """What an event is news of: an actor, a path of a store, a call for a lease."""
+    """What an event is news of: an actor, a path of a store, a lease.
+
+    A lease's waiters are told together: what one call of an actor is granted answers its other ones.
+    """
     if event["kind"] in ("kv_written", "kv_deleted"):
         return [("kv", event["layer"], event["path"])]
     if event["kind"] in SHARED_EVENTS:
-        return [("lease", event["call"])] if "call" in event else []
+        return [("lease", event["scope"], event["name"])]
     return [("actor", event["actor"])] if "actor" in event else []
 
 
@@ -9061,7 +9064,7 @@ async def await_lease(dispatcher: Dispatcher, actor: Actor, scope: str, name: st
     """Wait in a lease's queue; a call that is cancelled gives up its place."""
     shared, caller = dispatcher.run.shared, sharer(dispatcher, actor)
     while (answer := answer_wait(shared, caller, scope, name, call)) is None:
-        await dispatcher.hear(("lease", call), deadline=None)
+        await dispatcher.hear(("lease", scope, name), deadline=None)
     return answer
 
 
