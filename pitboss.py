@@ -7492,6 +7492,8 @@ class Dispatcher:
             self.record("drained", why="no_space")
         if self.run.draining == "no_space" and not self.run.live and not self.run.closing:
             self.ended.set()           # not the run's end: it goes on when there is room
+        if self.run.shared.ready:      # who held a lease has ended: who waits for it gets it
+            self.settle_leases()
 
     async def keep_synced(self) -> None:
         """One fsync for all events that wait, in a thread; then what they owe is acted on."""

@@ -559,6 +559,33 @@ def test_a_place_in_a_queue_outlives_its_bridge(tmp_path):
     assert last["acquired"] and last["version"] == 3, last
 
 
+@pytest.mark.parametrize("is_killed", [False, True], ids=["alive", "killed"])
+def test_a_lease_of_an_actor_that_ends_goes_to_who_waits(tmp_path, is_killed):
+    """Also when it ends while no dispatcher is there; nothing else happens that would tell of it."""
+    home, lead, worker = Home(tmp_path), Script(), Script()
+    worker.call("lease_acquire", name="door", ttl_secs=600)
+    worker.step(f"run touch {tmp_path}/ready")
+    worker.wait_for_file(tmp_path / "go")
+    lead.call("spawn_worker", prompt=worker.text())
+    lead.wait_for_file(tmp_path / "ready")
+    lead.call("lease_acquire", name="door", ttl_secs=600, wait_secs=600)
+    crew = make_crew(home, lead, [Promise(LEAD), Promise("worker-1")], tmp_path / "trail", 1)
+    dispatcher = crew.start("dispatch", crew.manifest)
+    try:
+        run_dir = wait_for(crew.run_dir, 30)
+        wait_for(lambda: kinds(run_dir)["lease_queued"] == 1, 30, "the lead to wait")
+        if is_killed:
+            kill(dispatcher)
+        (tmp_path / "go").touch()
+        if is_killed:
+            wait_for((run_dir / "tasks/worker-1/exit.1").exists, 30, "the worker's end")
+            dispatcher = take_over(crew, run_dir)
+        assert dispatcher.wait(30) == 0, crew.said()
+    finally:
+        home.end_everything()
+    assert calls_of(run_dir, LEAD)[-1].result["version"] == 2
+
+
 def start_until(crew: Crew, moment: str, n: int, *args) -> subprocess.Popen:
     """The program, stopped at the n-th `moment`; SIGCONT lets it go on."""
     dispatcher = crew.start(argv=[PYTHON, *ISOLATED, str(FAULTS), moment, str(n), "--", *map(str, args)])
