@@ -268,14 +268,15 @@ def waiting_script(root: Path, name: str, go: str = "go") -> Script:
     return script
 
 
-def make_waiting_tree(root: Path, names: list[str], middle=None) -> Tree:
-    """Workers that wait for the file `go`, and a lead that waits for them, twice.
+def make_waiting_tree(root: Path, names: list[str], middle=None, first_go: str = "go") -> Tree:
+    """Workers that wait for the file `go` (the first one: `first_go`), and a lead that waits for them, twice.
 
     Before that, `middle(lead, spawned)` adds to the lead's script; it gives the scripts of further workers.
     """
     home = Home(root)
     (root / "trail").mkdir()
-    lead, scripts = Script(), [waiting_script(root, name).text() for name in names]
+    lead = Script()
+    scripts = [waiting_script(root, name, "go" if n else first_go).text() for n, name in enumerate(names)]
     lead.step(f"run {trail_begin(root / 'trail', LEAD)}")
     spawned = [lead.call("spawn_worker", prompt=prompt) for prompt in scripts]
     for name in names:
@@ -311,6 +312,19 @@ def rest_one(root: Path, mode: str):
         lead.step(f"run touch {root}/{LEAD}.ready")
         lead.wait_for_file(root / "lead-go")
         lead.call("continue_worker", task_id=first)
+        lead.step(f"run touch {root}/go")
+
+    return add
+
+
+def redirect_one(root: Path):
+    """A middle: the lead redirects the first worker, whose script would never end."""
+    def add(lead: Script, spawned: list[int]) -> None:
+        other = Script()
+        other.call("kv_cas", path="/peer/self/notes", expected_version=1, new_value="done")
+        other.step(f"append {checker.LOOSE} worker-1 loose")
+        other.step(f"run {trail_end(root / 'trail', 'worker-1')}")
+        lead.call("reprompt_worker", task_id=f"<{spawned[0]}.task_id>", prompt=other.text())
         lead.step(f"run touch {root}/go")
 
     return add
@@ -648,3 +662,20 @@ def test_a_rest_that_was_decided_is_carried_out_by_the_next_dispatcher(tmp_path,
         check_end(tree, resumed)
     finally:
         crew.home.end_everything()
+
+
+@pytest.mark.parametrize("moment", ['journal:"reprompted".before', 'journal:"reprompted".after',
+                                    'journal:"delivered".before', 'journal:"delivered".after'])
+def test_a_message_is_told_once(tmp_path, moment):
+    """However far it was on its way when the dispatcher died; the call that sent it is answered."""
+    tree = make_waiting_tree(tmp_path, ["worker-1", "worker-2"], redirect_one(tmp_path), "never")
+    try:
+        assert start_with_fault(tree.crew, moment, 1, "dispatch", tree.crew.manifest)
+        run_dir = tree.crew.run_dir()
+        check_end(tree, take_over(tree.crew, run_dir))
+    finally:
+        tree.crew.home.end_everything()
+    told = [text for text in echoes(run_dir, "worker-1") if "loose" in text and "never" not in text]
+    assert len(told) == 1, told
+    delivery = [c.result["delivery"] for c in calls_of(run_dir, LEAD) if c.tool == "reprompt_worker"]
+    assert delivery == ["input" if "delivered" in moment else "resume"]
