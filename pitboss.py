@@ -7375,7 +7375,7 @@ class LiveHand:
         heard, talk = actor.inbox[:actor.carried], self.talk
         if actor.message_id not in talk.echoed and not (talk.began and not FORMATS[self.form].echoes):
             heard = ()
-        return [m.id for m in heard] + [m.id for m in actor.inbox if m.id in self.sent & talk.echoed]
+        return [m.id for m in heard] + [m.id for m in actor.inbox if m.id in talk.echoed]
 
 
 def write_plan(folder: str, task: Task) -> None:
@@ -7492,6 +7492,8 @@ class Dispatcher:
             self.record("drained", why="no_space")
         if self.run.draining == "no_space" and not self.run.live and not self.run.closing:
             self.ended.set()           # not the run's end: it goes on when there is room
+        if self.run.shared.ready:      # who held a lease has ended: who waits for it gets it
+            self.settle_leases()
 
     async def keep_synced(self) -> None:
         """One fsync for all events that wait, in a thread; then what they owe is acted on."""
@@ -8178,7 +8180,12 @@ class Dispatcher:
 
     async def effect_deliver(self, name: str) -> None:
         """Tell a running actor what is in its inbox; what it will not take up goes with its next hand."""
-        live, actor = self.hands.get(name), self.run.actors[name]
+        live = self.hands.get(name)
+        if live and not live.child:    # an earlier dispatcher may have told it: its log says so
+            while live.tail.behind() and live.read_log():
+                await asyncio.sleep(0)
+            self.note_delivered(live)
+        actor = self.run.actors[name]
         if live is None or actor.state != "running":
             return
         fresh = [m for m in actor.inbox[actor.carried:] if m.id not in live.sent]
@@ -8324,11 +8331,14 @@ class Dispatcher:
 
 
 def topics_of(event: dict) -> list[tuple]:
-    """What an event is news of: an actor, a path of a store, a call for a lease."""
+    """What an event is news of: an actor, a path of a store, a lease.
+
+    A lease's waiters are told together: what one call of an actor is granted answers its other ones.
+    """
     if event["kind"] in ("kv_written", "kv_deleted"):
         return [("kv", event["layer"], event["path"])]
     if event["kind"] in SHARED_EVENTS:
-        return [("lease", event["call"])] if "call" in event else []
+        return [("lease", event["scope"], event["name"])]
     return [("actor", event["actor"])] if "actor" in event else []
 
 
@@ -8921,9 +8931,14 @@ def tool_pause(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> A
 async def pause_actor(dispatcher: Dispatcher, actor: Actor, mode: str, **key: Any) -> dict:
     """Pause an actor and stay until it is paused.  Raises ToolRefusal."""
     dispatcher.record("pause_decided", **decide_pause(actor, mode), **answered(key, {"ok": True}))
-    await stay(dispatcher, actor.id, lambda a: a.state == "paused" or a.status or (
-        a.state == "frozen" and ("freeze", a.id) not in dispatcher.run.owed))
-    return {"ok": True}
+    return await stay_paused(dispatcher, actor.id, {"ok": True})
+
+
+async def stay_paused(dispatcher: Dispatcher, name: str, answer: dict) -> dict:
+    """Answer when a pause that was decided has happened."""
+    await stay(dispatcher, name, lambda a: a.status or (
+        a.stop != "pause" and ("freeze", name) not in dispatcher.run.owed))
+    return answer
 
 
 def tool_continue(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
@@ -8938,9 +8953,14 @@ async def continue_actor(dispatcher: Dispatcher, actor: Actor, prompt: str | Non
     folder = dispatcher.task_dir(actor.id)
     message = write_message(folder, prompt, actor.state == "frozen") if prompt else None
     dispatcher.record("continue_decided", **decide_continue(actor, message), **answered(key, {"ok": True}))
-    await stay(dispatcher, actor.id, lambda a: a.status or (
-        a.state == "running" and ("thaw", a.id) not in dispatcher.run.owed))
-    return {"ok": True}
+    return await stay_continued(dispatcher, actor.id, {"ok": True})
+
+
+async def stay_continued(dispatcher: Dispatcher, name: str, answer: dict) -> dict:
+    """Answer when an actor that was continued runs, or rests again."""
+    await stay(dispatcher, name, lambda a: a.status or (
+        a.state in ("running", "paused", "frozen") and ("thaw", name) not in dispatcher.run.owed))
+    return answer
 
 
 def tool_reprompt(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
@@ -8958,14 +8978,21 @@ async def reprompt_actor(dispatcher: Dispatcher, actor: Actor, prompt: str, **ke
         raise ToolRefusal("prompt: found an empty text; allowed: what it is to do instead")
     decide_reprompt(actor, Message("", "", True))
     message = write_message(dispatcher.task_dir(actor.id), prompt, True)
-    dispatcher.record("reprompted", **decide_reprompt(actor, message), **answered(key, {"ok": True}))
-    hand = actor.hand
-    await stay(dispatcher, actor.id, lambda a: a.status or not any(m.id == message.id for m in a.inbox))
-    present = dispatcher.run.actors[actor.id]
-    if any(m.id == message.id for m in present.inbox):
-        raise ToolRefusal(f"{actor.id} ended before it took the message up: it is {state_word(present)}")
-    return {"ok": True, "delivery": "input" if present.hand == hand and actor.state == "running"
-            else "resume"}
+    answer = {"ok": True, "message": message.id, "hand": actor.hand if actor.state == "running" else 0}
+    dispatcher.record("reprompted", **decide_reprompt(actor, message), **answered(key, answer))
+    return await stay_told(dispatcher, actor.id, answer)
+
+
+async def stay_told(dispatcher: Dispatcher, name: str, answer: dict) -> dict:
+    """Answer when a message has reached an actor: its hand of then, or a later one.  Raises ToolRefusal."""
+    def is_told(actor: Actor) -> bool:
+        return all(m.id != answer["message"] for m in actor.inbox)
+
+    await stay(dispatcher, name, lambda a: a.status or is_told(a))
+    present = dispatcher.run.actors[name]
+    if not is_told(present):
+        raise ToolRefusal(f"{name} ended before it took the message up: it is {state_word(present)}")
+    return {"ok": True, "delivery": "input" if present.hand == answer["hand"] else "resume"}
 
 
 def answered(key: dict, answer: dict) -> dict:
@@ -9061,7 +9088,7 @@ async def await_lease(dispatcher: Dispatcher, actor: Actor, scope: str, name: st
     """Wait in a lease's queue; a call that is cancelled gives up its place."""
     shared, caller = dispatcher.run.shared, sharer(dispatcher, actor)
     while (answer := answer_wait(shared, caller, scope, name, call)) is None:
-        await dispatcher.hear(("lease", call), deadline=None)
+        await dispatcher.hear(("lease", scope, name), deadline=None)
     return answer
 
 
@@ -9102,6 +9129,8 @@ class Tool(NamedTuple):
     result: dict               # of result_schema
     run: Callable
     help: str
+    # of one whose effect takes its time: (Dispatcher, target, what the journal says of the answer)
+    stay: Callable | None = None
 
 
 def _shared(*names: str) -> tuple:
@@ -9146,14 +9175,15 @@ TOOLS = {t.name: t for t in (
         TARGET, Field("mode", "text", "cancel", "cancel ends its process and keeps its session; freeze stops "
                                                 "its processes where they stand",
                                                 choices=("cancel", "freeze"))),
-        _OK, tool_pause, "let a worker rest until continue_worker"),
+        _OK, tool_pause, "let a worker rest until continue_worker", stay_paused),
     Tool("continue_worker", "Continue a worker", LEADS, False, (
         TARGET, Field("prompt", "text", None, "what it is told", shown="`continue`")), _OK, tool_continue,
-        "let a paused or frozen worker go on"),
+        "let a paused or frozen worker go on", stay_continued),
     Tool("reprompt_worker", "Redirect a worker", LEADS, False, (
         TARGET, Field("prompt", "text", REQUIRED, "what it is to do instead, or besides")),
         {"ok": "flag", "delivery": "text?"}, tool_reprompt,
-        "interrupt what a worker does and tell it something, in its session; returns when it was told"),
+        "interrupt what a worker does and tell it something, in its session; returns when it was told",
+        stay_told),
     Tool("budget_status", "Look at the budget", LEADS, True, (),
          {"budget_usd": "number?", "spent_usd": "number", "reserved_usd": "number", "workers_live": "count",
           "max_workers": "count"}, tool_budget, "what this layer may spend and has spent, and its workers"),
@@ -9206,11 +9236,11 @@ def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, cal
         known = [t.name for t in TOOLS.values() if actor.role in t.roles]
         raise ToolRefusal(f"forbidden: a {actor.role} has no tool {show_value(tool)}"
                           f"{did_you_mean(tool, known)}; it has {', '.join(known)}")
-    if call in dispatcher.run.answers:
-        return finish_again(dispatcher, row, arguments, call)
     values, problems = check_fields(row.fields, arguments, "", ())
     if problems:
         raise InvalidInput("; ".join(f"{p.path}: {p.message}" for p in problems))
+    if call in dispatcher.run.answers:
+        return finish_again(dispatcher, row, values, call)
     try:
         return row.run(dispatcher, actor, values, call)
     except EnvironmentFault as e:
@@ -9219,8 +9249,9 @@ def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, cal
 
 
 def finish_again(dispatcher: Dispatcher, row: Tool, arguments: dict, call: str) -> Any:
-    """The answer of a call that was carried out before and is asked for again."""
-    return dispatcher.run.answers[call]
+    """The answer of a call that was carried out before and is asked for again, once its effect is there."""
+    answer = dispatcher.run.answers[call]
+    return row.stay(dispatcher, arguments["task_id"], answer) if row.stay else answer
 
 
 def render_call(key: tuple) -> str:

@@ -4,8 +4,9 @@ At the N-th call of the kind POINT the program stops itself with SIGSTOP, `befor
 (writes) with `half` of its bytes written. Whoever started it sees the state T in /proc and sends SIGKILL:
 the death comes from outside, at a known instruction. A run with fewer such calls ends as it always does.
 
-POINT: journal (a write to journal.jsonl), record (a write of summary.jsonl or summary.json), fsync, replace,
-spawn (an agent's start), git (a command of git that changes something; `after` means that git has ended).
+POINT: journal (a write to journal.jsonl), journal:TEXT (one that holds TEXT), record (a write of
+summary.jsonl or summary.json), fsync, replace, spawn (an agent's start), git (a command of git that changes
+something; `after` means that git has ended).
 """
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ GIT_CHANGES = {"worktree", "branch", "update-ref", "commit-tree", "add"}
 
 
 def main(arguments: list[str]) -> int:
-    point, _, when = arguments[0].partition(".")
-    FAULTS[point](Moment(int(arguments[1]), when))
+    point, _, when = arguments[0].rpartition(".")
+    point, _, text = point.partition(":")
+    FAULTS[point](Moment(int(arguments[1]), when), text.encode())
     assert arguments[2] == "--", arguments
     return load_pitboss().main(arguments[3:])
 
@@ -63,11 +65,11 @@ def stop_here() -> None:
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
-def at_writes(moment: Moment, is_meant) -> None:
+def at_writes(moment: Moment, is_meant, text: bytes) -> None:
     real = os.write
 
     def write(fd, data):
-        if not is_meant(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))):
+        if text not in bytes(data) or not is_meant(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))):
             return real(fd, data)
         return moment.around(lambda: real(fd, data), lambda: real(fd, bytes(data)[:len(data) // 2]))
     os.write = write
@@ -96,12 +98,12 @@ def at_git(moment: Moment) -> None:
 
 
 FAULTS = {
-    "journal": lambda moment: at_writes(moment, lambda name: name == "journal.jsonl"),
-    "record": lambda moment: at_writes(moment, lambda name: "summary" in name),
-    "fsync": lambda moment: at_calls(moment, "fsync"),
-    "replace": lambda moment: at_calls(moment, "replace"),
-    "spawn": lambda moment: at_calls(moment, "posix_spawn"),
-    "git": at_git,
+    "journal": lambda moment, text: at_writes(moment, lambda name: name == "journal.jsonl", text),
+    "record": lambda moment, text: at_writes(moment, lambda name: "summary" in name, text),
+    "fsync": lambda moment, text: at_calls(moment, "fsync"),
+    "replace": lambda moment, text: at_calls(moment, "replace"),
+    "spawn": lambda moment, text: at_calls(moment, "posix_spawn"),
+    "git": lambda moment, text: at_git(moment),
 }
 
 if __name__ == "__main__":
