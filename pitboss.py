@@ -8124,14 +8124,14 @@ class Dispatcher:
         if live is None or actor.state != "running":
             return
         fresh = [m for m in actor.inbox[actor.carried:] if m.id not in live.sent]
-        urgent = any(m.interrupts for m in fresh)
+        urgent, given = any(m.interrupts for m in fresh), {m.id for m in fresh}
         if fresh and self.give(live, fresh):
-            live.sent.update(m.id for m in fresh)
+            live.sent.update(given)
             deadline = time.monotonic() + ECHO_S
-            while (urgent and name in self.hands and live.sent - live.talk.echoed
+            while (urgent and self.hands.get(name) is live and given - live.talk.echoed
                    and time.monotonic() < deadline):
                 await asyncio.sleep(BUSY_TICK_S)
-            urgent = bool(live.sent - live.talk.echoed)
+            urgent = urgent and bool(given - live.talk.echoed)
         present = self.run.actors[name]
         if urgent and self.hands.get(name) is live and present.state == "running":
             self.record("stop_decided", actor=name, why="redirect")
