@@ -10019,6 +10019,7 @@ class DemoAgent:
                     self.save()
             if not self.number:
                 self.text("There was no script in the prompt, so there was nothing to do.")
+            self.say_echo()
             self.result(self.last)
         except DemoInterrupt:
             self.result(None, subtype="error_during_execution", error=True, reason="aborted_tools",
