@@ -3539,6 +3539,8 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> 
     """
     form = actor.format
     was_done = actor.stop_done and FORMATS[form].results
+    if actor.stop == "redirect" and not actor.inbox and succeeded(talk, end, form):
+        return {"status": "Success", "reason": None}     # it had taken the message up after all
     if actor.stop in ("pause", "redirect") and not was_done:
         kept = actor.resumes and (talk.began or talk.seen or actor.how in ("resume", "again"))
         again = "resume" if kept else "afresh" if actor.resumes else "prompt"
