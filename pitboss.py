@@ -8124,8 +8124,8 @@ class Dispatcher:
     async def effect_deliver(self, name: str) -> None:
         """Tell a running actor what is in its inbox; what it will not take up goes with its next hand."""
         live, begin = self.hands.get(name), time.monotonic() + ECHO_S
-        while (live and not live.talk.open and not live.talk.result and self.hands.get(name) is live
-               and time.monotonic() < begin):
+        while (live and live.pipe is not None and not live.talk.open and not live.talk.result
+               and self.hands.get(name) is live and time.monotonic() < begin):
             await asyncio.sleep(BUSY_TICK_S)       # a turn that has not begun cannot be interrupted
         actor = self.run.actors[name]
         if live is None or actor.state != "running":
