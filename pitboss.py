@@ -3243,7 +3243,7 @@ def post(run: RunState, actor: str, message: Message) -> None:
     """Put a message into an actor's inbox; a running one is given it at once, others on their next hand."""
     change(run, actor, inbox=(*run.actors[actor].inbox, message))
     if run.actors[actor].state == "running":
-        run.owed.pop(("deliver", actor), None)     # owed anew: what was begun for others does not see this one
+        run.owed.pop(("deliver", actor), None)     # anew: what began for others does not see this one
         owe(run, "deliver", actor)
 
 
