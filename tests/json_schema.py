@@ -17,6 +17,7 @@ TYPES = {
     "array": lambda v: isinstance(v, list),
     "string": lambda v: isinstance(v, str),
     "boolean": lambda v: isinstance(v, bool),
+    "null": lambda v: v is None,
     "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
     "integer": lambda v: TYPES["number"](v) and v == v // 1,                       # 2.0 is one
 }
@@ -77,8 +78,10 @@ def faults(schema: Any, value: Any, path: str = "") -> list[str]:
 
 def own_faults(schema: dict, value: Any) -> Iterator[str]:
     """What the keywords without schemas in them have against a value."""
-    if "type" in schema and not TYPES[schema["type"]](value):
-        yield f"no {schema['type']}"
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(TYPES[kind](value) for kind in kinds):
+        yield f"no {' or '.join(kinds)}"
     if "enum" in schema and not any(same(value, one) for one in schema["enum"]):
         yield f"none of {schema['enum']}"
     if "const" in schema and not same(value, schema["const"]):

@@ -659,3 +659,463 @@ def test_cancelling_the_run_ends_everything(stage, home):
     assert set(records) == {"boss", *names} and {r["status"] for r in records.values()} == {"Cancelled"}
     assert run.summary()["was_interrupted"] is True
     assert processes_with(f"PITBOSS_RUN_ID={run.run.name}") == {}
+
+
+# ------------------------------------------------------------------ who is who
+
+LEADS_ONLY = {"spawn_worker", "worker_status", "wait_for_worker", "wait_for_any", "list_workers", "cancel_worker",
+              "pause_worker", "continue_worker", "reprompt_worker", "budget_status"}
+SHARED = {"kv_get", "kv_set", "kv_cas", "kv_delete", "kv_list", "kv_wait", "lease_acquire", "lease_release",
+          "lease_list", "run_lease_acquire", "run_lease_release"}
+
+
+def tools_of(caller: Caller) -> dict:
+    return {t["name"]: t for t in caller.ask("tools/list")["result"]["tools"]}
+
+
+def test_a_worker_has_the_shared_tools_alone(stage):
+    run = stage()
+    lead = run.lead()
+    name = run.spawn(lead, "$ hang")
+    worker = run.worker(name)
+    assert LEADS_ONLY | SHARED <= set(tools_of(lead)) and "spawn_sublead" not in tools_of(lead)
+    assert set(tools_of(worker)) == SHARED
+    for tool in sorted(LEADS_ONLY) + ["spawn_sublead", "no_such_tool"]:
+        assert worker.refused(tool, task_id=name).startswith("forbidden: "), tool
+    assert len(run.events("actor_added")) == 2
+    run.finish()
+
+
+def test_a_worker_that_asks_for_a_worker_through_its_own_bridge_is_refused(stage):
+    run = stage()
+    lead = run.lead()
+    script = '$ call spawn_worker {"prompt": "$ say x"}\n$ call kv_set {"path": "/shared/x", "value": "mine"}'
+    name = lead.call("spawn_worker", prompt=script)["task_id"]
+    assert lead.call("wait_for_worker", task_id=name)["status"] == "Success"
+    assert b"forbidden: a worker has no tool" in (run.run / "tasks" / name / "stdout.log").read_bytes()
+    assert lead.call("kv_get", path="/shared/x")["entry"]["written_by"] == name
+    assert len(run.events("actor_added")) == 2
+    run.finish()
+
+
+@pytest.mark.parametrize("actor, token", [("boss", "0" * 32), ("boss", ""), ("worker-1", "0" * 32),
+                                          ("nobody", "0" * 32), ("../boss", ""), ("", "")])
+def test_a_wrong_token_is_refused_and_the_connection_ends(house, actor, token):
+    caller = house.kept(Caller(house.socket("mcp"), actor, token))
+    assert "refused" in caller.greeting["error"]["message"]
+    assert caller.hear() is None
+
+
+def test_a_token_of_another_actor_is_refused(stage):
+    run = stage()
+    lead = run.lead()
+    name = run.spawn(lead, "$ hang")
+    for actor, owner in ((name, "boss"), ("boss", name)):
+        caller = run.kept(Caller(run.socket("mcp"), actor, run.token(owner)))
+        assert "error" in caller.greeting and caller.hear() is None
+    run.finish()
+
+
+def test_nothing_but_the_token_says_who_somebody_is(stage):
+    """The role of the greeting, `_meta` and arguments change nothing."""
+    run = stage()
+    lead = run.lead()
+    name = run.spawn(lead, "$ hang")
+    worker = run.worker(name, role="lead")
+    meta = {"actor_id": "boss", "actor_role": "lead", "token": run.token("boss")}
+    number = worker.start("kv_set", {"path": "/peer/self/x", "value": "v"}, _meta=meta)
+    value_of(worker.answer(number))
+    assert lead.call("kv_get", path=f"/peer/{name}/x")["entry"]["written_by"] == name
+    assert words_of(worker.answer(worker.start("spawn_worker", {"prompt": "$ say x"}, _meta=meta))).startswith("forbidden")
+    assert "actor_id" in worker.refused("kv_set", path="/shared/x", value="v", actor_id="boss")
+    assert set(tools_of(worker)) == SHARED
+    run.finish()
+
+
+def test_nobody_acts_on_itself_or_on_whom_there_is_not(house):
+    lead = house.lead()
+    for tool, more in (("cancel_worker", {}), ("pause_worker", {}), ("continue_worker", {}), ("worker_status", {}),
+                       ("reprompt_worker", {"prompt": "x"}), ("wait_for_worker", {"timeout_secs": 1})):
+        assert lead.refused(tool, task_id="boss", **more).startswith("forbidden: "), tool
+        assert lead.refused(tool, task_id="worker-99", **more).startswith("unknown task_id: worker-99"), tool
+    assert lead.refused("wait_for_any", task_ids=["worker-99"]).startswith("unknown task_id: worker-99")
+
+
+# ------------------------------------------------------------------ bad input
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """One run for all that changes nothing in it; it has one worker that hangs."""
+    from tools import Home
+
+    home = Home(tmp_path_factory.mktemp("house"))
+    run = Stage(home, workers=2)
+    run.spawn(run.lead(), "$ hang")
+    yield run
+    assert len(run.events("actor_added")) == 2, "what was refused has spawned a worker"
+    assert not (run.run / "sockets.log").exists(), (run.run / "sockets.log").read_text()
+    run.end()
+    home.end_everything()
+
+
+BAD_CALLS = [
+    # tool                arguments                                             words of the refusal
+    ("spawn_worker",      {},                                                   ["prompt", "required"]),
+    ("spawn_worker",      {"prompt": ""},                                       ["prompt", "empty"]),
+    ("spawn_worker",      {"prompt": " \n\t"},                                  ["prompt", "empty"]),
+    ("spawn_worker",      {"prompt": 7},                                        ["prompt", "7", "text"]),
+    ("spawn_worker",      {"prompt": None},                                     ["prompt"]),
+    ("spawn_worker",      {"prompt": ["x"]},                                    ["prompt", "text"]),
+    ("spawn_worker",      {"prompt": "x", "promt": "y"},                        ["promt", "prompt"]),
+    ("spawn_worker",      {"prompt": "x", "timeout_secs": 0},                   ["timeout_secs", ">= 1"]),
+    ("spawn_worker",      {"prompt": "x", "timeout_secs": -1},                  ["timeout_secs"]),
+    ("spawn_worker",      {"prompt": "x", "timeout_secs": 1.5},                 ["timeout_secs", "integer"]),
+    ("spawn_worker",      {"prompt": "x", "timeout_secs": True},                ["timeout_secs", "true"]),
+    ("spawn_worker",      {"prompt": "x", "timeout_secs": "60"},                ["timeout_secs", "60"]),
+    ("spawn_worker",      {"prompt": "x", "timeout_secs": 1 << 70},             ["timeout_secs"]),
+    ("spawn_worker",      {"prompt": "x", "agent": "nobody"},                   ["agent", "nobody", "demo"]),
+    ("spawn_worker",      {"prompt": "x", "tools": "Bash"},                     ["tools", "list"]),
+    ("spawn_worker",      {"prompt": "x", "tools": [1]},                        ["tools", "texts"]),
+    ("spawn_worker",      {"prompt": "x", "env": {"A": 1}},                     ["env"]),
+    ("spawn_worker",      {"prompt": "x", "env": {"A=B": "1"}},                 ["A=B"]),
+    ("spawn_worker",      {"prompt": "x", "env": {"": "1"}},                    ["env"]),
+    ("spawn_worker",      {"prompt": "x", "env": {"A": "a\0b"}},                ["env"]),
+    ("spawn_worker",      {"prompt": "x", "env": ["A"]},                        ["env"]),
+    ("spawn_worker",      {"prompt": "x", "branch": "no..pe"},                  ["branch", "no..pe"]),
+    ("spawn_worker",      {"prompt": "x", "branch": ""},                        ["branch"]),
+    ("spawn_worker",      {"prompt": "x", "branch": "-x"},                      ["branch"]),
+    ("spawn_worker",      {"prompt": "x", "directory": "/no/such/folder"},      ["directory", "/no/such/folder"]),
+    ("spawn_worker",      {"prompt": "x", "directory": ""},                     ["directory"]),
+    ("spawn_worker",      {"prompt": "x", "directory": "a\0b"},                 ["directory"]),
+    ("spawn_worker",      {"prompt": "x", "directory": 3},                      ["directory"]),
+    ("spawn_worker",      {"prompt": "x", "model": ""},                         ["model"]),
+    ("spawn_worker",      {"prompt": "x\0y"},                                   ["prompt", "NUL"]),
+    ("worker_status",     {},                                                   ["task_id", "required"]),
+    ("worker_status",     {"task_id": ""},                                      ["task_id"]),
+    ("worker_status",     {"task_id": 5},                                       ["task_id", "5"]),
+    ("worker_status",     {"task_id": "worker-1", "target": "worker-2"},        ["task_id", "target"]),
+    ("worker_status",     {"task_id": "x" * 5000},                              ["unknown task_id"]),
+    ("wait_for_worker",   {"task_id": "worker-1", "timeout_secs": -1},          ["timeout_secs", ">= 0"]),
+    ("wait_for_worker",   {"task_id": "worker-1", "timeout_secs": "1"},         ["timeout_secs"]),
+    ("wait_for_any",      {"task_ids": []},                                     ["task_ids", "empty"]),
+    ("wait_for_any",      {"task_ids": "worker-1"},                             ["task_ids", "list"]),
+    ("wait_for_any",      {"task_ids": [1]},                                    ["task_ids"]),
+    ("wait_for_any",      {},                                                   ["task_ids", "required"]),
+    ("list_workers",      {"layer": "x"},                                       ["layer", "unknown"]),
+    ("budget_status",     {"x": 1},                                             ["x", "unknown"]),
+    ("cancel_worker",     {"task_id": "worker-1", "reason": 4},                 ["reason"]),
+    ("pause_worker",      {"task_id": "worker-1", "mode": "stop"},              ["mode", "stop", "cancel, freeze"]),
+    ("continue_worker",   {"task_id": "worker-1"},                              ["worker-1 is Running"]),
+    ("reprompt_worker",   {"task_id": "worker-1"},                              ["prompt", "required"]),
+    ("reprompt_worker",   {"task_id": "worker-1", "prompt": ""},                ["prompt", "empty"]),
+    ("reprompt_worker",   {"task_id": "worker-1", "prompt": "  "},              ["prompt", "empty"]),
+    ("kv_get",            {},                                                   ["path", "required"]),
+    ("kv_get",            {"path": "shared/x"},                                 ["path", "/shared/"]),
+    ("kv_get",            {"path": "/shared/../ref/x"},                         ["path", ".."]),
+    ("kv_get",            {"path": "/shared//x"},                               ["path"]),
+    ("kv_get",            {"path": "/other/x"},                                 ["path", "/shared/"]),
+    ("kv_get",            {"path": "/peer/worker-99/x"},                        ["forbidden", "worker-99"]),
+    ("kv_get",            {"path": "/sub/x/shared/y"},                          ["forbidden"]),
+    ("kv_get",            {"path": "/leases/x"},                                ["forbidden", "lease_acquire"]),
+    ("kv_set",            {"path": "/shared/x"},                                ["value", "required"]),
+    ("kv_set",            {"path": "/shared/x", "value": 5},                    ["value", "5"]),
+    ("kv_set",            {"path": "/shared/x", "value": None},                 ["value"]),
+    ("kv_set",            {"path": "/shared/x", "value": [256]},                ["value", "bytes"]),
+    ("kv_set",            {"path": "/shared/x", "value": [True]},               ["value"]),
+    ("kv_set",            {"path": "/shared/x", "value": {"base64": "!"}},      ["value", "base64"]),
+    ("kv_set",            {"path": "/shared/x", "value": {"a": 1}},             ["value"]),
+    ("kv_set",            {"path": "/shared/x", "value": "x" * ((1 << 20) + 1)}, ["value", "1048577", "1048576"]),
+    ("kv_set",            {"path": "/peer/worker-1/x", "value": "x"},           ["forbidden", "override_flag"]),
+    ("kv_set",            {"path": "/shared/" + "x" * 2000, "value": "x"},      ["path", "1024"]),
+    ("kv_cas",            {"path": "/shared/x", "expected_version": -1, "new_value": "x"}, ["expected_version"]),
+    ("kv_cas",            {"path": "/shared/x", "expected_version": 0},         ["new_value", "required"]),
+    ("kv_cas",            {"path": "/shared/x", "expected_version": 0, "value": "x"}, ["value", "new_value"]),
+    ("kv_delete",         {"path": "/shared/x", "override_flag": "yes"},        ["override_flag", "true or false"]),
+    ("kv_list",           {"glob": ""},                                         ["glob"]),
+    ("kv_wait",           {"path": "/shared/x"},                                ["timeout_secs", "required"]),
+    ("kv_wait",           {"path": "/shared/x", "timeout_secs": 0, "min_version": 0}, ["min_version"]),
+    ("lease_acquire",     {"name": "x"},                                        ["ttl_secs", "required"]),
+    ("lease_acquire",     {"name": "x", "ttl_secs": 0},                         ["ttl_secs"]),
+    ("lease_acquire",     {"name": "", "ttl_secs": 1},                          ["name"]),
+    ("lease_acquire",     {"name": "x", "ttl_secs": 1, "wait_secs": -1},        ["wait_secs"]),
+    ("lease_release",     {"lease_id": "nothing"},                              ["unknown lease_id"]),
+    ("run_lease_release", {},                                                   ["lease_id", "key"]),
+    ("run_lease_acquire", {"name": "x", "ttl_secs": 1},                         ["name", "key"]),
+    ("no_such_tool",      {},                                                   ["forbidden", "no_such_tool"]),
+    ("spawn_wroker",      {"prompt": "x"},                                      ["spawn_worker"]),
+    ("",                  {},                                                   ["forbidden"]),
+]
+
+
+@pytest.mark.parametrize("tool, arguments, words", BAD_CALLS,
+                         ids=[f"{n}-{row[0]}" for n, row in enumerate(BAD_CALLS)])
+def test_bad_arguments_are_named_and_change_nothing(house, tool, arguments, words):
+    lead = house.clients[0]
+    before = house.events("kv_written", "lease_granted", "lease_queued", "actor_added", "reprompted", "pause_decided")
+    said = words_of(lead.answer(lead.start(tool, arguments)))
+    assert all(word in said for word in words), said
+    assert len(said) < 3000 and "Traceback" not in said
+    assert before == house.events("kv_written", "lease_granted", "lease_queued", "actor_added", "reprompted",
+                                  "pause_decided")
+    assert lead.ask("ping")["result"] == {}
+
+
+def line(method: str = "tools/call", number="n", **params) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode()
+
+
+BAD_LINES = [
+    # bytes of a line                                                      code       id
+    (b"this is not JSON",                                                  -32700,    None),
+    (b"\xff\xfe",                                                          -32700,    None),
+    (b'{"jsonrpc":"2.0","id":"n","method":"ping"',                         -32700,    None),
+    (b'{"jsonrpc":"2.0","id":"n","method":"ping","params":{"x":NaN}}',     -32700,    None),
+    (b"[" * 100_000,                                                       -32700,    None),
+    (b"7",                                                                 -32600,    None),
+    (b"[]",                                                                -32600,    None),
+    (b'{"id":"n","method":"ping"}',                                        -32600,    "n"),
+    (b'{"jsonrpc":"1.0","id":"n","method":"ping"}',                        -32600,    "n"),
+    (b'{"jsonrpc":"2.0","id":{},"method":"ping"}',                         -32600,    None),
+    (line("no/method"),                                                    -32601,    "n"),
+    (line("tools/call", name=7),                                           -32602,    "n"),
+    (line("tools/call", name="kv_get", arguments=[]),                      -32602,    "n"),
+    (line("tools/call", name="kv_get", arguments="x"),                     -32602,    "n"),
+    (line("tools/call"),                                                   -32602,    "n"),
+    (b'{"jsonrpc":"2.0","id":"n","method":"tools/call","params":[1]}',     -32602,    "n"),
+    (b"x" * (17 << 20),                                                    -32600,    None),
+]
+
+
+@pytest.mark.parametrize("data, code, number", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_faults_of_the_protocol_are_answered_and_the_connection_lives(house, data, code, number):
+    lead = house.lead()
+    lead.say(data)
+    answer = lead.hear()
+    assert answer["error"]["code"] == code and answer["id"] == number, answer
+    assert lead.call("budget_status")["max_workers"] == 2
+    lead.close()
+
+
+def test_a_line_of_almost_sixteen_mebibytes_is_taken(house):
+    lead = house.lead()
+    words = lead.refused("kv_set", path="/shared/x", value="x" * ((16 << 20) - 500))
+    assert "1048576" in words
+    lead.close()
+
+
+# ------------------------------------------------------------------ schemas
+
+def test_every_tool_says_what_it_is(house):
+    lead = house.lead()
+    for name, tool in tools_of(lead).items():
+        assert set(tool) >= {"name", "title", "description", "inputSchema", "outputSchema", "annotations"}, name
+        for word in ("inputSchema", "outputSchema"):
+            list(json_schema.schemas_in(tool[word]))         # no keyword that the evaluator does not know
+            assert tool[word]["type"] == "object"
+        writes = name in ("kv_set", "kv_cas", "kv_delete", "lease_acquire", "lease_release", "run_lease_acquire",
+                          "run_lease_release", "cancel_worker", "pause_worker", "continue_worker", "reprompt_worker")
+        assert name not in LEADS_ONLY | SHARED or tool["annotations"]["readOnlyHint"] is not writes, name
+    lead.close()
+
+
+@pytest.mark.parametrize("number", range(len(BAD_CALLS)), ids=[f"{n}-{r[0]}" for n, r in enumerate(BAD_CALLS)])
+def test_what_an_input_schema_refuses_is_refused(house, number):
+    """A schema may let pass what a handler then refuses, never the other way round."""
+    tool, arguments, words = BAD_CALLS[number]
+    schema = tools_of(house.clients[0]).get(tool, {}).get("inputSchema")
+    shape = {"required", "unknown"} & set(words)
+    if schema and shape and "key" not in words:
+        assert json_schema.faults(schema, arguments)
+
+
+def test_every_result_is_what_its_output_schema_says(stage, home):
+    """Every tool, in each of its shapes: settled or not, found or not, granted or refused."""
+    run = stage(workers=8)
+    lead = run.lead()
+    tools, seen = tools_of(lead), set()
+
+    def call(tool: str, **arguments) -> dict:
+        assert json_schema.faults(tools[tool]["inputSchema"], arguments) == [], (tool, arguments)
+        value = lead.call(tool, **arguments)
+        assert json_schema.faults(tools[tool]["outputSchema"], value) == [], (tool, value)
+        seen.add(tool)
+        return value
+
+    one = call("spawn_worker", prompt=gate(home.root / "g"))["task_id"]
+    tree = call("spawn_worker", prompt="$ fail x", directory=str(run.repo), timeout_secs=60, tools=["Bash"],
+                env={"A": "b"}, model="claude-haiku-4-5", agent="demo", branch="x/y")["task_id"]
+    run.running(lead, one)
+    assert call("wait_for_worker", task_id=tree)["status"] == "Failed"
+    for name in (one, tree):
+        call("worker_status", task_id=name)
+    assert call("wait_for_worker", task_id=one, timeout_secs=0.01)["settled"] is False
+    assert call("wait_for_any", task_ids=[one], timeout_secs=0.01)["settled"] is False
+    assert call("wait_for_any", task_ids=[one, tree])["task_id"] == tree
+    call("list_workers")
+    call("budget_status")
+    call("pause_worker", task_id=one, mode="freeze")
+    call("continue_worker", task_id=one)
+    call("pause_worker", task_id=one)
+    call("continue_worker", task_id=one, prompt="go on")
+    run.running(lead, one)
+    assert call("reprompt_worker", task_id=one, prompt="$ hang")["delivery"] in ("input", "resume")
+    call("cancel_worker", task_id=one, reason="enough")
+    call("wait_for_worker", task_id=one)
+    assert call("kv_get", path="/shared/x") == {"entry": None}
+    for value in ("text", [0, 255], {"base64": "AAE="}):
+        call("kv_set", path="/shared/x", value=value)
+        assert call("kv_get", path="/shared/x")["entry"]["value"] == value
+    assert call("kv_cas", path="/shared/x", expected_version=3, new_value="y") == {"version": 4, "swapped": True}
+    assert call("kv_cas", path="/shared/x", expected_version=3, new_value="z") == {"version": 4, "swapped": False}
+    entry = call("kv_wait", path="/shared/x", timeout_secs=5, min_version=4)["entry"]
+    assert set(entry) == {"path", "value", "version", "written_by", "written_at"}
+    assert call("kv_wait", path="/shared/x", timeout_secs=0.01, min_version=5) == {"settled": False, "entry": None}
+    listed = call("kv_list", glob="/shared/*")
+    assert set(listed["entries"][0]) == {"path", "version", "written_by", "written_at", "size_bytes"}
+    assert call("kv_delete", path="/shared/x") == {"existed": True}
+    assert call("kv_delete", path="/shared/x") == {"existed": False}
+    lease = call("lease_acquire", name="l", ttl_secs=60)
+    assert set(lease) == {"acquired", "lease_id", "version", "holder", "acquired_at", "expires_at"}
+    rows = call("lease_list")["leases"]
+    assert [set(r) for r in rows] == [{"name", "holder", "version", "expires_at", "waiting"}]
+    call("lease_release", lease_id=lease["lease_id"])
+    call("run_lease_acquire", key="l", ttl_secs=60, wait_secs=1)
+    call("run_lease_release", key="l")
+    worker = run.worker(run.spawn(lead, "$ hang"))
+    worker.call("lease_acquire", name="l", ttl_secs=60)
+    refused = call("lease_acquire", name="l", ttl_secs=60)
+    assert set(refused) == {"acquired", "holder", "expires_at"} and refused["acquired"] is False
+    assert call("lease_acquire", name="l", ttl_secs=60, wait_secs=0.05)["acquired"] is False
+    assert seen == LEADS_ONLY | SHARED
+    run.finish(1)
+
+
+# ------------------------------------------------------------------ the store and leases
+
+def test_the_namespaces_of_the_store_hold_for_real_workers(stage):
+    run = stage()
+    lead = run.lead()
+    names = [run.spawn(lead, "$ hang") for _ in range(2)]
+    one, two = (run.worker(name) for name in names)
+    lead.call("kv_set", path="/ref/plan", value="do it")
+    assert one.call("kv_get", path="/ref/plan")["entry"]["value"] == "do it"
+    assert one.refused("kv_set", path="/ref/plan", value="no").startswith("forbidden: ")
+    one.call("kv_set", path="/peer/self/note", value="mine")
+    assert lead.call("kv_get", path=f"/peer/{names[0]}/note")["entry"]["written_by"] == names[0]
+    assert two.refused("kv_get", path=f"/peer/{names[0]}/note").startswith("forbidden: ")
+    assert two.refused("kv_set", path=f"/peer/{names[0]}/note", value="x").startswith("forbidden: ")
+    assert lead.call("kv_set", path=f"/peer/{names[0]}/note", value="lead's", override_flag=True) == {"version": 2}
+    assert one.call("kv_get", path="/peer/self/note")["entry"]["value"] == "lead's"
+    one.call("kv_set", path="/shared/x", value="a")
+    assert two.call("kv_cas", path="/shared/x", expected_version=1, new_value="b")["swapped"] is True
+    assert [e["path"] for e in two.call("kv_list", glob="/*")["entries"]] == ["/ref/plan", "/shared/x"]
+    assert len(lead.call("kv_list", glob="/*")["entries"]) == 3
+    run.finish()
+
+
+def test_a_wait_for_a_value_ends_when_somebody_writes_it(stage):
+    run = stage()
+    lead = run.lead()
+    worker = run.worker(run.spawn(lead, "$ hang"))
+    waiting = lead.start("kv_wait", {"path": "/shared/x", "timeout_secs": 60, "min_version": 2})
+    worker.call("kv_set", path="/shared/x", value="one")
+    assert lead.call("kv_get", path="/shared/x")["entry"]["version"] == 1
+    worker.call("kv_set", path="/shared/x", value="x" * 50_000)
+    entry = value_of(lead.answer(waiting))["entry"]
+    assert (entry["version"], entry["value"]) == (2, "x" * 50_000)
+    run.finish()
+
+
+@pytest.mark.parametrize("how", ["ends", "cancel", "pause", "killed"])
+def test_a_lease_is_free_when_its_holders_hand_ends(stage, home, how):
+    run = stage()
+    lead = run.lead()
+    name = run.spawn(lead, gate(home.root / "g"))
+    held = run.worker(name).call("lease_acquire", name="build", ttl_secs=600)
+    run.worker(name).call("run_lease_acquire", key="deploy", ttl_secs=600)
+    refused = lead.call("lease_acquire", name="build", ttl_secs=60)
+    assert refused == {"acquired": False, "holder": name, "expires_at": held["expires_at"]}
+    waiting = lead.start("lease_acquire", {"name": "build", "ttl_secs": 60, "wait_secs": 300})
+    wide = lead.start("run_lease_acquire", {"key": "deploy", "ttl_secs": 60, "wait_secs": 300})
+    wait_for(lambda: lead.call("lease_list")["leases"][0]["waiting"], DEADLINE_S, "the queue")
+    if how == "ends":
+        (home.root / "g").touch()
+    elif how == "killed":
+        for pid in processes_with(f"{run.run.name}:{name}:"):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        lead.call(f"{how}_worker", task_id=name)
+    got = value_of(lead.answer(waiting, 30))
+    assert got["acquired"] and got["holder"] == "boss" and got["version"] == held["version"] + 1
+    assert value_of(lead.answer(wide, 30))["holder"] == "boss"
+    run.finish(None)
+
+
+def test_a_frozen_holder_keeps_its_lease_and_its_time_runs_out(stage):
+    run = stage()
+    lead = run.lead()
+    name = run.spawn(lead, "$ run sleep 600")
+    run.worker(name).call("lease_acquire", name="build", ttl_secs=3)
+    lead.call("pause_worker", task_id=name, mode="freeze")
+    assert lead.call("lease_acquire", name="build", ttl_secs=60)["acquired"] is False
+    assert lead.call("lease_acquire", name="build", ttl_secs=60, wait_secs=60)["holder"] == "boss"
+    run.finish()
+
+
+def test_two_calls_of_one_actor_for_one_lease_are_both_answered(stage):
+    run = stage()
+    lead = run.lead()
+    worker = run.worker(run.spawn(lead, "$ hang"))
+    held = worker.call("lease_acquire", name="l", ttl_secs=600)
+    ids = [lead.start("lease_acquire", {"name": "l", "ttl_secs": 60, "wait_secs": 300}) for _ in range(2)]
+    wait_for(lambda: lead.call("lease_list")["leases"][0]["waiting"] == 2, DEADLINE_S, "the queue")
+    worker.call("lease_release", lease_id=held["lease_id"])
+    answers = [value_of(lead.answer(i, 20)) for i in ids]
+    assert {a["holder"] for a in answers} == {"boss"} and all(a["acquired"] for a in answers)
+    run.finish()
+
+
+def test_waiters_for_a_lease_are_served_in_the_order_they_came(stage):
+    run = stage()
+    lead = run.lead()
+    held = lead.call("lease_acquire", name="l", ttl_secs=600)
+    names = [run.spawn(lead, "$ hang") for _ in range(3)]
+    workers = {name: run.worker(name) for name in names}
+    ids = {}
+    for n, name in enumerate(names, 1):
+        ids[name] = workers[name].start("lease_acquire", {"name": "l", "ttl_secs": 600, "wait_secs": 300})
+        wait_for(lambda: lead.call("lease_list")["leases"][0]["waiting"] == n, DEADLINE_S, "the queue")
+    gone = names[1]
+    workers[gone].say({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": ids[gone]}})
+    wait_for(lambda: lead.call("lease_list")["leases"][0]["waiting"] == 2, DEADLINE_S, "one less")
+    lead.call("lease_release", lease_id=held["lease_id"])
+    first = value_of(workers[names[0]].answer(ids[names[0]]))
+    workers[names[0]].call("lease_release", lease_id=first["lease_id"])
+    last = value_of(workers[names[2]].answer(ids[names[2]]))
+    assert [held["version"], first["version"], last["version"]] == [1, 2, 3] and last["holder"] == names[2]
+    run.finish()
+
+
+def test_the_store_is_dumped_where_that_was_asked(stage):
+    run = stage(run="dump_shared_store = true")
+    lead = run.lead()
+    lead.call("kv_set", path="/ref/a", value="text")
+    lead.call("kv_set", path="/shared/b", value=[1, 2])
+    lead.call("kv_set", path="/shared/c", value="x" * 100_000)
+    lead.call("kv_set", path="/shared/d", value="gone")
+    lead.call("kv_delete", path="/shared/d")
+    run.finish()
+    path = run.run / "shared-store.json"
+    dump = json.loads(path.read_text())
+    assert set(dump) == {"layers", "leases"} and set(dump["layers"]) == {"boss"}
+    assert {p: e["value"] for p, e in dump["layers"]["boss"].items()} == {
+        "/ref/a": "text", "/shared/b": [1, 2], "/shared/c": "x" * 100_000}
+    assert all(set(e) == {"value", "version", "written_by", "written_at"} for e in dump["layers"]["boss"].values())
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_without_being_asked_nothing_is_dumped(stage):
+    run = stage()
+    run.lead().call("kv_set", path="/ref/a", value="text")
+    run.finish()
+    assert not (run.run / "shared-store.json").exists()
