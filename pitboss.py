@@ -3296,6 +3296,7 @@ def post(run: RunState, actor: str, message: Message) -> None:
     """Put a message into an actor's inbox; a running one is given it at once, others on their next hand."""
     change(run, actor, inbox=(*run.actors[actor].inbox, message))
     if run.actors[actor].state == "running":
+        run.owed.pop(("deliver", actor), None)     # anew: what began for others does not see this one
         owe(run, "deliver", actor)
 
 
@@ -3591,6 +3592,8 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> 
     """
     form = actor.format
     was_done = actor.stop_done and FORMATS[form].results
+    if actor.stop == "redirect" and not actor.inbox and succeeded(talk, end, form):
+        return {"status": "Success", "reason": None}     # it had taken the message up after all
     if actor.stop in ("pause", "redirect") and not was_done:
         kept = actor.resumes and (talk.began or talk.seen or actor.how in ("resume", "again"))
         again = "resume" if kept else "afresh" if actor.resumes else "prompt"
@@ -8180,23 +8183,26 @@ class Dispatcher:
 
     async def effect_deliver(self, name: str) -> None:
         """Tell a running actor what is in its inbox; what it will not take up goes with its next hand."""
-        live = self.hands.get(name)
+        live, begin = self.hands.get(name), time.monotonic() + ECHO_S
         if live and not live.child:    # an earlier dispatcher may have told it: its log says so
             while live.tail.behind() and live.read_log():
                 await asyncio.sleep(0)
             self.note_delivered(live)
+        while (live and live.pipe is not None and not live.talk.open and not live.talk.result
+               and self.hands.get(name) is live and time.monotonic() < begin):
+            await asyncio.sleep(BUSY_TICK_S)       # a turn that has not begun cannot be interrupted
         actor = self.run.actors[name]
         if live is None or actor.state != "running":
             return
         fresh = [m for m in actor.inbox[actor.carried:] if m.id not in live.sent]
-        urgent = any(m.interrupts for m in fresh)
+        urgent, given = any(m.interrupts for m in fresh), {m.id for m in fresh}
         if fresh and self.give(live, fresh):
-            live.sent.update(m.id for m in fresh)
+            live.sent.update(given)
             deadline = time.monotonic() + ECHO_S
-            while (urgent and name in self.hands and live.sent - live.talk.echoed
+            while (urgent and self.hands.get(name) is live and given - live.talk.echoed
                    and time.monotonic() < deadline):
                 await asyncio.sleep(BUSY_TICK_S)
-            urgent = bool(live.sent - live.talk.echoed)
+            urgent = urgent and bool(given - live.talk.echoed)
         present = self.run.actors[name]
         if urgent and self.hands.get(name) is live and present.state == "running":
             self.record("stop_decided", actor=name, why="redirect")
@@ -10103,6 +10109,7 @@ class DemoAgent:
                     self.save()
             if not self.number:
                 self.text("There was no script in the prompt, so there was nothing to do.")
+            self.say_echo()
             self.result(self.last)
         except DemoInterrupt:
             self.result(None, subtype="error_during_execution", error=True, reason="aborted_tools",
