@@ -3591,6 +3591,8 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> 
     tells whether the end of a limit lies ahead.
     """
     form = actor.format
+    if actor.role in LEADERS and end.signal == 9 and not actor.stop:
+        end = end._replace(code=None, signal=None, vanished=True)      # no memory left, say: its workers go on
     was_done = actor.stop_done and FORMATS[form].results
     if actor.stop == "redirect" and not actor.inbox and succeeded(talk, end, form):
         return {"status": "Success", "reason": None}     # it had taken the message up after all
