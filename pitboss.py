@@ -3592,7 +3592,8 @@ def decide_hand_end(actor: Actor, talk: Talk, end: Ending, now: float = 0.0) -> 
     """
     form = actor.format
     if actor.role in LEADERS and end.signal == 9 and not actor.stop:
-        end = end._replace(code=None, signal=None, vanished=True)      # no memory left, say: its workers go on
+        # short of memory, say: its workers go on
+        end = end._replace(code=None, signal=None, vanished=True)
     was_done = actor.stop_done and FORMATS[form].results
     if actor.stop == "redirect" and not actor.inbox and succeeded(talk, end, form):
         return {"status": "Success", "reason": None}     # it had taken the message up after all
@@ -10201,7 +10202,10 @@ class DemoAgent:
         self.tool(f"mcp__pitboss__{name}", arguments, call)
 
     def fill_in(self, value: Any) -> Any:
-        """Put a result of an earlier call where `<2.task_id>` stands: of the second call, at that key."""
+        """Put a result of an earlier call where `<2.task_id>` stands: of the second call, at that key.
+
+        `<<2.task_id>>` is the text `<2.task_id>`, for the script of another agent.
+        """
         if isinstance(value, dict):
             return {k: self.fill_in(v) for k, v in value.items()}
         if isinstance(value, list):
@@ -10210,15 +10214,17 @@ class DemoAgent:
             return value
 
         def find(match: Any) -> Any:
-            found = self.session["results"][int(match[1]) - 1]
-            for key in match[2].split(".")[1:]:
+            number, path = match.groups()[-2:]
+            found = self.session["results"][int(number) - 1]
+            for key in path.split(".")[1:]:
                 found = found[int(key) if isinstance(found, list) else key]
             return found
 
         place = r"<(\d+)((?:\.\w+)*)>"
         try:
             whole = re.fullmatch(place, value)
-            return find(whole) if whole else re.sub(place, lambda m: str(find(m)), value)
+            return find(whole) if whole else re.sub(f"<({place})>|{place}", lambda m: m[1] or str(find(m)),
+                                                    value)
         except (LookupError, TypeError):
             raise ValueError(value) from None
 
@@ -10254,6 +10260,16 @@ class DemoAgent:
         self.ask("initialize", {"protocolVersion": "2025-11-25", "capabilities": {},
                                 "clientInfo": {"name": "demo-agent", "version": VERSION}})
         self.server.stdin.write(b'{"jsonrpc":"2.0","method":"notifications/initialized"}\n')
+
+    def end_server(self) -> None:
+        """Let the server go: it ends when its input does."""
+        import subprocess
+
+        server = self.server
+        if server:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                server.stdin.close()
+                server.wait(2)
 
     def hear_server(self) -> None:
         """Take the server's answers in, until it ends (in a thread)."""
@@ -10600,68 +10616,65 @@ def walk_script(lines: list[str]) -> Iterator[str]:
         at = end
 
 
-DEMO_MANIFEST = """# The demonstration: five scripted agents, each in a worktree of its own.
-[run]
-name = "demo"
-max_parallel = 3
-
-[defaults]
-agent = "demo"          # the scripted agent: lines that begin with "$ " are what it does
-
-[[task]]
-id = "greet"
-directory = "repo"
-prompt = '''
-Write a greeting.
+DEMO_WORKERS = (
+    """Write a greeting.
+$ call kv_get {"path": "/ref/house"}
 $ write hello.txt Hello from a worktree.
 $ commit Add a greeting
-$ say The greeting is committed.
-'''
-
-[[task]]
-id = "docs"
-directory = "repo"
-prompt = '''
-Describe the project.
-$ write docs/about.txt This repository is here to be tried out.
-$ run wc -c README.txt docs/about.txt
-$ commit Describe the project
-$ say Two lines of documentation, committed.
-'''
-
-[[task]]
-id = "broken"
-directory = "repo"
-prompt = '''
-Do something that cannot work.
+$ call kv_set {"path": "/shared/greeting", "value": "hello.txt"}
+$ say The greeting is committed.""",
+    """Do something that cannot work.
 $ run ls no-such-file
-$ fail I could not find no-such-file.
-'''
-
-[[task]]
-id = "draft"
-directory = "repo"
-prompt = '''
-Begin something and do not commit it.
+$ fail I could not find no-such-file.""",
+    """Begin something and do not commit it.
 $ write draft.txt This line is not committed, so its worktree stays.
-$ say The draft is not finished.
-'''
-
-[[task]]
-id = "slow"
-directory = "repo"
-prompt = '''
-Take your time.
+$ say The draft is not finished.""",
+    """Take your time.
+$ call lease_acquire {"name": "log", "ttl_secs": 60, "wait_secs": 30}
 $ loop 3
 $ sleep 0.5
 $ append log.txt Another half second.
 $ end
 $ commit Three half seconds
-$ say Done after a while.
+$ call lease_release {"lease_id": "<<1.lease_id>>"}
+$ say Done after a while.""",
+    "One worker too many: there is no money left for it.",
+)
+DEMO_HEAD = """# The demonstration: a scripted lead and its workers, each in a worktree of its own.
+[run]
+name = "demo"
+max_workers = 4
+budget_usd = 2.1          # a worker is expected to cost 0.50, so there is room for four
+
+[defaults]
+agent = "demo"            # the scripted agent: lines that begin with "$ " are what it does
+
+[lead]
+id = "lead"
+directory = "repo"
+prompt = '''
+Have this repository tidied up by workers, and write down what they did.
+$ call kv_set {"path": "/ref/house", "value": "Take the lease log before you write to log.txt."}
+"""
+DEMO_TAIL = """$ call kv_list {"glob": "/shared/*"}
+$ call budget_status {}
+$ write digest.txt Four workers: two committed, one left a draft, one failed. A fifth was refused.
+$ commit Write the digest
+$ say Four of five workers were dealt, and digest.txt says what they did.
 '''
 """
-DEMO_EXPECTED = {"greet": "Success", "docs": "Success", "broken": "Failed", "draft": "Success",
-                 "slow": "Success"}
+
+
+def render_demo() -> str:
+    """The manifest of the demonstration."""
+    ids = [f"<{number}.task_id>" for number in range(2, 2 + len(DEMO_WORKERS) - 1)]
+    calls = [("spawn_worker", {"prompt": prompt}) for prompt in DEMO_WORKERS]
+    calls += [("wait_for_any", {"task_ids": ids}), *(("wait_for_worker", {"task_id": name}) for name in ids)]
+    return DEMO_HEAD + "".join(f"$ call {tool} {json.dumps(args)}\n" for tool, args in calls) + DEMO_TAIL
+
+
+DEMO_EXPECTED = {"lead": "Success", "worker-1": "Success", "worker-2": "Failed", "worker-3": "Success",
+                 "worker-4": "Success"}
 
 
 def make_demo() -> str:
@@ -10685,7 +10698,7 @@ def make_demo() -> str:
         raise InvalidInput("the demonstration needs git, which is not on PATH", hint="install git") from None
     path = os.path.join(folder, "demo.toml")
     with open(path, "w", encoding="utf-8") as f:
-        f.write(DEMO_MANIFEST)
+        f.write(render_demo())
     return path
 
 
@@ -11906,7 +11919,7 @@ def show_log_lines(lines: list[bytes], form: str, raw: bool, colour: bool) -> No
 
 
 def cmd_demo(options: Any) -> str:
-    """Deal five scripted agents in a temporary repository: no agent, no key, no network is needed."""
+    """Deal a whole run with a scripted lead and its workers: no agent, no key, no network is needed."""
     path = make_demo()
     loaded = load_manifest(path, os.environ, say_error)
     runs_dir = runs_folder(os.environ, options.runs_dir)
@@ -11916,8 +11929,8 @@ def cmd_demo(options: Any) -> str:
             raise PermissionError
     except OSError:
         runs_dir = os.path.join(loaded.base_dir, "runs")
-    say_error(f"Five scripted agents work in worktrees of {loaded.base_dir}/repo; one of them fails on "
-              f"purpose.\n")
+    say_error(f"A scripted lead spawns workers in worktrees of {loaded.base_dir}/repo; one of them fails on "
+              f"purpose, and there is no money for the fifth.\n")
     order = Order(loaded.data, loaded.manifest, path, "demo", loaded.base_dir, runs_dir, None)
     umask = os.umask(0o077)
     run_dir = create_run(order, os.environ, make_mask([os.environ]))
@@ -11931,7 +11944,7 @@ def cmd_demo(options: Any) -> str:
                                                   f"--oneline shows the branches)",
                      f"The run folder    {run_dir}", f"Its logs          {run_dir}/tasks/*/stdout.log",
                      f"Look closer       {typed_name()} status {run_id[:13]}{extra}",
-                     f"                  {typed_name()} attach {run_id[:13]} slow{extra}"]))
+                     f"                  {typed_name()} attach {run_id[:13]} lead{extra}"]))
     went = {a["task_id"]: a["status"] for a in seen.actors}
     if went != DEMO_EXPECTED:
         say_error(f"pitboss: the demonstration should have ended with {DEMO_EXPECTED}")
@@ -11962,6 +11975,7 @@ def cmd_demo_agent(options: Any) -> str:
         say_error(f"Error: Session ID {session_id} is already in use.")
         sys.exit(1)
     code = agent.serve()
+    agent.end_server()
     sys.stdout.flush()
     os._exit(code)
 
@@ -12983,8 +12997,8 @@ COMMANDS = {c.name: c for c in (
         _JSON, _RUNS_DIR),
         "settle or remove runs whose dispatcher died long ago; never unsaved work",
         "prune --remove --older-than 7d"),
-    Cli("demo", cmd_demo, "", (_RUNS_DIR, _QUIET, _VERBOSE), "deal five scripted agents in a temporary "
-                                                             "repository", "demo"),
+    Cli("demo", cmd_demo, "", (_RUNS_DIR, _QUIET, _VERBOSE), "deal a scripted lead and its workers in a "
+                                                             "temporary repository", "demo"),
     Cli("doctor", cmd_doctor, "", (_JSON, _RUNS_DIR), "say what this machine has and what that means",
         "doctor"),
     Cli("init", cmd_init, "[OUT]", (
