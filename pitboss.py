@@ -853,6 +853,7 @@ class Task(NamedTuple):
     env: dict
     index: int = -1            # place in the manifest, counted from 0; -1: it is the lead, or a worker
     role: str = "task"         # task lead worker
+    worker_timeout_s: int = 0  # of a lead: that of its workers, unless a spawn says otherwise
 
 
 class Server(NamedTuple):
@@ -1166,7 +1167,7 @@ def resolve_tasks(tables: dict, doc: dict, agents: list[str], expand: Callable[[
                          ("template", n)) for n, t in enumerate(tables["template"]) if t["id"] not in used]
     if lead:
         limit = house.get("lead_timeout_secs") or tasks[-1].timeout_s
-        tasks = [tasks[-1]._replace(timeout_s=limit, role="lead")]
+        tasks = [tasks[-1]._replace(timeout_s=limit, role="lead", worker_timeout_s=tasks[-1].timeout_s)]
     unique = {(p.path, p.message): p for p in problems}
     return tasks, list(unique.values()), warnings
 
@@ -8823,7 +8824,7 @@ def tool_spawn(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> A
         raise ToolRefusal(f"{bad[0].path}: {bad[0].message}")
     task = plan._replace(directory=directory, prompt=args["prompt"], branch=args["branch"], agent=agent,
                          tools=plan.tools if args["tools"] is None else tuple(args["tools"]),
-                         timeout_s=args["timeout_secs"] or plan.timeout_s,
+                         timeout_s=args["timeout_secs"] or plan.worker_timeout_s or plan.timeout_s,
                          model=args["model"] or (plan.model if agent == plan.agent else row.model),
                          env={**plan.env, **args["env"]}, role="worker", index=-1)
     if task.use_worktree and directory not in dispatcher.git.repos:

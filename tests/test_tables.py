@@ -623,7 +623,7 @@ def test_steps_are_named_by_their_first_word():
         assert step.run is getattr(pitboss.DemoAgent, f"step_{name}")
     methods = {n.removeprefix("step_") for n in vars(pitboss.DemoAgent) if n.startswith("step_")}
     assert methods == set(pitboss.STEPS)
-    used = {line.split()[1] for line in pitboss.DEMO_MANIFEST.splitlines() if line.startswith("$ ")}
+    used = {line.split()[1] for line in pitboss.render_demo().splitlines() if line.startswith("$ ")}
     assert used <= set(pitboss.STEPS) | {"loop", "end"}
     assert set(pitboss.DEMO_EXPECTED.values()) <= set(pitboss.STATUSES)
 
