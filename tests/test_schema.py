@@ -592,13 +592,17 @@ TAPLO = os.environ.get("PITBOSS_TEST_TAPLO") or shutil.which("taplo")
 @pytest.mark.skipif(not TAPLO, reason="taplo is not on PATH and PITBOSS_TEST_TAPLO does not name it")
 def test_editors_check_a_starter_by_its_first_line(home):
     (home.root / pitboss.SCHEMA_FILE).write_text(pitboss.render_manifest_schema())
-    changes = {"good": ("", ""), "bound": ("timeout_secs = ", "timeout_secs = -"), "key": ("directory =", "folder ="),
-               "needs": ("prompt = ", "vars = {}\nprompt = "), "mode": ("\n[defaults]", "\n[defaults]\n[DEFAULTS]")}
+    changes = {"good": ("", ""), "bound": ("\ntimeout_secs = ", "\ntimeout_secs = -"), "key": ("directory =", "folder ="),
+               "needs": ("\nprompt = ", "\nvars = {}\nprompt = "), "table": ("\n[defaults]", "\n[DEFAULTS]\n[defaults]"),
+               "house": ("\nbudget_usd = 5.0", "")}
+    made = {}
     for starter in STARTERS:
         for name, (old, new) in changes.items():
             text = pitboss.render_template(starter, with_schema=True)
-            home.manifest(text.replace(old, new, 1), f"{starter.name}_{name}.toml")
+            if old in text:
+                made[home.manifest(text.replace(old, new, 1), f"{starter.name}_{name}.toml").name] = name
+    assert set(made.values()) == set(changes)
     done = subprocess.run([TAPLO, "check"], env=home.env, cwd=home.root, text=True, check=False, capture_output=True,
                           timeout=60, stdin=subprocess.DEVNULL)
     refused = {path.name for path in home.root.glob("*.toml") if re.search(f"invalid file.*{path.name}", done.stderr)}
-    assert refused == {f"{s.name}_{name}.toml" for s in STARTERS for name in changes if name != "good"}, done.stderr
+    assert refused == {path for path, name in made.items() if name != "good"}, done.stderr
