@@ -600,6 +600,25 @@ def test_a_lease_of_an_actor_that_ends_goes_to_who_waits(tmp_path, is_killed):
     assert calls_of(run_dir, LEAD)[-1].result["version"] == 2
 
 
+def test_a_wait_for_a_lease_is_over_when_its_time_is_over(tmp_path):
+    """It ran out, and the dispatcher died before it said so: the call is answered, and waits no second time."""
+    home, lead, worker = Home(tmp_path), Script(), Script()
+    worker.call("lease_acquire", name="door", ttl_secs=600, wait_secs=0.5)
+    lead.call("lease_acquire", name="door", ttl_secs=600)
+    spawned = lead.call("spawn_worker", prompt=worker.text())
+    lead.call("wait_for_worker", task_id=f"<{spawned}.task_id>")
+    crew = make_crew(home, lead, [Promise(LEAD), Promise("worker-1")], tmp_path / "trail", 1)
+    try:
+        assert start_with_fault(crew, 'journal:"lease_wait_ended".after', 1, "dispatch", crew.manifest)
+        assert take_over(crew, crew.run_dir()).wait(60) == 0, crew.said()
+    finally:
+        home.end_everything()
+    run_dir = crew.run_dir()
+    assert tree_checker.check_keys(run_dir) == []
+    answer = calls_of(run_dir, "worker-1")[0].result
+    assert (answer["acquired"], answer["holder"]) == (False, LEAD) and answer["expires_at"]
+
+
 def start_until(crew: Crew, moment: str, n: int, *args) -> subprocess.Popen:
     """The program, stopped at the n-th `moment`; SIGCONT lets it go on."""
     dispatcher = crew.start(argv=[PYTHON, *ISOLATED, str(FAULTS), moment, str(n), "--", *map(str, args)])
