@@ -2663,8 +2663,9 @@ def _lease_ended(lease: Lease, why: str) -> dict:
 
 def _wait_ended(shared: SharedTables, call: str, why: str) -> dict:
     wait = shared.waits[call]
+    lease = shared.leases.get((wait.scope, wait.name))
     return {"kind": "lease_wait_ended", "call": call, "actor": wait.actor, "scope": wait.scope,
-            "name": wait.name, "why": why}
+            "name": wait.name, "why": why, "answer": answer_refused(lease)}
 
 
 def decide_due(shared: SharedTables, now: float) -> dict | None:

@@ -21,9 +21,9 @@ import pytest
 import checker
 import tree_checker
 from checker import Promise, trail_begin, trail_end
-from test_crash import (FAULTS, Crew, is_finished, kill, kinds, signal_all, start_with_fault, state_of, strike_after,
-                        time_passes)
-from tools import ISOLATED, PYTHON, Home, processes_with, read_events, read_records, wait_for
+from test_crash import (FAULTS, Crew, is_finished, kill, kinds, signal_all, start_with_fault, state_of,
+                        strike_after)
+from tools import ISOLATED, PYTHON, Home, processes_with, read_events, wait_for
 from tree_checker import calls_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the verdict reads /proc")
@@ -174,7 +174,7 @@ def finish(tree: Tree) -> None:
 
 
 def play_round(root: Path, number: int, size: int, counts: int, horizon_s: float) -> Counter:
-    """One run, killed up to three times, resumed, and looked at; what was carried over, and the kills."""
+    """One run, killed once or oftener, resumed, and looked at; what was carried over, and the kills."""
     rng, root = random.Random(number), root / f"round{number}"
     root.mkdir()
     tree = make_tree(root, rng, size, counts)
@@ -209,10 +209,82 @@ def test_many_killed_dispatchers_of_a_tree_do_nothing_twice(tmp_path, record_pro
         assert [what for what in ("killed", "killed again", *ANSWERED) if not hits[what]] == []
 
 
+# ---- the checker itself ----
+
+def without_line(*words: str):
+    """Drops the last line that holds all the words."""
+    def drop(data: bytes) -> bytes:
+        lines = data.splitlines(keepends=True)
+        at = max(n for n, line in enumerate(lines) if all(word.encode() in line for word in words))
+        return b"".join(lines[:at] + lines[at + 1:])
+
+    return drop
+
+
+def line_again(word: str, old: str = "", new: str = ""):
+    """Repeats the first line that holds the word, with something in it exchanged."""
+    def repeat(data: bytes) -> bytes:
+        line = next(line for line in data.splitlines(keepends=True) if word.encode() in line)
+        return data + line.replace(old.encode(), new.encode())
+
+    return repeat
+
+
+def changed(old: str, new: str):
+    """Exchanges something everywhere; it must be there."""
+    def change(data: bytes) -> bytes:
+        assert old.encode() in data, old
+        return data.replace(old.encode(), new.encode())
+
+    return change
+
+
+JOURNAL, LEAD_LOG, WORKER_LOG = "journal.jsonl", f"tasks/{LEAD}/stdout.log", "tasks/worker-1/stdout.log"
+SPOILS = {
+    "a call was never answered": (LEAD_LOG, without_line("tool_result", "spent_usd"), "was answered 'never'"),
+    "a call was refused": (WORKER_LOG, changed('"is_error":false', '"is_error":true'), "was answered"),
+    "a worker was spawned twice": (JOURNAL, line_again('"worker-1"', '"worker-1"', '"worker-9"'), "spawned:"),
+    "a spawn is missing": (JOURNAL, without_line('"actor_added"', '"worker-1"'), "no worker was asked"),
+    "a call changed something twice": (JOURNAL, line_again('"cas":true'), "2 kv_written of the call"),
+    "an agent cost something else": (WORKER_LOG, changed('"total_cost_usd":0', '"total_cost_usd":1'),
+                                     "booked"),
+    "something stays reserved": (LEAD_LOG, changed(r'\"reserved_usd\":0', r'\"reserved_usd\":1'),
+                                 "no worker lives"),
+    "something was not booked": (LEAD_LOG, changed(r'\"spent_usd\":0', r'\"spent_usd\":1'), "were spent"),
+    "a write is missing": (JOURNAL, without_line('"kv_written"', "/shared/counter"), "the journal makes"),
+    "a value is another one": (JOURNAL, changed('"value":"done"', '"value":"odd"'), "the journal makes"),
+    "a swap was told that never was": (WORKER_LOG, changed(r'\"swapped\":true', r'\"swapped\":false'),
+                                       "no order"),
+    "a lease was given twice": (WORKER_LOG, changed(r'\"holder\":', r'\"version\":9,\"holder\":'),
+                                "acquisitions"),
+}
+
+
+def test_the_checker_of_trees_sees_what_is_wrong(tmp_path):
+    tree, unseen = make_tree(tmp_path, random.Random(1), 2, 1), {}
+    tree.crew.home.pitboss("dispatch", tree.crew.manifest, check=0)
+    assert tree.faults() == []
+    for what, (name, change, words) in SPOILS.items():
+        path = tree.crew.run_dir() / name
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        found = own_faults(tree)
+        if not any(words in fault for fault in found):
+            unseen[what] = found
+        path.write_bytes(before)
+    assert unseen == {}
+    assert tree.faults() == []
+
+
+def own_faults(tree: Tree) -> list[str]:
+    """What tree_checker.py itself finds, without what checker.py does."""
+    return tree_checker.check_calls(tree.crew.run_dir(), tree.prompts, tree.stored)
+
+
 # ---- calls that were written down and not answered ----
 
 def die_and_resume(root: Path, moment: str, n: int) -> Counter | None:
-    """Kill a small run at the n-th `moment` and resume it; what was carried over, None when it was not hit."""
+    """Kill a small run at the n-th `moment` and resume it; what was carried over, None without a hit."""
     root.mkdir(exist_ok=True)
     tree = make_tree(root, random.Random(7), 2, 1)
     try:
@@ -523,7 +595,7 @@ def test_a_bridge_dies_while_no_dispatcher_is_there(grow):
 
 
 def test_a_spawn_whose_bridge_died_before_its_answer_happened_once(tmp_path):
-    """The dispatcher stands still right after it wrote the spawn down, and goes on when the bridge is dead."""
+    """The dispatcher stands still when it has written the spawn down, and goes on when the bridge is dead."""
     home, lead, prompt = Home(tmp_path), Script(), waiting_script(tmp_path, "worker-1").text()
     (tmp_path / "trail").mkdir()
     lead.call("spawn_worker", prompt=prompt)
@@ -546,7 +618,7 @@ def test_a_spawn_whose_bridge_died_before_its_answer_happened_once(tmp_path):
 
 
 def test_a_place_in_a_queue_outlives_its_bridge(tmp_path):
-    """What the dead bridge waited for comes to the actor, which asks again and is not locked out by itself."""
+    """What the dead bridge waited for comes to the actor: it asks again, and does not lock itself out."""
     home, lead, worker = Home(tmp_path), Script(), Script()
     for _ in range(2):
         got = worker.call("lease_acquire", name="door", ttl_secs=600, wait_secs=600)
@@ -598,6 +670,25 @@ def test_a_lease_of_an_actor_that_ends_goes_to_who_waits(tmp_path, is_killed):
     finally:
         home.end_everything()
     assert calls_of(run_dir, LEAD)[-1].result["version"] == 2
+
+
+def test_a_wait_for_a_lease_is_over_when_its_time_is_over(tmp_path):
+    """It ran out, and the dispatcher died before it said so: the call is answered and waits no longer."""
+    home, lead, worker = Home(tmp_path), Script(), Script()
+    worker.call("lease_acquire", name="door", ttl_secs=600, wait_secs=0.5)
+    lead.call("lease_acquire", name="door", ttl_secs=600)
+    spawned = lead.call("spawn_worker", prompt=worker.text())
+    lead.call("wait_for_worker", task_id=f"<{spawned}.task_id>")
+    crew = make_crew(home, lead, [Promise(LEAD), Promise("worker-1")], tmp_path / "trail", 1)
+    try:
+        assert start_with_fault(crew, 'journal:"lease_wait_ended".after', 1, "dispatch", crew.manifest)
+        assert take_over(crew, crew.run_dir()).wait(60) == 0, crew.said()
+    finally:
+        home.end_everything()
+    run_dir = crew.run_dir()
+    assert tree_checker.check_keys(run_dir) == []
+    answer = calls_of(run_dir, "worker-1")[0].result
+    assert (answer["acquired"], answer["holder"]) == (False, LEAD) and answer["expires_at"]
 
 
 def start_until(crew: Crew, moment: str, n: int, *args) -> subprocess.Popen:

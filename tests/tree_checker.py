@@ -75,16 +75,21 @@ def check_tree(run_dir: Path, repo: Path, promises: list, trail: Path | None, pr
                stored: dict, once: bool = True) -> list[str]:
     """Everything that must hold of a finished run with a lead whose actors all succeeded.
 
-    `prompts` are those that the lead's script spawns workers with, `stored` is path to (value, version) at the
-    end. `once` is for agents and bridges that nobody killed.
+    `prompts` are those that the lead's script spawns workers with, `stored` is path to (value, version) at
+    the end. `once` is for agents and bridges that nobody killed.
     """
+    return check_run(run_dir, repo, promises, trail, once) + check_calls(run_dir, prompts, stored, once)
+
+
+def check_calls(run_dir: Path, prompts: list[str], stored: dict, once: bool = True) -> list[str]:
+    """What was asked for happened once, and everybody was told so."""
+    actors = actors_of(run_dir)
     return [
-        *check_run(run_dir, repo, promises, trail, once),
-        *(fault for actor in actors_of(run_dir) for fault in check_answers(run_dir, actor) if once),
-        *check_spawns(run_dir, promises[0].task, prompts),
+        *(fault for actor in actors for fault in check_answers(run_dir, actor) if once),
+        *check_spawns(run_dir, actors[0], prompts),
         *check_keys(run_dir),
         *check_money(run_dir),
-        *check_stored(run_dir, promises[0].task, stored),
+        *check_stored(run_dir, actors[0], stored),
         *check_history(run_dir),
     ]
 
@@ -128,8 +133,9 @@ def check_money(run_dir: Path) -> list[str]:
     ends = [e for e in read_events(run_dir) if e["kind"] == "hand_ended"]
     for actor, cost in costs.items():
         booked = {e["hand"]: e["cost_usd"] for e in ends if e["actor"] == actor}
-        faults += [f"{actor}: its hand {hand} said {told} USD, {booked[hand]} were booked"
-                   for hand, told in told_costs(run_dir, actor).items() if abs(told - booked[hand]) > PENNY]
+        faults += [f"{actor}: its hand {hand} said {told} USD, {booked.get(hand)} were booked"
+                   for hand, told in told_costs(run_dir, actor).items()
+                   if abs(told - booked.get(hand, math.inf)) > PENNY]
         if abs(sum(booked.values()) - cost) > PENNY:
             faults.append(f"{actor}: {booked} USD were booked, its record says {cost}")
     total = json.loads((run_dir / "summary.json").read_bytes())["total_cost_usd"] or 0.0
@@ -147,7 +153,7 @@ def told_costs(run_dir: Path, actor: str) -> dict[int, float]:
         at += len(line)
         event = json.loads(line)
         if event["type"] == "result":
-            results[next(hand for end, hand in ends if at <= end)] = event["total_cost_usd"]
+            results[next((hand for end, hand in ends if at <= end), 0)] = event["total_cost_usd"]
     return results
 
 
@@ -172,7 +178,7 @@ def check_books(run_dir: Path, costs: dict[str, float]) -> list[str]:
 
 
 def replay_store(run_dir: Path) -> tuple[dict, list[str]]:
-    """The store that the journal's lines make, (layer, path) to (value, version); and what is wrong in them."""
+    """The store that the journal's lines make, (layer, path) to (value, version), and what is wrong there."""
     store, last, faults = {}, Counter(), []
     for event in read_events(run_dir):
         if event["kind"] not in ("kv_written", "kv_deleted"):
@@ -234,7 +240,7 @@ def history_of(run_dir: Path, actor: str) -> list[Op]:
                 names[result["lease_id"]] = given["name"]
             ops.append(Op(actor, name, (lead, given["name"]), given, result, begun, call.at))
         elif call.tool == "lease_release":
-            ops.append(Op(actor, name, (lead, names[given["lease_id"]]), given, result, begun, call.at))
+            ops.append(Op(actor, name, (lead, names.get(given["lease_id"])), given, result, begun, call.at))
         begun = call.at if call.at < math.inf else begun
     return ops
 
