@@ -8016,7 +8016,6 @@ class Dispatcher:
         """What the adapter needs; the files that it names are written."""
         task = self.plan_of(actor.id)._replace(directory=actor.directory, model=actor.model)
         prompt_file = os.path.join(folder, "prompt.txt")
-        write_file(prompt_file, task.prompt.encode("utf-8", "surrogatepass"))
         told = tuple(read_message(folder, m) for m in actor.inbox[:actor.carried])
         if actor.how == "resume" and actor.role == "lead":
             told = (digest_workers(self.run, actor.id), *told)
@@ -8038,6 +8037,7 @@ class Dispatcher:
                     max_workers=self.run.layers[actor.layer].max_workers if actor.layer else 0)
         deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
         files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
+        files["prompt.txt"] = first_words(deal) if row.input == "none" else task.prompt
         for name, text in files.items():
             write_file(os.path.join(folder, name), text.encode("utf-8", "surrogatepass"))
         return deal
