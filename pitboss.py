@@ -8801,7 +8801,8 @@ def find_target(dispatcher: Dispatcher, actor: Actor, name: str) -> Actor:
     """The actor that a lead names.  Raises ToolRefusal: there is none, or it is not below the lead."""
     found = dispatcher.run.actors.get(name)
     if found is None:
-        raise ToolRefusal(f"unknown task_id: {clip_cells(clean_text(name), 80)}; list_workers names those there are")
+        shown = clip_cells(clean_text(name), 80)
+        raise ToolRefusal(f"unknown task_id: {shown}; list_workers names those there are")
     if found.id == actor.id or found.layer != actor.id:
         raise ToolRefusal(f"forbidden: {name} is not a worker of {actor.id}")
     return found

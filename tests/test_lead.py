@@ -958,7 +958,7 @@ def test_every_result_is_what_its_output_schema_says(stage, home):
     call("pause_worker", task_id=one)
     call("continue_worker", task_id=one, prompt="go on")
     run.running(lead, one)
-    assert call("reprompt_worker", task_id=one, prompt="$ hang")["delivery"] in ("input", "resume")
+    assert call("reprompt_worker", task_id=one, prompt="$ say here\n$ hang")["delivery"] in ("input", "resume")
     call("cancel_worker", task_id=one, reason="enough")
     call("wait_for_worker", task_id=one)
     assert call("kv_get", path="/shared/x") == {"entry": None}
