@@ -7486,8 +7486,6 @@ class Dispatcher:
             for waiter in self.news.pop(topic, ()):
                 if not waiter.done():
                     waiter.set_result(None)
-        if self.run.shared.ready and kind not in SHARED_EVENTS:
-            self.settle_leases()           # a hand has ended, and with it what it held
         fresh, self.run.fresh = self.run.fresh, []
         for key in fresh:
             if EFFECTS[key[0]].waits:
