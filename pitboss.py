@@ -138,6 +138,10 @@ class ToolRefusal(Refused):
     """A lead, a worker or an operator asked for what cannot be; the message says what to do next."""
 
 
+class WrongState(ToolRefusal):
+    """What was asked for does not fit the state that the actor is in."""
+
+
 class EnvironmentFault(PitbossError):
     """The machine cannot do it now: no space, no permission.  The run can be resumed."""
 
@@ -3872,7 +3876,7 @@ def decide_pause(actor: Actor, mode: str) -> dict:
     """The facts of a `pause_decided`.  Raises ToolRefusal."""
     allowed = ("running",) if mode == "freeze" else ("running", "placing", "dealing")
     if actor.state not in allowed or actor.stop:
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: only a running actor can be "
+        raise WrongState(f"{actor.id} is {state_word(actor)}: only a running actor can be "
                           f"{'frozen' if mode == 'freeze' else 'paused'}")
     return {"actor": actor.id, "mode": mode}
 
@@ -3880,7 +3884,7 @@ def decide_pause(actor: Actor, mode: str) -> dict:
 def decide_continue(actor: Actor, message: Message | None) -> dict:
     """The facts of a `continue_decided`.  Raises ToolRefusal."""
     if actor.state not in ("paused", "frozen"):
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: only a paused or frozen actor can "
+        raise WrongState(f"{actor.id} is {state_word(actor)}: only a paused or frozen actor can "
                           "be continued")
     return {"actor": actor.id, "message": message}
 
@@ -3888,17 +3892,17 @@ def decide_continue(actor: Actor, message: Message | None) -> dict:
 def decide_reprompt(actor: Actor, message: Message) -> dict:
     """The facts of a `reprompted`.  Raises ToolRefusal."""
     if actor.status or actor.stop not in ("", "redirect"):
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: it takes no more messages; spawn "
+        raise WrongState(f"{actor.id} is {state_word(actor)}: it takes no more messages; spawn "
                           "another worker")
     if actor.state == "frozen":
-        raise ToolRefusal(f"{actor.id} is Frozen: continue it first")
+        raise WrongState(f"{actor.id} is Frozen: continue it first")
     return {"actor": actor.id, "message": message}
 
 
 def decide_stop(actor: Actor, reason: str, done: bool, told: Message | None) -> dict:
     """The facts of a `stop_decided` that cancels an actor.  Raises ToolRefusal."""
     if actor.status or actor.stop == "cancel":
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)} already: nothing is left to cancel")
+        raise WrongState(f"{actor.id} is {state_word(actor)} already: nothing is left to cancel")
     return {"actor": actor.id, "why": "cancel", "reason": reason, "done": done,
             **({"told": told} if told else {})}
 
@@ -9438,10 +9442,9 @@ class ControlSession:
         try:
             told = row.run(self.dispatcher, values)
             told = await told if asyncio.iscoroutine(told) else told
-        except ToolRefusal as e:
-            state = state_word(run.actors[task_id], wire=True) if task_id in run.actors else None
-            return self.send(event="op_failed", op=op, task_id=task_id, error=str(e), current_state=state,
-                             **extra)
+        except WrongState as e:
+            return self.send(event="op_unknown_state", op=op, task_id=task_id, error=str(e),
+                             current_state=state_word(run.actors[task_id], wire=True), **extra)
         except PitbossError as e:
             return self.send(event="op_failed", op=op, task_id=task_id, error=str(e), **extra)
         except Exception as e:  # boundary: a bug in one operation must not end the run
@@ -9450,7 +9453,8 @@ class ControlSession:
                              error=f"a bug in pitboss: {type(e).__name__}; see sockets.log in the run folder")
         if told and "event" in told:
             return self.send(**told, **extra)
-        self.send(event="op_acked", op=op, task_id=task_id, **(told or {}), **extra)
+        told = {k: v for k, v in (told or {}).items() if k != "ok"}
+        self.send(event="op_acked", op=op, task_id=task_id, **told, **extra)
 
     def tell(self, event: dict) -> None:
         """Tell the client of an event that people want to know."""
