@@ -8572,8 +8572,9 @@ def render_resolved(order: Order, run_id: str) -> dict:
                      if k != "index"}
             tasks.append({**shown, "env": [*task.env],
                           "resume_session_id": (former.get(task.id) or {}).get("session_id")})
+    lead = next((t for t in tasks if t["role"] == "lead"), None)
     return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(),
-            "tasks": tasks, "lead": None, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
+            "tasks": [] if lead else tasks, "lead": lead, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
                                                           for s in order.manifest.servers]}
 
 
