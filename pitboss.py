@@ -9462,9 +9462,9 @@ class ControlSession:
         if self.link.choked:
             return self.link.close()       # it does not read: it may come again
         run = self.dispatcher.run
-        if event["kind"] in ("hand_ended", "place_failed", "spawn_failed", "stop_decided"):
+        if event["kind"] == "closed":
             actor = run.actors[event["actor"]]
-            if actor.status and not STATUSES[actor.status].good:
+            if not STATUSES[actor.status].good:
                 reason = {"kind": "unknown", **(public_reason(actor.reason) or {})}
                 self.send(event="worker_failed", task_id=actor.id, parent_task_id=actor.parent, reason=reason)
         elif event["kind"] == "run_finished":
