@@ -1261,11 +1261,13 @@ def test_failures_and_the_end_are_told_to_every_client(stage):
     operators = [run.operator() for _ in range(30)]
     failed = lead.call("spawn_worker", prompt="$ fail no luck")["task_id"]
     lead.call("wait_for_worker", task_id=failed)
-    login = lead.call("spawn_worker", prompt="$ auth")["task_id"]
-    lead.call("wait_for_worker", task_id=login)
     fine = lead.call("spawn_worker", prompt="$ say x")["task_id"]
     lead.call("wait_for_worker", task_id=fine)
-    gone = run.spawn(lead, "$ hang")
+    gone, unneeded = run.spawn(lead, "$ hang"), run.spawn(lead, "$ hang")
+    lead.call("pause_worker", task_id=unneeded)
+    login = lead.call("spawn_worker", prompt="$ auth")["task_id"]
+    lead.call("wait_for_worker", task_id=login)
+    assert lead.refused("spawn_worker", prompt="$ say x").startswith("api auth failed: ")
     assert operators[0].op("cancel_worker", task_id=gone, reason="enough")["event"] == "op_acked"
     lead.call("wait_for_worker", task_id=gone)
     run.finish(1)
@@ -1275,14 +1277,15 @@ def test_failures_and_the_end_are_told_to_every_client(stage):
             lines.append(said)
         assert [f for x in lines for f in shape_faults(x)] == []
         told = {x["task_id"]: x for x in lines if x["event"] == "worker_failed"}
-        assert set(told) == {failed, login, gone}
-        assert len([x for x in lines if x["event"] == "worker_failed"]) == 3
+        assert set(told) == {failed, login, gone, unneeded}
+        assert len([x for x in lines if x["event"] == "worker_failed"]) == 4
         assert {x["parent_task_id"] for x in told.values()} == {"boss"}
         assert told[failed]["reason"]["kind"] == "unknown" and "no luck" in told[failed]["reason"]["message"]
         assert told[login]["reason"]["kind"] == "auth_failure"
-        assert told[gone]["reason"] == {"kind": "unknown", "message": "enough"}
+        assert told[gone]["reason"]["message"].startswith("enough")
+        assert told[unneeded]["reason"] == {"kind": "unknown", "message": "the lead ended"}
         assert all(set(x["reason"]) <= {"kind", "message", "resets_at"} for x in told.values())
-        assert lines[-1] == {"event": "run_finished", "summary": {"tasks_total": 5, "tasks_failed": 3}}
+        assert lines[-1] == {"event": "run_finished", "summary": {"tasks_total": 6, "tasks_failed": 3}}
 
 
 def test_a_client_that_never_reads_harms_nobody(stage):
@@ -1353,8 +1356,6 @@ def test_the_sockets_are_for_their_owner_alone_and_go_with_the_run(stage):
     places = json.loads((run.run / "sockets.json").read_text())
     assert set(places) == {"mcp", "control"}
     assert {os.stat(p).st_mode & 0o777 for p in places.values()} == {0o600}
-    assert places["control"] == os.path.join(run.home.env["XDG_RUNTIME_DIR"], "pitboss",
-                                             f"{run.run.name}.control.sock")
     run.finish()
     assert not any(os.path.lexists(p) for p in places.values()) and not (run.run / "sockets.json").exists()
 
@@ -1396,7 +1397,7 @@ def test_status_list_and_attach_show_a_run_with_a_lead(stage, home):
     rows = {a["task_id"]: a for a in shown["actors"]}
     assert {n: (r["status"], r["role"], r["parent_task_id"]) for n, r in rows.items()} == {
         "boss": (None, "lead", None), one: (None, "worker", "boss"), two: (None, "worker", "boss")}
-    assert rows[two]["state"] == "paused" and rows[one]["state"] == "running"
+    assert (rows[two]["state"].lower(), rows[one]["state"].lower()) == ("paused", "running")
     table = home.pitboss("status", run_id, check=0).stdout
     assert all(name in table for name in ("boss", one, two)) and "paused" in table.lower()
     listed = json.loads(home.pitboss("list", "--json", check=0).stdout)[0]
@@ -1460,7 +1461,6 @@ def test_a_finished_run_is_dealt_again_with_its_lead_alone(stage, home):
     assert json.loads((again / "meta.json").read_text())["resumed_from"] == run.run.name
     assert json.loads((again / "resolved.json").read_text())["lead"]["resume_session_id"] == \
         first["boss"]["claude_session_id"]
-    assert "lead" in home.pitboss("resume", run.run.name, "--failed", check=4).stderr      # it succeeded
 
 
 def test_with_failed_a_lead_that_failed_is_dealt_again(stage, home):
