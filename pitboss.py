@@ -138,6 +138,10 @@ class ToolRefusal(Refused):
     """A lead, a worker or an operator asked for what cannot be; the message says what to do next."""
 
 
+class WrongState(ToolRefusal):
+    """What was asked for does not fit the state that the actor is in."""
+
+
 class EnvironmentFault(PitbossError):
     """The machine cannot do it now: no space, no permission.  The run can be resumed."""
 
@@ -3874,7 +3878,7 @@ def decide_pause(actor: Actor, mode: str) -> dict:
     """The facts of a `pause_decided`.  Raises ToolRefusal."""
     allowed = ("running",) if mode == "freeze" else ("running", "placing", "dealing")
     if actor.state not in allowed or actor.stop:
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: only a running actor can be "
+        raise WrongState(f"{actor.id} is {state_word(actor)}: only a running actor can be "
                           f"{'frozen' if mode == 'freeze' else 'paused'}")
     return {"actor": actor.id, "mode": mode}
 
@@ -3882,7 +3886,7 @@ def decide_pause(actor: Actor, mode: str) -> dict:
 def decide_continue(actor: Actor, message: Message | None) -> dict:
     """The facts of a `continue_decided`.  Raises ToolRefusal."""
     if actor.state not in ("paused", "frozen"):
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: only a paused or frozen actor can "
+        raise WrongState(f"{actor.id} is {state_word(actor)}: only a paused or frozen actor can "
                           "be continued")
     return {"actor": actor.id, "message": message}
 
@@ -3890,17 +3894,17 @@ def decide_continue(actor: Actor, message: Message | None) -> dict:
 def decide_reprompt(actor: Actor, message: Message) -> dict:
     """The facts of a `reprompted`.  Raises ToolRefusal."""
     if actor.status or actor.stop not in ("", "redirect"):
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)}: it takes no more messages; spawn "
+        raise WrongState(f"{actor.id} is {state_word(actor)}: it takes no more messages; spawn "
                           "another worker")
     if actor.state == "frozen":
-        raise ToolRefusal(f"{actor.id} is Frozen: continue it first")
+        raise WrongState(f"{actor.id} is Frozen: continue it first")
     return {"actor": actor.id, "message": message}
 
 
 def decide_stop(actor: Actor, reason: str, done: bool, told: Message | None) -> dict:
     """The facts of a `stop_decided` that cancels an actor.  Raises ToolRefusal."""
     if actor.status or actor.stop == "cancel":
-        raise ToolRefusal(f"{actor.id} is {state_word(actor)} already: nothing is left to cancel")
+        raise WrongState(f"{actor.id} is {state_word(actor)} already: nothing is left to cancel")
     return {"actor": actor.id, "why": "cancel", "reason": reason, "done": done,
             **({"told": told} if told else {})}
 
@@ -8018,7 +8022,6 @@ class Dispatcher:
         """What the adapter needs; the files that it names are written."""
         task = self.plan_of(actor.id)._replace(directory=actor.directory, model=actor.model)
         prompt_file = os.path.join(folder, "prompt.txt")
-        write_file(prompt_file, task.prompt.encode("utf-8", "surrogatepass"))
         told = tuple(read_message(folder, m) for m in actor.inbox[:actor.carried])
         if actor.how == "resume" and actor.role == "lead":
             told = (digest_workers(self.run, actor.id), *told)
@@ -8040,6 +8043,7 @@ class Dispatcher:
                     max_workers=self.run.layers[actor.layer].max_workers if actor.layer else 0)
         deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
         files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
+        files["prompt.txt"] = first_words(deal) if row.input == "none" else task.prompt
         for name, text in files.items():
             write_file(os.path.join(folder, name), text.encode("utf-8", "surrogatepass"))
         return deal
@@ -8570,8 +8574,9 @@ def render_resolved(order: Order, run_id: str) -> dict:
                      if k != "index"}
             tasks.append({**shown, "env": [*task.env],
                           "resume_session_id": (former.get(task.id) or {}).get("session_id")})
+    lead = next((t for t in tasks if t["role"] == "lead"), None)
     return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(),
-            "tasks": tasks, "lead": None, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
+            "tasks": [] if lead else tasks, "lead": lead, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
                                                           for s in order.manifest.servers]}
 
 
@@ -8801,7 +8806,8 @@ def find_target(dispatcher: Dispatcher, actor: Actor, name: str) -> Actor:
     """The actor that a lead names.  Raises ToolRefusal: there is none, or it is not below the lead."""
     found = dispatcher.run.actors.get(name)
     if found is None:
-        raise ToolRefusal(f"unknown task_id: {name}; list_workers names those there are")
+        shown = clip_cells(clean_text(name), 80)
+        raise ToolRefusal(f"unknown task_id: {shown}; list_workers names those there are")
     if found.id == actor.id or found.layer != actor.id:
         raise ToolRefusal(f"forbidden: {name} is not a worker of {actor.id}")
     return found
@@ -9439,10 +9445,9 @@ class ControlSession:
         try:
             told = row.run(self.dispatcher, values)
             told = await told if asyncio.iscoroutine(told) else told
-        except ToolRefusal as e:
-            state = state_word(run.actors[task_id], wire=True) if task_id in run.actors else None
-            return self.send(event="op_failed", op=op, task_id=task_id, error=str(e), current_state=state,
-                             **extra)
+        except WrongState as e:
+            return self.send(event="op_unknown_state", op=op, task_id=task_id, error=str(e),
+                             current_state=state_word(run.actors[task_id], wire=True), **extra)
         except PitbossError as e:
             return self.send(event="op_failed", op=op, task_id=task_id, error=str(e), **extra)
         except Exception as e:  # boundary: a bug in one operation must not end the run
@@ -9451,16 +9456,17 @@ class ControlSession:
                              error=f"a bug in pitboss: {type(e).__name__}; see sockets.log in the run folder")
         if told and "event" in told:
             return self.send(**told, **extra)
-        self.send(event="op_acked", op=op, task_id=task_id, **(told or {}), **extra)
+        told = {k: v for k, v in (told or {}).items() if k != "ok"}
+        self.send(event="op_acked", op=op, task_id=task_id, **told, **extra)
 
     def tell(self, event: dict) -> None:
         """Tell the client of an event that people want to know."""
         if self.link.choked:
             return self.link.close()       # it does not read: it may come again
         run = self.dispatcher.run
-        if event["kind"] in ("hand_ended", "place_failed", "spawn_failed", "stop_decided"):
+        if event["kind"] == "closed":
             actor = run.actors[event["actor"]]
-            if actor.status and not STATUSES[actor.status].good:
+            if not STATUSES[actor.status].good:
                 reason = {"kind": "unknown", **(public_reason(actor.reason) or {})}
                 self.send(event="worker_failed", task_id=actor.id, parent_task_id=actor.parent, reason=reason)
         elif event["kind"] == "run_finished":

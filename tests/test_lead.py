@@ -958,7 +958,7 @@ def test_every_result_is_what_its_output_schema_says(stage, home):
     call("pause_worker", task_id=one)
     call("continue_worker", task_id=one, prompt="go on")
     run.running(lead, one)
-    assert call("reprompt_worker", task_id=one, prompt="$ hang")["delivery"] in ("input", "resume")
+    assert call("reprompt_worker", task_id=one, prompt="$ say here\n$ hang")["delivery"] in ("input", "resume")
     call("cancel_worker", task_id=one, reason="enough")
     call("wait_for_worker", task_id=one)
     assert call("kv_get", path="/shared/x") == {"entry": None}
@@ -1119,3 +1119,374 @@ def test_without_being_asked_nothing_is_dumped(stage):
     run.lead().call("kv_set", path="/ref/a", value="text")
     run.finish()
     assert not (run.run / "shared-store.json").exists()
+
+
+# ------------------------------------------------------------------ the control socket
+
+SHAPES = {      # event: (keys that are always there, keys that may be)
+    "hello":            ({"server_version", "run_id", "run_kind", "workers", "policy_rules"}, set()),
+    "op_acked":         ({"op"}, {"task_id", "delivery"}),
+    "op_failed":        ({"op", "error"}, {"task_id"}),
+    "op_unknown":       ({"op"}, set()),
+    "op_unknown_state": ({"op", "task_id", "current_state"}, {"error"}),
+    "workers_snapshot": ({"workers"}, set()),
+    "store_activity":   ({"counters"}, set()),
+    "worker_failed":    ({"task_id", "reason"}, {"parent_task_id"}),
+    "run_finished":     ({"summary"}, set()),
+}
+WIRE_STATES = {"pending", "running", "paused", "frozen", "done_success", "done_failed", "done_timed_out",
+               "done_cancelled", "done_spawn_failed", "done_approval_rejected", "done_approval_timed_out"}
+
+
+def shape_faults(event: dict) -> list[str]:
+    """What an event of the control socket has too much or too little."""
+    if event.get("event") not in SHAPES:
+        return [f"an event {event}"]
+    needed, allowed = SHAPES[event["event"]]
+    keys = set(event) - {"event", "id", "actor_path"}
+    return [*(f"{event['event']} without {k}" for k in needed - keys),
+            *(f"{event['event']} with {k}" for k in keys - needed - allowed),
+            *(f"{event['event']}: {k} is null" for k in keys if event[k] is None)]
+
+
+def test_the_first_line_is_hello_in_both_directions(house):
+    operator = house.operator()
+    hello = operator.hello
+    assert shape_faults(hello) == [] and hello["event"] == "hello"
+    assert hello["run_id"] == house.run.name and hello["run_kind"] == "hierarchical"
+    assert hello["workers"] == ["boss", "worker-1"] and hello["policy_rules"] == []
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hello["server_version"])
+    operator.say({"op": "hello", "client_version": "1", "id": 7})          # again: answered again
+    assert operator.hear()["id"] == 7
+
+
+@pytest.mark.parametrize("first", [b'{"op":"list_workers"}', b'{"op":"cancel_run"}', b"nonsense", b"[]", b'{"op":7}',
+                                   b'{"jsonrpc":"2.0","id":1,"method":"hello","params":{}}', b"x" * (17 << 20)],
+                         ids=range(7))
+def test_without_hello_there_is_nothing(house, first):
+    client = house.kept(Client(house.socket("control")))
+    client.say(first)
+    answer = client.hear()
+    assert answer["event"] == "op_failed" and answer["error"] and client.hear() is None
+
+
+@pytest.mark.parametrize("number", [1, 0, -5, "x", "a long id" * 10])
+def test_an_id_is_echoed_and_none_is_made_up(house, number):
+    operator = house.operator()
+    operator.say({"op": "list_workers", "id": number}, {"op": "list_workers"}, {"op": "no_such_op", "id": number})
+    lines = [operator.hear() for _ in range(3)]
+    assert sorted(str(x.get("id")) for x in lines) == sorted([str(number), "None", str(number)])
+    assert all(shape_faults(x) == [] for x in lines)
+
+
+@pytest.mark.parametrize("data", [
+    b"nonsense", b"\xff\xfe\xfd", b"{", b"[]", b"7", b"null", b'"op"', b"{}", b'{"op":null}', b'{"op":["x"]}',
+    b'{"op":"list_workers","x":NaN}', b"[" * 100_000, b"x" * (17 << 20)], ids=range(13))
+def test_nonsense_is_answered_and_the_connection_lives(house, data):
+    operator = house.operator()
+    operator.say(data)
+    answer = operator.hear()
+    assert answer["event"] == "op_failed" and shape_faults(answer) == [], answer
+    assert operator.op("list_workers")["event"] == "workers_snapshot"
+    operator.close()
+
+
+@pytest.mark.parametrize("op, fields, event, words", [
+    ("no_such_op",      {},                                         "op_unknown", []),
+    ("",                {},                                         "op_unknown", []),
+    ("cancel_worker",   {},                                         "op_failed", ["task_id", "required"]),
+    ("cancel_worker",   {"task_id": 7},                             "op_failed", ["task_id", "7"]),
+    ("cancel_worker",   {"task_id": None},                          "op_failed", ["task_id"]),
+    ("cancel_worker",   {"task_id": {}},                            "op_failed", ["task_id"]),
+    ("cancel_worker",   {"task_id": "nobody"},                      "op_failed", ["nobody", "worker-1"]),
+    ("cancel_worker",   {"task_id": "worker-1", "reason": 1},       "op_failed", ["reason"]),
+    ("pause_worker",    {"task_id": "worker-1", "mode": "stop"},    "op_failed", ["mode", "cancel, freeze"]),
+    ("reprompt_worker", {"task_id": "worker-1"},                    "op_failed", ["prompt", "required"]),
+    ("reprompt_worker", {"task_id": "worker-1", "prompt": " "},     "op_failed", ["prompt", "empty"]),
+    ("reprompt_worker", {"task_id": "nobody", "prompt": "x"},       "op_failed", ["nobody"]),
+    ("continue_worker", {"task_id": "../boss"},                     "op_failed", ["../boss"]),
+])
+def test_bad_operations_are_named(house, op, fields, event, words):
+    operator = house.operator()
+    answer = operator.op(op, **fields)
+    assert answer["event"] == event and answer["op"] == op and shape_faults(answer) == [], answer
+    assert all(word in answer["error"] for word in words), answer
+    operator.close()
+
+
+def test_an_operation_that_does_not_fit_the_state_says_the_state(stage):
+    run = stage()
+    lead, operator = run.lead(), run.operator()
+    one = run.spawn(lead, "$ run sleep 600")
+    done = lead.call("spawn_worker", prompt="$ say x")["task_id"]
+    lead.call("wait_for_worker", task_id=done)
+    for op, name, fields, state in (("continue_worker", one, {}, "running"),
+                                    ("pause_worker", done, {}, "done_success"),
+                                    ("cancel_worker", done, {}, "done_success"),
+                                    ("reprompt_worker", done, {"prompt": "x"}, "done_success")):
+        answer = operator.op(op, task_id=name, **fields)
+        assert answer["event"] == "op_unknown_state" and answer["current_state"] == state, answer
+        assert answer["op"] == op and answer["task_id"] == name and shape_faults(answer) == []
+    run.finish()
+
+
+def test_a_snapshot_shows_every_actor_in_the_words_of_the_wire(stage, home):
+    run = stage(workers=8)
+    lead, operator = run.lead(), run.operator()
+    live = [run.spawn(lead, "$ run sleep 600") for _ in range(3)]
+    ended = [lead.call("spawn_worker", prompt=p, timeout_secs=60)["task_id"] for p in ("$ say x", "$ fail x")]
+    for name in ended:
+        lead.call("wait_for_worker", task_id=name)
+    late = lead.call("spawn_worker", prompt="$ hang", timeout_secs=1)["task_id"]
+    lead.call("wait_for_worker", task_id=late)
+    lead.call("pause_worker", task_id=live[1])
+    lead.call("pause_worker", task_id=live[2], mode="freeze")
+    answer = operator.op("list_workers")
+    assert shape_faults(answer) == []
+    rows = {r["task_id"]: r for r in answer["workers"]}
+    assert {n: r["state"] for n, r in rows.items()} == dict(zip(
+        ["boss", *live, *ended, late], ["running", "running", "paused", "frozen", "done_success", "done_failed",
+                                        "done_timed_out"]))
+    for name, row in rows.items():
+        assert {"task_id", "state", "prompt_preview"} <= set(row) <= {
+            "task_id", "state", "prompt_preview", "started_at", "parent_task_id", "session_id"}
+        assert row.get("parent_task_id") == (None if name == "boss" else "boss") and row["session_id"]
+    assert {r["state"] for r in rows.values()} <= WIRE_STATES
+    run.finish(1)
+
+
+def test_failures_and_the_end_are_told_to_every_client(stage):
+    run = stage()
+    lead = run.lead()
+    operators = [run.operator() for _ in range(30)]
+    failed = lead.call("spawn_worker", prompt="$ fail no luck")["task_id"]
+    lead.call("wait_for_worker", task_id=failed)
+    fine = lead.call("spawn_worker", prompt="$ say x")["task_id"]
+    lead.call("wait_for_worker", task_id=fine)
+    gone, unneeded = run.spawn(lead, "$ hang"), run.spawn(lead, "$ hang")
+    lead.call("pause_worker", task_id=unneeded)
+    login = lead.call("spawn_worker", prompt="$ auth")["task_id"]
+    lead.call("wait_for_worker", task_id=login)
+    assert lead.refused("spawn_worker", prompt="$ say x").startswith("api auth failed: ")
+    assert operators[0].op("cancel_worker", task_id=gone, reason="enough")["event"] == "op_acked"
+    lead.call("wait_for_worker", task_id=gone)
+    run.finish(1)
+    for operator in operators:
+        lines = list(operator.kept)
+        while (said := operator.hear()) is not None:
+            lines.append(said)
+        assert [f for x in lines for f in shape_faults(x)] == []
+        told = {x["task_id"]: x for x in lines if x["event"] == "worker_failed"}
+        assert set(told) == {failed, login, gone, unneeded}
+        assert len([x for x in lines if x["event"] == "worker_failed"]) == 4
+        assert {x["parent_task_id"] for x in told.values()} == {"boss"}
+        assert told[failed]["reason"]["kind"] == "unknown" and "no luck" in told[failed]["reason"]["message"]
+        assert told[login]["reason"]["kind"] == "auth_failure"
+        assert told[gone]["reason"]["message"].startswith("enough")
+        assert told[unneeded]["reason"] == {"kind": "unknown", "message": "the lead ended"}
+        assert all(set(x["reason"]) <= {"kind", "message", "resets_at"} for x in told.values())
+        assert lines[-1] == {"event": "run_finished", "summary": {"tasks_total": 6, "tasks_failed": 3}}
+
+
+def test_a_client_that_never_reads_harms_nobody(stage):
+    run = stage()
+    lead, slow, other = run.lead(), run.operator(), run.operator()
+    slow.sock.setblocking(False)
+    ask, sent = b'{"op":"list_workers"}\n' * 1000, 0
+    try:
+        while sent < 200 << 20:
+            sent += slow.sock.send(ask)
+    except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+        pass
+    assert 0 < sent < 200 << 20, "it was read from without end"
+    assert other.op("list_workers")["event"] == "workers_snapshot"
+    name = lead.call("spawn_worker", prompt="$ fail x")["task_id"]
+    lead.call("wait_for_worker", task_id=name)
+    assert other.told("worker_failed", task_id=name)
+    run.finish(1)
+
+
+def test_clients_may_go_in_the_middle_of_everything(stage):
+    run = stage()
+    lead = run.lead()
+    name = run.spawn(lead, "$ run sleep 600")
+    gone = run.operator()
+    gone.say({"op": "pause_worker", "task_id": name})
+    gone.close()
+    half = run.operator()
+    half.sock.sendall(b'{"op":"cancel_run"')
+    half.close()
+    wait_for(lambda: lead.call("worker_status", task_id=name)["state"] == "Paused", DEADLINE_S, "the pause")
+    assert run.operator().op("continue_worker", task_id=name)["event"] == "op_acked"
+    run.finish()
+    assert not (run.run / "sockets.log").exists()
+
+
+def test_every_verb_of_the_control_socket_works_on_a_lead(stage):
+    run = stage(script="$ say begun\n$ run sleep 600")
+    operator = run.operator()
+    run.running(run.lead(), "boss")
+    for op, fields in (("pause_worker", {"mode": "freeze"}), ("continue_worker", {}), ("pause_worker", {}),
+                       ("continue_worker", {"prompt": "$ say again\n$ run sleep 600"})):
+        answer = operator.op(op, task_id="boss", **fields)
+        assert answer["event"] == "op_acked" and answer["task_id"] == "boss" and shape_faults(answer) == [], answer
+    log = run.run / "tasks/boss/stdout.log"
+    wait_for(lambda: log.read_bytes().count(b'"command":"sleep 600"') == 2, DEADLINE_S, "the lead at work again")
+    answer = operator.op("reprompt_worker", task_id="boss", prompt="$ say the end")
+    assert answer["event"] == "op_acked" and shape_faults(answer) == []
+    records = run.settle(0)
+    assert records["boss"]["final_message"] == "the end"
+    assert (records["boss"]["pause_count"], records["boss"]["reprompt_count"]) == (2, 1)
+
+
+def test_cancel_run_over_the_control_socket(stage):
+    run = stage()
+    lead, operator = run.lead(), run.operator()
+    names = [run.spawn(lead, "$ run sleep 600") for _ in range(2)]
+    assert operator.op("cancel_run", reason="lunch") == {"event": "op_acked", "op": "cancel_run"}
+    told = operator.told("run_finished")
+    assert told["summary"] == {"tasks_total": 3, "tasks_failed": 3}
+    records = run.settle(1)
+    assert {r["status"] for r in records.values()} == {"Cancelled"} and set(records) == {"boss", *names}
+    assert all("lunch" in r["failure_reason"]["message"] for r in records.values())
+
+
+def test_the_sockets_are_for_their_owner_alone_and_go_with_the_run(stage):
+    run = stage()
+    places = json.loads((run.run / "sockets.json").read_text())
+    assert set(places) == {"mcp", "control"}
+    assert {os.stat(p).st_mode & 0o777 for p in places.values()} == {0o600}
+    run.finish()
+    assert not any(os.path.lexists(p) for p in places.values()) and not (run.run / "sockets.json").exists()
+
+
+# ------------------------------------------------------------------ commands
+
+def test_validate_tells_mode_counts_and_house_rules(home):
+    home.repo()
+    path = home.manifest('[run]\nmax_workers = 3\nbudget_usd = 2.5\nlead_timeout_secs = 90\n[lead]\nid = "boss"\n'
+                         'agent = "demo"\ndirectory = "repo"\nprompt = "x"\n')
+    said = home.pitboss("validate", path, check=0).stdout
+    assert said.startswith("OK: hierarchical")
+    for words in ("1 lead", "max_workers=3", "budget_usd=2.5", "lead_timeout_secs=90"):
+        assert words in said, said
+    shown = json.loads(home.pitboss("validate", path, "--json", check=0).stdout)
+    assert shown["mode"] == "hierarchical" and shown["ok"] is True
+    assert (shown["max_workers"], shown["budget_usd"], shown["lead_timeout_secs"]) == (3, 2.5, 90)
+
+
+def test_resolved_json_names_the_lead(stage):
+    run = stage(lead='model = "claude-haiku-4-5"')
+    resolved = json.loads((run.run / "resolved.json").read_text())
+    assert resolved["mode"] == "hierarchical" and resolved["tasks"] == []
+    assert resolved["lead"]["id"] == "boss" and resolved["lead"]["model"] == "claude-haiku-4-5"
+    assert resolved["lead"]["resume_session_id"] is None
+    assert json.loads((run.run / "meta.json").read_text())["mode"] == "hierarchical"
+    run.finish()
+
+
+def test_status_list_and_attach_show_a_run_with_a_lead(stage, home):
+    run = stage()
+    lead = run.lead()
+    one = run.spawn(lead, f"$ say hello from a worker\n{gate(home.root / 'g')}")
+    two = run.spawn(lead, "$ run sleep 600")
+    lead.call("pause_worker", task_id=two)
+    run_id = run.run.name
+    shown = json.loads(home.pitboss("status", run_id, "--json", check=0).stdout)
+    assert (shown["mode"], shown["state"], shown["tasks_total"]) == ("hierarchical", "running", 3)
+    rows = {a["task_id"]: a for a in shown["actors"]}
+    assert {n: (r["status"], r["role"], r["parent_task_id"]) for n, r in rows.items()} == {
+        "boss": (None, "lead", None), one: (None, "worker", "boss"), two: (None, "worker", "boss")}
+    assert (rows[two]["state"].lower(), rows[one]["state"].lower()) == ("paused", "running")
+    table = home.pitboss("status", run_id, check=0).stdout
+    assert all(name in table for name in ("boss", one, two)) and "paused" in table.lower()
+    listed = json.loads(home.pitboss("list", "--json", check=0).stdout)[0]
+    assert (listed["run_id"], listed["mode"], listed["state"], listed["tasks_total"]) == (
+        run_id, "hierarchical", "running", 3)
+    assert listed["agents_alive"] == 2
+    attached = home.start("attach", run_id[:13], one)
+    (home.root / "g").touch()
+    out = attached.communicate(timeout=DEADLINE_S)[0]
+    assert attached.returncode == 0 and "> hello from a worker" in out
+    assert "boss" in home.pitboss("attach", run_id, "nobody", check=3).stderr
+    run.finish()
+    shown = json.loads(home.pitboss("status", run_id, "--json", check=0).stdout)
+    assert (shown["state"], shown["mode"], shown["tasks_failed"]) == ("complete", "hierarchical", 0)
+    listed = json.loads(home.pitboss("list", "--json", check=0).stdout)[0]
+    assert (listed["state"], listed["mode"], listed["agents_alive"]) == ("complete", "hierarchical", 0)
+
+
+def test_the_verbs_as_commands(stage, home):
+    run = stage()
+    lead = run.lead()
+    one, two = run.spawn(lead, "$ say begun\n$ run sleep 600"), run.spawn(lead, "$ run sleep 600")
+    run_id = run.run.name
+    state = lambda name: lead.call("worker_status", task_id=name)["state"]      # noqa: E731
+    home.pitboss("pause", run_id, one, check=0)
+    assert state(one) == "Paused"
+    home.pitboss("pause", run_id, one, check=4)
+    home.pitboss("continue", run_id, one, "--prompt", "$ say more\n$ run sleep 600", check=0)
+    assert state(one) == "Running"
+    home.pitboss("pause", run_id, one, "--freeze", check=0)
+    assert state(one) == "Frozen"
+    assert "Frozen" in home.pitboss("reprompt", run_id, one, "x", check=4).stderr
+    home.pitboss("continue", run_id, one, check=0)
+    home.pitboss("reprompt", run_id, one, "$ say the end", check=0)
+    assert lead.call("wait_for_worker", task_id=one)["final_message"] == "the end"
+    home.pitboss("cancel", run_id, two, "--reason", "wrong one", check=0)
+    assert state(two) == "Cancelled"
+    for args in (("cancel", run_id, two), ("pause", run_id, one), ("continue", run_id, one),
+                 ("reprompt", run_id, one, "x")):
+        home.pitboss(*args, check=4)
+    for args in (("cancel", run_id, "nobody"), ("pause", run_id, "nobody"), ("reprompt", run_id, "nobody", "x"),
+                 ("continue", "ffff", one)):
+        home.pitboss(*args, check=3)
+    run.finish(1)
+    assert any("wrong one" in text for text in run.heard("boss")[1:])
+    home.pitboss("pause", run_id, one, check=4)
+
+
+def test_a_finished_run_is_dealt_again_with_its_lead_alone(stage, home):
+    run = stage(lead="use_worktree = true")
+    lead = run.lead()
+    name = lead.call("spawn_worker", prompt="$ fail x")["task_id"]
+    lead.call("wait_for_worker", task_id=name)
+    first = run.finish(1)
+    said = home.pitboss("resume", run.run.name, check=0).stdout
+    again = Path(said.splitlines()[-1])
+    assert again != run.run
+    records = {r["task_id"]: r for r in read_records(again)}
+    assert set(records) == {"boss"} and records["boss"]["status"] == "Success"
+    assert records["boss"]["claude_session_id"] == first["boss"]["claude_session_id"]
+    assert json.loads((again / "meta.json").read_text())["resumed_from"] == run.run.name
+    assert json.loads((again / "resolved.json").read_text())["lead"]["resume_session_id"] == \
+        first["boss"]["claude_session_id"]
+
+
+def test_with_failed_a_lead_that_failed_is_dealt_again(stage, home):
+    run = stage(script="$ fail x")
+    run.settle(1)
+    again = Path(home.pitboss("resume", run.run.name, "--failed", check=1).stdout.splitlines()[-1])
+    assert [r["task_id"] for r in read_records(again)] == ["boss"]
+
+
+def test_a_killed_run_goes_on_in_place(stage, home):
+    script = ('$ call spawn_worker {"prompt": "$ call kv_wait {\\"path\\": \\"/shared/go\\", \\"timeout_secs\\": 60}"}\n'
+              '$ call wait_for_worker {"task_id": "<1.task_id>"}\n$ say all done')
+    run = stage(script=script)
+    wait_for(lambda: run.events("hand_started", actor="worker-1"), DEADLINE_S, "the worker")
+    home.pitboss("resume", run.run.name, check=4)               # it is held
+    run.process.kill()
+    run.process.wait()
+    listed = json.loads(home.pitboss("list", "--json", check=0).stdout)[0]
+    assert listed["state"] == "stale" and listed["agents_alive"] == 2
+    resumed = home.start("resume", run.run.name)
+    old = len(run.events("dispatcher_started"))
+    wait_for(lambda: len(run.events("dispatcher_started")) > old or resumed.poll() is not None, DEADLINE_S, "it")
+    wait_for(lambda: (run.run / "sockets.json").exists(), DEADLINE_S, "the sockets")
+    run.lead().call("kv_set", path="/shared/go", value="now")
+    assert resumed.wait(DEADLINE_S) == 0, resumed.stderr.read()
+    records = read_records(run.run)
+    assert sorted(r["task_id"] for r in records) == ["boss", "worker-1"]
+    assert {r["status"] for r in records} == {"Success"} and all(r["hands"] == 1 for r in records)
+    assert next(r for r in records if r["task_id"] == "boss")["final_message"] == "all done"
