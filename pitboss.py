@@ -8078,6 +8078,7 @@ class Dispatcher:
                     session_id=live.talk.session_id, final=final if isinstance(final, str)
                     else live.talk.last_text() or None, log_at=live.tail.at, lived_s=self.lived(live, end),
                     skipped=live.talk.skipped, **facts)
+        self.settle_leases()           # its leases are free for those who wait
         self.clear_account(live, facts.get("status") == "Success")
 
     def lived(self, live: LiveHand, end: Ending) -> float:
