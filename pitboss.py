@@ -7426,8 +7426,8 @@ def read_message(folder: str, message: Message) -> str:
 
 def digest_workers(run: RunState, lead: str) -> str:
     """What a lead that is dealt again must know of its workers."""
-    lines = [f"- {a.id}: {state_word(a)}; asked: {a.prompt_preview}" for a in run.actors.values()
-             if a.layer == lead != a.id]
+    lines = [f"- {a.id}: {state_word(a)}; asked: {' '.join((a.prompt_preview or '').split())}"
+             for a in run.actors.values() if a.layer == lead != a.id]
     return "continue\n\n[SYSTEM] You were started again. " + (
         "Your workers now:\n" + "\n".join(lines) + "\nCalls that were open are gone: wait for workers anew."
         if lines else "No worker was spawned.")
@@ -8085,6 +8085,7 @@ class Dispatcher:
                     session_id=live.talk.session_id, final=final if isinstance(final, str)
                     else live.talk.last_text() or None, log_at=live.tail.at, lived_s=self.lived(live, end),
                     skipped=live.talk.skipped, **facts)
+        self.settle_leases()           # its leases are free for those who wait
         self.clear_account(live, facts.get("status") == "Success")
 
     def lived(self, live: LiveHand, end: Ending) -> float:
