@@ -9675,7 +9675,12 @@ def render_hold_change(run: RunState, event: dict) -> str:
 
 
 def render_status(head: dict, actors: list[dict], now: float, colour: bool, width: int) -> list[str]:
-    """The lines of `status`: one about the run, a table of its actors, then what was kept where."""
+    """The lines of `status`: one about the run, a table of its actors, then what was kept where.
+
+    A lead stands above its workers, which stand in the order in which they began.
+    """
+    if head["mode"] == "hierarchical":
+        actors = sorted(actors, key=lambda a: (bool(a.get("parent_task_id")), a.get("started_at") or "~"))
     done = sum(1 for a in actors if a["status"])
     title = (f"{head['run_id']}  {head['name']}  {head['mode']}  {head['state']}  {done} of "
              f"{head['tasks_total']} settled, "
@@ -10863,7 +10868,7 @@ def cmd_validate(options: Any) -> str:
             say_error(f"pitboss: warning: {e}" + (f" ({e.hint})" if e.hint else ""))
         if limits_of(row) and row.program:
             say_error(f"pitboss: note: agent {name}: {limits_of(row)}")
-    counts = f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
+    counts = count_tasks(manifest)
     if options.json:
         house = {"lead": manifest.tasks[0].id, "max_workers": manifest.rules.max_workers,
                  "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s}
@@ -10898,10 +10903,17 @@ def cmd_dispatch(options: Any) -> str:
     return deal_and_report(run_dir, umask, options, manifest=loaded.manifest)
 
 
+def count_tasks(manifest: Manifest) -> str:
+    """How many actors a manifest names, in words."""
+    if manifest.mode == "hierarchical":
+        return "1 lead"
+    return f"{len(manifest.tasks)} task{'s' if len(manifest.tasks) != 1 else ''}"
+
+
 def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
     """What `dispatch --dry-run` prints: each agent's command, folder and branch."""
     rules = loaded.manifest.rules
-    print(f"{loaded.manifest.mode} run {rules.name}: {len(loaded.manifest.tasks)} tasks, "
+    print(f"{loaded.manifest.mode} run {rules.name}: {count_tasks(loaded.manifest)}, "
           f"max_parallel={rules.max_parallel}; nothing is started")
     for task in loaded.manifest.tasks:
         row = agent_row(task.agent, loaded.manifest.agents)
@@ -12172,7 +12184,7 @@ def cmd_init(options: Any) -> str:
     named = shlex.quote(os.path.join(".", path) if path.startswith("-") else path)
     print("\n".join((f"wrote {path}: {starter.about}", "next:",
                      f"  edit {path}, above all its prompts",
-                     *render_table([[f"  pitboss {words.format(named)}", f"# {why}"]
+                     *render_table([[f"  {typed_name()} {words.format(named)}", f"# {why}"]
                                     for words, why in NEXT_STEPS]))))
     return "ok"
 
