@@ -9732,9 +9732,14 @@ def kept_lines(actors: list[dict]) -> list[str]:
 LIST_HEAD = ["RUN", "NAME", "MODE", "STATE", "ACTORS", "FAILED", "COST", "AGE"]
 
 
+def count_alive(count: int) -> str:
+    """`1 agent lives`, `3 agents live`."""
+    return f"{count} agents live" if count != 1 else "1 agent lives"
+
+
 def list_row(entry: dict, now: float) -> list[str]:
     """One run as the cells of `list`."""
-    state = entry["state"] + (f" ({entry['agents_alive']} agents live)" if entry["state"] == "stale"
+    state = entry["state"] + (f" ({count_alive(entry['agents_alive'])})" if entry["state"] == "stale"
                               and entry["agents_alive"] else "")
     age = render_duration(now - entry["started_unix"]) if entry.get("started_unix") else "-"
     return [entry["run_id"], clean_text(entry["name"] or "-"), entry["mode"] or "-", state,
@@ -10926,7 +10931,8 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
         program = programs[task.agent] or (sys.executable, "<run folder>/self/start")
         deal = Deal(task, program, "prompt", "<session id>", "", base if task.use_worktree else folder,
                     folder, f"<run folder>/tasks/{task.id}/prompt.txt",
-                    "<mcp config>" if loaded.manifest.servers else "", "<sessions>", os.geteuid() == 0,
+                    "<mcp config>" if loaded.manifest.servers or task.role == "lead"
+                    else "", "<sessions>", os.geteuid() == 0,
                     loaded.manifest.servers)
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with "
@@ -11483,7 +11489,7 @@ def cmd_status(options: Any) -> str:
     lines = render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width())
     if seen.head["state"] == "stale":
         alive = seen.head["agents_alive"]
-        lines.append(f"its dispatcher died" + (f"; {alive} agents live without it" if alive else "")
+        lines.append(f"its dispatcher died" + (f"; {count_alive(alive)} without it" if alive else "")
                      + f": pitboss resume {options.run}")
     if seen.foreign:
         version = text_of(seen.foreign.meta.get("pitboss_version")) or "of unknown version"
