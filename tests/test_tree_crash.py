@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -697,6 +698,68 @@ def start_until(crew: Crew, moment: str, n: int, *args) -> subprocess.Popen:
     wait_for(lambda: dispatcher.poll() is not None or state_of(dispatcher.pid) == "T", 60, f"{moment} {n}")
     assert dispatcher.poll() is None, crew.said()
     return dispatcher
+
+
+# ---- anything dies ----
+
+def end_something(crew: Crew, rng: random.Random, dispatcher: subprocess.Popen) -> str:
+    """SIGKILL to the dispatcher, to a whole hand, or to a bridge; what it was."""
+    run_dir = crew.run_dir()
+    hands = [path.parent.name for path in run_dir.glob("tasks/*/hand.1")] if run_dir else []
+    victim = rng.choice(("dispatcher", "hand", "bridge")) if hands else "dispatcher"
+    if victim == "dispatcher":
+        kill(dispatcher)
+    elif victim == "hand":
+        end_hand(run_dir, rng.choice(hands))
+    else:
+        signal_all(rng.sample(sorted(bridges(run_dir)), 1) if bridges(run_dir) else [], signal.SIGKILL)
+    return victim
+
+
+def chaos_faults(run_dir: Path) -> list[str]:
+    """What must hold whatever was killed: agents that were may have failed, or asked for a thing twice."""
+    faults = [*checker.check_records(run_dir, tree_checker.actors_of(run_dir)),
+              *checker.check_journal(run_dir), *checker.check_processes(run_dir.name),
+              *tree_checker.check_keys(run_dir), *tree_checker.check_money(run_dir),
+              *tree_checker.check_history(run_dir), *tree_checker.replay_store(run_dir)[1]]
+    return [fault for fault in faults if "tasks_failed" not in fault]      # what a lead left open is no failure
+
+
+def play_chaos(root: Path, number: int) -> Counter:
+    """One run, in which one thing after the other dies; what died."""
+    rng, root = random.Random(number), root / f"chaos{number}"
+    root.mkdir()
+    crew, died = make_tree(root, rng, 3, 1).crew, Counter()
+    dispatcher = crew.start("dispatch", crew.manifest)
+    try:
+        for _ in range(rng.randint(1, 4)):
+            at = time.monotonic() + rng.uniform(0, 1.5)
+            wait_for(lambda at=at: time.monotonic() >= at or dispatcher.poll() is not None, 30)
+            if dispatcher.poll() is None:
+                died[end_something(crew, rng, dispatcher)] += 1
+            run_dir = crew.run_dir()
+            if dispatcher.poll() == -signal.SIGKILL and run_dir and not is_finished(run_dir):
+                dispatcher = crew.start("resume", run_dir.name)
+        if run_dir:
+            assert dispatcher.wait(120) in (0, 1) or is_finished(run_dir), f"exit {dispatcher.returncode}"
+            assert chaos_faults(run_dir) == []
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        raise AssertionError(f"chaos {number} in {root}: {error}\n{crew.said()}") from error
+    finally:
+        crew.home.end_everything()
+    shutil.rmtree(root)
+    return died
+
+
+def test_a_run_in_which_anything_dies_comes_to_its_end(tmp_path):
+    assert play_chaos(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_many_runs_in_which_anything_dies_come_to_their_ends(tmp_path):
+    died = sum((play_chaos(tmp_path, number) for number in range(ROUNDS)), Counter())
+    print("died:", dict(died))
+    assert ROUNDS < 10 or len(died) == 3
 
 
 # ---- a worker rests while its dispatcher dies ----
