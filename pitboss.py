@@ -8195,8 +8195,10 @@ class Dispatcher:
             while live.tail.behind() and live.read_log():
                 await asyncio.sleep(0)
             self.note_delivered(live)
-        while (live and live.pipe is not None and not live.talk.open and not live.talk.result
-               and self.hands.get(name) is live and time.monotonic() < begin):
+        actor = self.run.actors[name]
+        hasty = live and live.pipe is not None and any(m.interrupts for m in actor.inbox)
+        while (hasty and not live.talk.open and not live.talk.result and self.hands.get(name) is live
+               and time.monotonic() < begin):
             await asyncio.sleep(BUSY_TICK_S)       # a turn that has not begun cannot be interrupted
         actor = self.run.actors[name]
         if live is None or actor.state != "running":
