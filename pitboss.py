@@ -11010,11 +11010,13 @@ def cmd_resume(options: Any) -> str:
 def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     """Deal a finished run again: each task in its session and its worktree, where they are still there."""
     old, data = fold_run(run_dir), read_snapshot(run_dir, meta)[0]
-    wanted = [t for t in (meta.get("only") or [a for a in old.actors])
+    dealt = [a.id for a in old.actors.values() if a.parent is None]        # not what a lead has spawned
+    wanted = [t for t in (meta.get("only") or dealt)
               if not options.failed or not STATUSES.get(old.actors[t].status, STATUSES["Failed"]).good]
     if not wanted:
-        raise Refused("every task of this run succeeded; nothing is left to deal again",
-                      hint=f"pitboss resume {options.run} deals all of them")
+        what = "the lead" if old.mode == "hierarchical" else "every task"
+        raise Refused(f"{what} of this run succeeded; nothing is left to deal again",
+                      hint=f"pitboss resume {options.run}, without --failed, deals it again")
     loaded = check_manifest(data, os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("manifest_name")
                             or "", meta.get("base_dir") or "/", os.environ, say_error)
     _, version = find_programs(loaded, os.environ, (old.actors[t].agent for t in wanted))
