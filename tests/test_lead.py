@@ -1461,6 +1461,7 @@ def test_a_finished_run_is_dealt_again_with_its_lead_alone(stage, home):
     assert json.loads((again / "meta.json").read_text())["resumed_from"] == run.run.name
     assert json.loads((again / "resolved.json").read_text())["lead"]["resume_session_id"] == \
         first["boss"]["claude_session_id"]
+    assert "the lead of this run succeeded" in home.pitboss("resume", run.run.name, "--failed", check=4).stderr
 
 
 def test_with_failed_a_lead_that_failed_is_dealt_again(stage, home):
