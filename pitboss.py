@@ -8198,8 +8198,10 @@ class Dispatcher:
             while live.tail.behind() and live.read_log():
                 await asyncio.sleep(0)
             self.note_delivered(live)
-        while (live and live.pipe is not None and not live.talk.open and not live.talk.result
-               and self.hands.get(name) is live and time.monotonic() < begin):
+        actor = self.run.actors[name]
+        hasty = live and live.pipe is not None and any(m.interrupts for m in actor.inbox)
+        while (hasty and not live.talk.open and not live.talk.result and self.hands.get(name) is live
+               and time.monotonic() < begin):
             await asyncio.sleep(BUSY_TICK_S)       # a turn that has not begun cannot be interrupted
         actor = self.run.actors[name]
         if live is None or actor.state != "running":
@@ -11029,11 +11031,13 @@ def cmd_resume(options: Any) -> str:
 def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     """Deal a finished run again: each task in its session and its worktree, where they are still there."""
     old, data = fold_run(run_dir), read_snapshot(run_dir, meta)[0]
-    wanted = [t for t in (meta.get("only") or [a for a in old.actors])
+    dealt = [a.id for a in old.actors.values() if a.parent is None]        # not what a lead has spawned
+    wanted = [t for t in (meta.get("only") or dealt)
               if not options.failed or not STATUSES.get(old.actors[t].status, STATUSES["Failed"]).good]
     if not wanted:
-        raise Refused("every task of this run succeeded; nothing is left to deal again",
-                      hint=f"pitboss resume {options.run} deals all of them")
+        what = "the lead" if old.mode == "hierarchical" else "every task"
+        raise Refused(f"{what} of this run succeeded; nothing is left to deal again",
+                      hint=f"pitboss resume {options.run}, without --failed, deals it again")
     loaded = check_manifest(data, os.path.join(run_dir, "manifest.snapshot.toml"), meta.get("manifest_name")
                             or "", meta.get("base_dir") or "/", os.environ, say_error)
     _, version = find_programs(loaded, os.environ, (old.actors[t].agent for t in wanted))

@@ -990,6 +990,48 @@ def test_every_result_is_what_its_output_schema_says(stage, home):
     run.finish(1)
 
 
+# ------------------------------------------------------------------ once
+
+def test_a_call_that_is_sent_again_is_answered_and_not_done_again(stage):
+    """The same nonce and request id from another connection: what a bridge does that has lost its dispatcher."""
+    run = stage()
+    nonce = "nonce-of-a-bridge"
+    other = run.lead()
+    calls = [("spawn_worker", {"prompt": "$ run sleep 600"}), ("kv_set", {"path": "/shared/x", "value": "a"}),
+             ("kv_cas", {"path": "/shared/x", "expected_version": 1, "new_value": "b"}),
+             ("lease_acquire", {"name": "l", "ttl_secs": 600}), ("kv_delete", {"path": "/shared/x"}),
+             ("pause_worker", {"task_id": "worker-1"}), ("continue_worker", {"task_id": "worker-1"}),
+             ("cancel_worker", {"task_id": "worker-1", "reason": "x"})]
+    kinds = ("actor_added", "kv_written", "kv_deleted", "lease_granted", "lease_renewed", "pause_decided",
+             "continue_decided", "stop_decided")
+    for n, (tool, arguments) in enumerate(calls, 100):
+        first = run.lead(nonce=nonce)
+        said = value_of(first.answer(first.start(tool, arguments, id=n)))
+        count = len(run.events(*kinds))
+        again = run.lead(nonce=nonce)
+        assert value_of(again.answer(again.start(tool, arguments, id=n))) == said, tool
+        assert len(run.events(*kinds)) == count, tool
+        if tool == "spawn_worker":
+            run.running(other, said["task_id"])
+    fresh = run.lead(nonce=nonce)
+    assert value_of(fresh.answer(fresh.start("kv_set", {"path": "/shared/x", "value": "c"}, id=999)))["version"] == 3
+    assert "already" in other.refused("cancel_worker", task_id="worker-1")
+    run.finish(1)
+
+
+def test_a_refused_spawn_that_is_sent_again_may_succeed(stage):
+    """A refusal changes nothing, so nothing of it is kept: asked again, the call is decided anew."""
+    run = stage(workers=1)
+    lead = run.lead(nonce="nonce-of-a-bridge")
+    name = run.spawn(lead, "$ run sleep 600")
+    assert "worker cap" in words_of(lead.answer(lead.start("spawn_worker", {"prompt": "$ say x"}, id=500)))
+    lead.call("cancel_worker", task_id=name)
+    lead.call("wait_for_worker", task_id=name)
+    again = run.lead(nonce="nonce-of-a-bridge")
+    value_of(again.answer(again.start("spawn_worker", {"prompt": "$ say x"}, id=500)))
+    run.finish(1)
+
+
 # ------------------------------------------------------------------ the store and leases
 
 def test_the_namespaces_of_the_store_hold_for_real_workers(stage):
@@ -1375,6 +1417,26 @@ def test_validate_tells_mode_counts_and_house_rules(home):
     assert (shown["max_workers"], shown["budget_usd"], shown["lead_timeout_secs"]) == (3, 2.5, 90)
 
 
+@pytest.mark.parametrize("rules, words", [
+    ("max_workers = 2\nbudget_usd = 0", ["budget_usd", "> 0"]),
+    ("max_workers = 2\nbudget_usd = -1", ["budget_usd"]),
+    ("max_workers = 2\nbudget_usd = nan", ["budget_usd"]),
+    ('max_workers = 2\nbudget_usd = "5"', ["budget_usd"]),
+    ("max_workers = 2", ["budget_usd", "required"]),
+    ("budget_usd = 1", ["max_workers", "required"]),
+    ("max_workers = 0\nbudget_usd = 1", ["max_workers", "1", "16"]),
+    ("max_workers = 17\nbudget_usd = 1", ["max_workers", "16"]),
+    ("max_workers = 2\nbudget_usd = 1\nlead_timeout_secs = 0", ["lead_timeout_secs", ">= 1"]),
+])
+def test_bad_house_rules_start_nothing(home, rules, words):
+    home.repo()
+    path = home.manifest(f'[run]\n{rules}\n[lead]\nid = "boss"\nagent = "demo"\ndirectory = "repo"\nprompt = "x"\n')
+    for command in ("validate", "dispatch"):
+        said = home.pitboss(command, path, check=2).stderr
+        assert all(word in said for word in words) and "Traceback" not in said, said
+    assert not home.runs.exists() or not list(home.runs.iterdir())
+
+
 def test_resolved_json_names_the_lead(stage):
     run = stage(lead='model = "claude-haiku-4-5"')
     resolved = json.loads((run.run / "resolved.json").read_text())
@@ -1461,6 +1523,7 @@ def test_a_finished_run_is_dealt_again_with_its_lead_alone(stage, home):
     assert json.loads((again / "meta.json").read_text())["resumed_from"] == run.run.name
     assert json.loads((again / "resolved.json").read_text())["lead"]["resume_session_id"] == \
         first["boss"]["claude_session_id"]
+    assert "the lead of this run succeeded" in home.pitboss("resume", run.run.name, "--failed", check=4).stderr
 
 
 def test_with_failed_a_lead_that_failed_is_dealt_again(stage, home):
