@@ -8539,7 +8539,8 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
             os.mkdir(os.path.join(beside, name), 0o700)
         write_file(os.path.join(beside, "manifest.snapshot.toml"), order.data)
         pin_self(beside)
-        pin_bridge(beside)
+        if order.manifest.mode == "hierarchical":
+            pin_bridge(beside)
         keep_reserve(beside)
         write_json(os.path.join(beside, "resolved.json"), render_resolved(order, run_id), mask)
         write_json(os.path.join(beside, "meta.json"), render_meta(order, run_id, now, env), mask,
