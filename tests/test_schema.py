@@ -317,8 +317,8 @@ def test_a_fresh_starter_is_accepted_and_its_agents_run(home, template):
     repo = make_repo(home.root / "repo")
     done = home.pitboss("init", "--template", template, cwd=repo, check=0)
     assert "note:" not in done.stderr and "pitboss.toml" in done.stdout
-    for line in re.findall(r"^  pitboss (.*?)(?:  #|$)", done.stdout, re.M):
-        assert line.split()[0] in pitboss.COMMANDS
+    typed = re.findall(r"^  python3 pitboss.py (.*?)(?:  #|$)", done.stdout, re.M)
+    assert typed and all(line.split()[0] in pitboss.COMMANDS for line in typed)
     mode = pitboss.mode_of(pitboss.STARTERS[template])
     assert home.pitboss("validate", "pitboss.toml", cwd=repo, check=0).stdout.startswith(f"OK: {mode}")
     manifest = repo / "pitboss.toml"
@@ -396,7 +396,7 @@ def test_what_to_do_next_can_be_copied(home):
     make_repo(home.root)
     for name in ("a b's.toml", "-x.toml"):
         shown = home.pitboss("init", "--", name, check=0).stdout
-        line = re.search(r"^  pitboss (validate .*?)  +#", shown, re.M)[1]
+        line = re.search(r"^  python3 pitboss.py (validate .*?)  +#", shown, re.M)[1]
         home.pitboss(*shlex.split(line), check=0)
 
 
