@@ -18,6 +18,7 @@ import re
 import resource
 import select
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -58,12 +59,15 @@ class Size(NamedTuple):
     runs: int
     starts: int
     calls: int
+    workers: int
+    stored_bytes: int
+    events: int
 
 
 FULL = Size(rounds=5, tasks=400, worktrees=40, log_bytes=20 * MB, idle_s=20, runs=1000, starts=21,
-            calls=10_000)
+            calls=10_000, workers=100, stored_bytes=64 << 20, events=100_000)
 QUICK = Size(rounds=3, tasks=200, worktrees=12, log_bytes=5 * MB, idle_s=5, runs=100, starts=7,
-             calls=4_000)
+             calls=4_000, workers=20, stored_bytes=16 << 20, events=20_000)
 
 NOOP = '[agent.noop]\ncommand = ["true"]\nformat = "text"\n'
 SLEEPER = '[agent.sleeper]\ncommand = ["sleep", "600"]\nformat = "text"\n'
@@ -435,24 +439,34 @@ class Caller:
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self.fd, self.part, self.number = self.process.stdout.fileno(), b"", 0
 
-    def send(self, method: str = "tools/call", params: dict | None = None) -> None:
+    def send(self, tool: str = "echo", **arguments) -> None:
         self.number += 1
-        params = params or {"name": "echo", "arguments": {"text": "a value of a key-value store"}}
-        self.process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": self.number, "method": method,
-                                             "params": params}).encode() + b"\n")
+        arguments = arguments or {"text": "a value of a key-value store"}
+        line = json.dumps({"jsonrpc": "2.0", "id": self.number, "method": "tools/call",
+                           "params": {"name": tool, "arguments": arguments}}).encode() + b"\n"
+        while line:                          # a raw pipe takes what it has room for
+            line = line[self.process.stdin.write(line):]
 
-    def receive(self) -> None:
-        """The answer to the last call, which must be of that call."""
-        while not self.part.endswith(b"\n"):
-            data = os.read(self.fd, 65536)
-            assert data, "the other side has gone"
-            self.part += data
-        answer, self.part = json.loads(self.part), b""
+    def receive(self) -> dict:
+        """The result of the last call, which must be of that call and no error."""
+        parts = []
+        while not parts or not parts[-1].endswith(b"\n"):
+            parts.append(os.read(self.fd, 65536))
+            assert parts[-1], "the other side has gone"
+        answer = json.loads(b"".join(parts))
         assert answer["id"] == self.number and "result" in answer, answer
+        assert not answer["result"].get("isError"), answer
+        return answer["result"]
 
-    def call(self, *args) -> float:
+    def ask(self, tool: str, **arguments) -> dict:
+        """What a tool of pitboss answers."""
+        self.send(tool, **arguments)
+        return self.receive()["structuredContent"]
+
+    def call(self, tool: str = "echo", **arguments) -> float:
+        """Seconds until a call was answered."""
         began = time.perf_counter()
-        self.send(*args)
+        self.send(tool, **arguments)
         self.receive()
         return time.perf_counter() - began
 
@@ -464,8 +478,29 @@ class Caller:
 
 
 @contextlib.contextmanager
-def wire_places() -> Iterator[tuple[list[str], list[str]]]:
-    """(argv of a bridge, argv of a bare relay), each with a server that echoes behind it."""
+def serving(argv: list[str], ready: Path) -> Iterator[None]:
+    """A server that has bound `ready`, or written it."""
+    server = subprocess.Popen(argv, **QUIET)
+    try:
+        wait_for(ready.exists, 30, f"the server of {ready}")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextlib.contextmanager
+def bare_relay() -> Iterator[list[str]]:
+    """The argv of a bare relay with a server that echoes behind it."""
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as name:
+        socket_path = Path(name, "bare.sock")
+        with serving([PYTHON, "-c", BARE_SERVER, str(socket_path)], socket_path):
+            yield [PYTHON, "-I", "-S", "-c", BARE_RELAY, str(socket_path)]
+
+
+@contextlib.contextmanager
+def echoing_bridge() -> Iterator[list[str]]:
+    """The argv of a bridge with a desk that echoes behind it."""
     import pitboss
     import wire_desk
 
@@ -475,44 +510,36 @@ def wire_places() -> Iterator[tuple[list[str], list[str]]]:
         pitboss.pin_bridge(name)
         (run / "tokens.json").write_text('{"lead": ["token", "lead"]}')
         (run / "token").write_text("token")
-        servers = [subprocess.Popen([PYTHON, wire_desk.__file__, name]),
-                   subprocess.Popen([PYTHON, "-c", BARE_SERVER, f"{name}/bare.sock"], **QUIET)]
-        try:
-            wait_for(lambda: (run / "sockets.json").exists() and (run / "bare.sock").exists(), 30, "the servers")
-            yield (pitboss.bridge_argv(name, "lead", "lead", f"{name}/token"),
-                   [PYTHON, "-I", "-S", "-c", BARE_RELAY, f"{name}/bare.sock"])
-        finally:
-            for server in servers:
-                server.kill()
-                server.wait()
+        with serving([PYTHON, wire_desk.__file__, name], run / "sockets.json"):
+            yield pitboss.bridge_argv(name, "lead", "lead", f"{name}/token")
 
 
-def latencies(argv: list[str], count: int) -> tuple[float, float]:
+def latencies(argv: list[str], count: int, tool: str = "echo", **arguments) -> tuple[float, float]:
     """p50 and p99, in seconds, of calls that one caller makes one after the other."""
     caller = Caller(argv)
     for _ in range(200):
-        caller.call()
-    values = sorted(caller.call() for _ in range(count))
+        caller.call(tool, **arguments)
+    values = sorted(caller.call(tool, **arguments) for _ in range(count))
     caller.end()
     return values[count // 2], values[count * 99 // 100]
 
 
-def calls_a_second(argv: list[str], callers: int, count: int) -> float:
-    """How many calls `callers` get answered a second, each making one after the other."""
-    all_callers = [Caller(argv) for _ in range(callers)]
+def calls_a_second(argvs: list[list[str]], count: int, tool: str = "echo", **arguments) -> float:
+    """How many calls the callers get answered a second, each making one after the other."""
+    all_callers = [Caller(argv) for argv in argvs]
     for caller in all_callers:
-        caller.call()
+        caller.call(tool, **arguments)
     by_fd = {caller.fd: caller for caller in all_callers}
     poll = select.poll()
     for fd in by_fd:
         poll.register(fd, select.POLLIN)
     began, answered = time.perf_counter(), 0
     for caller in all_callers:
-        caller.send()
+        caller.send(tool, **arguments)
     while answered < count:
         for fd, _ in poll.poll():
             by_fd[fd].receive()
-            by_fd[fd].send()
+            by_fd[fd].send(tool, **arguments)
             answered += 1
     passed = time.perf_counter() - began
     for caller in all_callers:
@@ -531,16 +558,244 @@ def first_answer_s(argv: list[str]) -> float:
 
 
 def measure_wire(size: Size) -> list[Figure]:
-    with wire_places() as (bridge, relay):
+    with echoing_bridge() as bridge, bare_relay() as relay:
         rows = [(*latencies(bridge, size.calls // 10), *latencies(relay, size.calls // 10),
-                 calls_a_second(bridge, 16, size.calls), calls_a_second(relay, 16, size.calls),
+                 calls_a_second([bridge] * 16, size.calls), calls_a_second([relay] * 16, size.calls),
                  first_answer_s(bridge), first_answer_s(relay)) for _ in range(size.rounds)]
     p50, p99, bare50, bare99, rate, bare_rate, start, bare_start = map(statistics.median, zip(*rows))
-    peer = "echo through a bare relay"
-    return [Figure("call through the bridge, p50", p50 * 1e3, "ms", bare50 * 1e3, peer),
-            Figure("call through the bridge, p99", p99 * 1e3, "ms", bare99 * 1e3, peer),
-            Figure("calls of 16 callers at once", rate, "a second", bare_rate, peer),
-            Figure("bridge, from its start to an answer", start * 1e3, "ms", bare_start * 1e3, peer)]
+    return [Figure("call through the bridge, p50", p50 * 1e3, "ms", bare50 * 1e3, PEER),
+            Figure("call through the bridge, p99", p99 * 1e3, "ms", bare99 * 1e3, PEER),
+            Figure("calls of 16 callers at once", rate, "a second", bare_rate, PEER),
+            Figure("bridge, from its start to an answer", start * 1e3, "ms", bare_start * 1e3, PEER)]
+
+
+# ---- 9. runs with a lead: the agents sleep, their calls are ours
+
+PEER = "echo through a bare relay"
+
+
+def lead_manifest(home: Home, agents: str = NOOP + SLEEPER, agent: str = "sleeper") -> Path:
+    """A manifest with a lead that does nothing, and room for all that its callers will spawn."""
+    return prepare(home, f"[run]\nmax_workers = 16\nbudget_usd = 1e6\n[defaults]\nuse_worktree = false\n{agents}"
+                         f'[lead]\nid = "boss"\nagent = "{agent}"\ndirectory = "repo"\nprompt = "x"\n')
+
+
+class LeadRun:
+    """A run whose agents sleep: what they could call, the bench calls through bridges of its own."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.process = home.start("dispatch", "-q", lead_manifest(home), **QUIET)
+        wait_for(lambda: count_events(home, "hand_started"), 60, "the lead")
+        self.folder = home.run_dir()
+        self.lead = Caller(self.bridge("boss"))
+
+    def bridge(self, actor: str) -> list[str]:
+        """The command by which an actor's agent starts its bridge."""
+        config = json.loads((self.folder / "tasks" / actor / "mcp-config.json").read_text())
+        server = config["mcpServers"]["pitboss"]
+        return [server["command"], *server["args"]]
+
+    def spawn(self, count: int) -> list[str]:
+        """`count` workers that sleep, and run."""
+        names = [self.lead.ask("spawn_worker", prompt="x", agent="sleeper")["task_id"] for _ in range(count)]
+        wait_for(lambda: count_events(self.home, "hand_started") > count, 60, "the workers")
+        return names
+
+    def end(self) -> None:
+        self.lead.end()
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def lead_run() -> Iterator[LeadRun]:
+    with fresh_home() as home:
+        run = LeadRun(home)
+        try:
+            yield run
+        finally:
+            run.end()
+
+
+def measure_calls(size: Size) -> list[Figure]:
+    get = {"tool": "kv_get", "path": "/shared/value"}
+    with lead_run() as run, bare_relay() as relay:
+        bridges = [run.bridge(name) for name in run.spawn(16)]
+        run.lead.ask("kv_set", path="/shared/value", value="a value of a key-value store")
+        rows = []
+        for _ in range(size.rounds):
+            alone, bare = latencies(bridges[0], size.calls // 10, **get), latencies(relay, size.calls // 10)
+            before = cpu_of(run.process.pid)
+            rate = calls_a_second(bridges, size.calls, **get)
+            spent_s = cpu_of(run.process.pid) - before
+            rows.append((*alone, *bare, rate, calls_a_second([relay] * 16, size.calls), spent_s / size.calls,
+                         written_cpu_s(run, size.calls // 4)))
+    p50, p99, bare50, bare99, rate, bare_rate, get_cpu_s, set_cpu_s = map(statistics.median, zip(*rows))
+    return [Figure("kv_get, p50", p50 * 1e3, "ms", bare50 * 1e3, PEER),
+            Figure("kv_get, p99", p99 * 1e3, "ms", bare99 * 1e3, PEER),
+            Figure("kv_get of 16 workers at once", rate, "a second", bare_rate, PEER),
+            Figure("dispatcher CPU of a kv_get, 16 at once", get_cpu_s * 1e6, "us"),
+            Figure("dispatcher CPU of a kv_set", set_cpu_s * 1e6, "us")]
+
+
+def written_cpu_s(run: LeadRun, count: int) -> float:
+    """CPU seconds that one kv_set costs the dispatcher."""
+    before = cpu_of(run.process.pid)
+    for n in range(count):
+        run.lead.call("kv_set", path=f"/shared/{n % 100}", value="a value of a key-value store")
+    return (cpu_of(run.process.pid) - before) / count
+
+
+def measure_spawn(size: Size) -> list[Figure]:
+    def true() -> float:
+        return seconds(lambda: subprocess.run(["true"], check=True))
+
+    with lead_run() as run:
+        def worker() -> float:
+            began = time.perf_counter()
+            name = run.lead.ask("spawn_worker", prompt="x", agent="noop")["task_id"]
+            record = run.lead.ask("wait_for_worker", task_id=name)
+            assert record["status"] == "Success", record
+            return time.perf_counter() - began
+
+        worker()
+        before = cpu_of(run.process.pid)
+        settled, alone = alternate(size.workers, worker, true)
+        spent_s = cpu_of(run.process.pid) - before
+    return [Figure("worker that does nothing, spawned to settled", settled * 1e3, "ms", alone * 1e3,
+                   "subprocess.run true"),
+            Figure("dispatcher CPU of it", spent_s * 1e3 / size.workers, "ms")]
+
+
+def measure_lead(size: Size) -> list[Figure]:
+    with fresh_home() as home:
+        up = home.root / "up"
+        tells = f'[agent.tells]\ncommand = ["sh", "-c", "date +%s%N >{up}"]\nformat = "text"\n'
+        manifest = lead_manifest(home, tells, "tells")
+
+        def until_up() -> float:
+            began = time.time_ns()
+            home.pitboss("dispatch", "-q", manifest, check=0)
+            return (int(up.read_text()) - began) / 1e9
+
+        ours, version = alternate(size.starts, until_up, lambda: run_s(home, "version"))
+    return [Figure("dispatch, until the lead's agent is up", ours * 1e3, "ms", version * 1e3, "version")]
+
+
+def measure_store(size: Size) -> list[Figure]:
+    """9000 values that the dispatcher keeps in memory, the rest as large ones that it does not."""
+    small, large = 4096, 1 << 20
+    with lead_run() as run:
+        run.spawn(16)
+        empty = memory_of(run.process.pid)["VmRSS"]
+        count = min(9000, size.stored_bytes // 2 // small)
+        for n in range(count):
+            run.lead.ask("kv_set", path=f"/shared/small/{n}", value=chr(97 + n % 26) * small)
+        for n in range((size.stored_bytes - count * small) // large):
+            run.lead.ask("kv_set", path=f"/shared/large/{n}", value=f"{n:08}" * (large // 8))
+        memory = memory_of(run.process.pid)
+    stored = f"16 workers and {size.stored_bytes >> 20} MiB stored"
+    return [Figure(f"dispatcher memory, {stored}", memory["VmRSS"], "MB", empty, "nothing stored"),
+            Figure("the same, at most", memory["VmHWM"], "MB")]
+
+
+FOLD = """\
+import sys, time
+sys.path[:0] = sys.argv[1:2]
+import pitboss
+began = time.process_time()
+run = pitboss.fold_run(sys.argv[2])
+print(time.process_time() - began, len(run.actors), run.seq)
+"""
+PARSE = """\
+import json, sys, time
+began = time.process_time()
+with open(sys.argv[1] + "/journal.jsonl", "rb") as f:
+    for line in f:
+        json.loads(line)
+print(time.process_time() - began)
+"""
+
+
+def measure_replay(size: Size) -> list[Figure]:
+    """A real journal whose one worker is repeated under other names, folded in a process of its own."""
+    with lead_run() as run, tempfile.TemporaryDirectory(prefix="pitboss-bench-") as name:
+        write_long_journal(run, Path(name), size.events)
+
+        def python(*argv: str) -> list[str]:
+            return subprocess.run([PYTHON, "-c", *argv], check=True, capture_output=True, text=True).stdout.split()
+
+        def folded() -> float:
+            cpu_s, actors, seq = python(FOLD, str(PITBOSS.parent), name)
+            assert int(seq) == size.events and int(actors) > size.events / 20, (actors, seq)
+            return float(cpu_s)
+
+        ours, parsed = alternate(size.rounds, folded, lambda: float(python(PARSE, name)[0]))
+    return [Figure(f"fold of {size.events} events, CPU", ours, "s", parsed, "json.loads of its lines")]
+
+
+def write_long_journal(run: LeadRun, folder: Path, count: int) -> None:
+    """`count` events: those of a worker that shared values and leases and settled, again and again."""
+    worker = run.lead.ask("spawn_worker", prompt="x", agent="sleeper")["task_id"]
+    wait_for(lambda: count_events(run.home, "hand_started") > 1, 60, "the worker")
+    caller = Caller(run.bridge(worker))
+    for path in ("/peer/self/notes", f"/shared/{worker}"):
+        caller.ask("kv_set", path=path, value="a value of a key-value store")
+    lease = caller.ask("lease_acquire", name="it", ttl_secs=600)["lease_id"]
+    caller.ask("lease_release", lease_id=lease)
+    caller.end()
+    run.lead.ask("cancel_worker", task_id=worker)
+    run.lead.ask("wait_for_worker", task_id=worker)
+    events = read_events(run.folder)
+    first = next(n for n, event in enumerate(events) if event.get("actor") == worker)
+    head, block = events[:first], [json.dumps(event) for event in events[first:]]
+    fence = 0
+    with (folder / "journal.jsonl").open("w") as file:
+        for seq in range(1, count + 1):
+            if seq <= first:
+                event = head[seq - 1]
+            else:
+                turn, place = divmod(seq - first - 1, len(block))
+                event = json.loads(block[place].replace(worker, f"repeated-{turn}").replace(lease, f"lease-{turn}"))
+                fence += event["kind"] == "lease_granted"
+                event.update({"version": fence} if event["kind"] == "lease_granted" else {})
+            file.write(json.dumps({**event, "seq": seq}, separators=(",", ":")) + "\n")
+
+
+def measure_control(size: Size) -> list[Figure]:
+    """From an operator's line to its answer, when the worker stands still; it is looked at from outside."""
+    with lead_run() as run:
+        worker = run.spawn(1)[0]
+        pid = next(event["handle"]["pid"] for event in read_events(run.folder)
+                   if event["kind"] == "hand_started" and event["actor"] == worker)
+        link = socket.socket(socket.AF_UNIX)
+        link.settimeout(60)
+        link.connect(json.loads((run.folder / "sockets.json").read_text())["control"])
+        lines = link.makefile("rb")
+
+        def operate(op: str, **fields) -> float:
+            began = time.perf_counter()
+            link.sendall(json.dumps({"op": op, **fields}).encode() + b"\n")
+            answer = json.loads(lines.readline())
+            assert answer["event"] in ("hello", "op_acked"), answer
+            return time.perf_counter() - began
+
+        operate("hello")
+        frozen, went_on = [], []
+        for _ in range(size.workers):
+            frozen.append(operate("pause_worker", task_id=worker, mode="freeze"))
+            assert process_state(pid) == "T", process_state(pid)
+            went_on.append(operate("continue_worker", task_id=worker))
+            assert process_state(pid) != "T"
+        link.close()
+    return [Figure(f"{what}, {name}", sorted(values)[int(len(values) * part)] * 1e3, "ms")
+            for what, values in (("pause --freeze to a frozen worker", frozen), ("continue", went_on))
+            for name, part in (("p50", 0.5), ("p95", 0.95))]
+
+
+def process_state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 # ---- the table
@@ -554,6 +809,12 @@ ROWS = {
     "reading": measure_reading,
     "start": measure_start,
     "wire": measure_wire,
+    "calls": measure_calls,
+    "spawn": measure_spawn,
+    "lead": measure_lead,
+    "store": measure_store,
+    "replay": measure_replay,
+    "control": measure_control,
 }
 
 
