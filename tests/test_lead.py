@@ -1497,14 +1497,22 @@ def test_the_verbs_as_commands(stage, home):
     assert lead.call("wait_for_worker", task_id=one)["final_message"] == "the end"
     home.pitboss("cancel", run_id, two, "--reason", "wrong one", check=0)
     assert state(two) == "Cancelled"
-    for args in (("cancel", run_id, two), ("pause", run_id, one), ("continue", run_id, one),
-                 ("reprompt", run_id, one, "x")):
+    run.finish(1)
+    assert any("wrong one" in text for text in run.heard("boss")[1:])
+
+
+def test_commands_for_whom_it_is_too_late_or_who_is_not_there(stage, home):
+    run = stage()
+    lead, run_id = run.lead(), run.run.name
+    one = lead.call("spawn_worker", prompt="$ say x")["task_id"]
+    lead.call("wait_for_worker", task_id=one)
+    for args in (("cancel", run_id, one), ("pause", run_id, one), ("continue", run_id, one),
+                 ("reprompt", run_id, one, "x"), ("continue", run_id, "boss")):
         home.pitboss(*args, check=4)
     for args in (("cancel", run_id, "nobody"), ("pause", run_id, "nobody"), ("reprompt", run_id, "nobody", "x"),
                  ("continue", "ffff", one)):
         home.pitboss(*args, check=3)
-    run.finish(1)
-    assert any("wrong one" in text for text in run.heard("boss")[1:])
+    run.finish()
     home.pitboss("pause", run_id, one, check=4)
 
 
