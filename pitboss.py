@@ -13015,7 +13015,7 @@ COMMANDS = {c.name: c for c in (
     Cli("diff", cmd_diff, "RUN OTHER", (
         _RUN, (("other",), {"metavar": "OTHER", "help": "another run id, or the beginning of one"}), _JSON,
         _RUNS_DIR),
-        "show two runs side by side: status, time, tokens, cost, what differs in git",
+        "show two runs side by side: status, time, cost, what differs in git",
         "diff 0192f3 0192f8"),
     Cli("prune", cmd_prune, "", (
         (("--apply",), {"action": "store_true", "help": "do it; without this, only say what would be done"}),

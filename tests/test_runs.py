@@ -76,7 +76,7 @@ def age(run: Path, seconds: float = 5 * 3600) -> Path:
             path = os.path.join(folder, name)
             if not os.path.islink(path):
                 found = os.stat(path)
-                os.utime(path, (found.st_atime - seconds, found.st_mtime - seconds))
+                os.utime(path, (found.st_atime - seconds, found.st_mtime - seconds), follow_symlinks=False)
     return run
 
 
