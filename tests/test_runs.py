@@ -74,9 +74,9 @@ def age(run: Path, seconds: float = 5 * 3600) -> Path:
     for folder, _, files in os.walk(run):
         for name in files:
             path = os.path.join(folder, name)
-            if not os.path.islink(path):
-                found = os.stat(path)
-                os.utime(path, (found.st_atime - seconds, found.st_mtime - seconds), follow_symlinks=False)
+            found = os.lstat(path)
+            times = found.st_atime - seconds, found.st_mtime - seconds
+            os.utime(path, times, follow_symlinks=False)
     return run
 
 
