@@ -148,8 +148,8 @@ def told_costs(run_dir: Path, actor: str) -> dict[int, float]:
     """What each hand with a result said that it cost; one that was killed said nothing."""
     ends = sorted((e["log_at"], e["hand"]) for e in read_events(run_dir)
                   if e["kind"] == "hand_ended" and e["actor"] == actor)
-    results, at = {}, 0
-    for line in (run_dir / "tasks" / actor / "stdout.log").read_bytes().splitlines(keepends=True):
+    results, at, path = {}, 0, run_dir / "tasks" / actor / "stdout.log"
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         at += len(line)
         event = json.loads(line)
         if event["type"] == "result":
