@@ -481,7 +481,10 @@ def test_a_lead_that_waits_is_redirected_by_an_operator(tree):
 
 @real
 def test_a_worker_that_does_not_listen_is_redirected(tree):
-    """It gets a new hand in its session, when its echo has not come in ten seconds."""
+    """It gets a new hand in its session, when its echo has not come in ten seconds.
+
+    What it takes up while it is being ended does not count: its session may have lost it.
+    """
     text = prompt(spawn(tree.hang("hang"), say("never"), words="Remember the word PLUM."), tree.gate("deaf"),
                   ask("reprompt_worker", task_id="$1.task_id", prompt=prompt(say("redirected"))),
                   wait("$1.task_id"), say("done"))
