@@ -7724,7 +7724,7 @@ class Dispatcher:
         actor = self.run.actors[live.actor]
         if live.unsent:
             self.send_rest(live)
-        self.note_delivered(live)
+        self.note_delivered(live, not actor.stop)
         done = live.done()
         if done and live.idle_at is None:
             live.idle_at = now
@@ -7743,9 +7743,14 @@ class Dispatcher:
         elif actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s:
             self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
 
-    def note_delivered(self, live: LiveHand) -> None:
-        """Take messages out of an actor's inbox that it has taken up."""
-        ids = live.echoed(self.run.actors[live.actor]) if self.run.actors[live.actor].inbox else []
+    def note_delivered(self, live: LiveHand, kept: bool = True) -> None:
+        """Take messages out of an actor's inbox that it has taken up.
+
+        `kept`: its session holds them for its next hand. What claude echoes in the last tenth of a second
+        before a TERM is lost with it (2.1.197).
+        """
+        actor = self.run.actors[live.actor]
+        ids = live.echoed(actor) if actor.inbox and kept else []
         if ids:
             self.record("delivered", actor=live.actor, hand=live.hand, ids=ids)
 
@@ -8069,7 +8074,7 @@ class Dispatcher:
             await live.stopped.wait()
         end = await self.harvest(live, written)
         self.reap_orphans()
-        self.note_delivered(live)
+        self.note_delivered(live, not self.run.actors[name].stop or end.code == 0)
         actor = self.run.actors[name]
         if live.pipe is not None:
             os.close(live.pipe)

@@ -382,6 +382,24 @@ def test_workers_share_a_store_and_a_lease(tree):
     check_nothing_lives(run)
 
 
+@real
+def test_refusals_reach_the_model(tree):
+    """With the words that leads in the wild look for; what was refused has not happened."""
+    text = prompt(spawn(tree.gate("gate"), say("opened")), spawn(say("never")), wait("nobody"),
+                  ask("cancel_worker", task_id="boss"), ask("spawn_worker", promt="x"),
+                  bash(f"touch {tree.path('gate')}"), wait("$1.task_id"),
+                  spawn(say("never"), directory="/nowhere"), say("done"))
+    run = tree.dispatch(text, run={"max_workers": 1})
+    check_done(run, "boss")
+    refused = [answer_of(run, "spawn_worker", 1), answer_of(run, "wait_for_worker"),
+               answer_of(run, "cancel_worker"), answer_of(run, "spawn_worker", 2),
+               answer_of(run, "spawn_worker", 3)]
+    words = ["worker cap reached: 1 active (max 1)", "unknown task_id: nobody", "forbidden: ", "promt", "/nowhere"]
+    assert [word for word, text in zip(words, refused) if word not in text] == []
+    assert len(spawned(run)) == 1
+    check_nothing_lives(run)
+
+
 # ------------------------------------------------------------------ freezing, pausing, redirecting
 
 @real
@@ -462,6 +480,30 @@ def test_a_lead_that_waits_is_redirected_by_an_operator(tree):
 
 
 @real
+def test_a_worker_that_does_not_listen_is_redirected(tree):
+    """It gets a new hand in its session, when its echo has not come in ten seconds.
+
+    What it takes up while it is being ended does not count: its session may have lost it.
+    """
+    text = prompt(spawn(tree.hang("hang"), say("never"), words="Remember the word PLUM."), tree.gate("deaf"),
+                  ask("reprompt_worker", task_id="$1.task_id", prompt=prompt(say("redirected"))),
+                  wait("$1.task_id"), say("done"))
+    process, run = tree.start(text)
+    wait_for_file(process, tree.begun("hang"))
+    wait_for_file(process, tree.begun("deaf"))
+    (worker,) = spawned(run)
+    os.kill(agent_pid(run, worker), signal.SIGSTOP)
+    tree.open("deaf")
+    assert process.wait(LONG_S) == 0
+    assert answer_of(run, "reprompt_worker") == {"ok": True, "delivery": "resume"}
+    record = check_done(run, worker, hands=2)
+    assert (record["final_message"], record["reprompt_count"]) == ("redirected", 1)
+    assert record["claude_session_id"] == run.log(worker)[0]["session_id"]
+    assert "PLUM" in said_by_user(tree.requests(run, worker)[-1])
+    check_nothing_lives(run)
+
+
+@real
 def test_a_frozen_lead_finds_its_wait_answered(tree):
     text = prompt(spawn(tree.gate("gate"), say("opened")), wait("$1.task_id"),
                   say("it said ${2.final_message}"))
@@ -500,44 +542,44 @@ def test_an_operators_reason_reaches_the_lead(tree):
 
 # ------------------------------------------------------------------ deaths
 
-def starts(pids: list[int]) -> list[str]:
-    """When these processes were started: a pid alone may be used again."""
-    return [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19] for pid in pids]
+def start_of(pid: int) -> str:
+    """When a process was started: a pid alone may be used again."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 @real
-def test_a_killed_dispatcher_and_a_lead_that_waits(tree):
-    """Workers go on, one of them ends meanwhile; the next dispatcher answers the same process's waits."""
+def test_a_killed_dispatcher_and_a_tree_that_waits(tree):
+    """Agents go on; the next dispatcher answers what the same processes wait for, and hears what they said."""
     text = prompt(
-        together(spawn(tree.gate("one"), say("first")), spawn(tree.gate("two"), say("second"))),
-        together(wait("$1.task_id"), wait("$1#1.task_id"),
-                 ask("kv_wait", path="/shared/never", timeout_secs=1)),
-        ask("kv_set", path="/shared/after", value="resumed"),
-        spawn(say("third")), wait("$4.task_id"),
-        say("${2.final_message} ${2#1.final_message} ${5.final_message}"))
+        together(spawn(tree.gate("one"), say("first")),
+                 spawn(tree.gate("two"), ask("kv_set", path="/shared/go", value="now"), say("second")),
+                 spawn(ask("kv_wait", path="/shared/go", timeout_secs=LONG_S), say("third: ${1.entry.value}"))),
+        together(wait("$1.task_id"), wait("$1#1.task_id"), wait("$1#2.task_id")),
+        spawn(say("fourth")), wait("$3.task_id"), say("all four"))
     process, run = tree.start(text)
     wait_for_file(process, tree.begun("one"))
     wait_for_file(process, tree.begun("two"))
-    wait_for(lambda: asked(run, "wait_for_worker") == 2, 60, "the lead's waits")
-    actors = ["boss", *spawned(run)]
-    pids = [agent_pid(run, actor) for actor in actors]
-    began = starts(pids)
+    wait_for(lambda: asked(run, "wait_for_worker") == 3, 60, "the lead's waits")
+    first, second, third = spawned(run)
+    wait_for(lambda: sum(asked(run, "kv_wait", name) for name in (first, second, third)), 60, "a worker's wait")
+    pids = {name: agent_pid(run, name) for name in ["boss", *spawned(run)]}
+    began = {name: start_of(pid) for name, pid in pids.items()}
     process.kill()
     process.wait()
     tree.open("one")
-    wait_for(lambda: len(list(run.folder.glob("tasks/*/exit.1"))), LONG_S, "the first worker's end")
-    assert run.count("hand_ended") == 0, "nobody is there to see it"
-    again = tree.home.start("resume", run.name)
-    wait_for(lambda: run.count("hand_ended"), 60, "the first worker's record")
-    living = [(pid, at) for pid, at in zip(pids, began) if alive(pid)]
-    assert len(living) == 2 and starts([pid for pid, _ in living]) == [at for _, at in living]
     tree.open("two")
-    assert again.wait(LONG_S) == 0
-    assert check_done(run, "boss")["final_message"] == "first second third"
-    assert len(tree.requests(run, "boss")) == 6, "nothing was asked twice"
-    assert len(spawned(run)) == 3
-    for worker in spawned(run):
-        assert check_done(run, worker)["final_message"] in ("first", "second", "third")
+    wait_for(lambda: list(run.folder.glob("tasks/*/exit.1")), LONG_S, "the first worker's end")
+    wait_for(lambda: any(asked(run, "kv_set", name) for name in (first, second, third)), 60, "what is said to nobody")
+    assert run.count("hand_ended") + run.count("kv_written") == 0
+    living = [name for name, pid in pids.items() if alive(pid)]
+    assert len(living) == 3 and [start_of(pids[name]) for name in living] == [began[name] for name in living]
+    tree.home.pitboss("resume", run.name, timeout=LONG_S, check=0)
+    assert check_done(run, "boss")["final_message"] == "all four"
+    finals = [check_done(run, name)["final_message"] for name in spawned(run)]
+    assert sorted(finals) == ["first", "fourth", "second", "third: now"]
+    waited = [answer_of(run, "wait_for_worker", n)["final_message"] for n in range(4)]
+    assert waited == ["first", "second", "third: now", "fourth"]
+    assert len(tree.requests(run, "boss")) == 5, "nothing was asked twice"
     check_nothing_lives(run)
 
 
@@ -587,3 +629,45 @@ def test_a_lead_that_was_killed_is_dealt_again(tree, shim_too):
         assert f"- {name}: {'Running' if final == 'first' else 'Completed'}; asked: " in told
         check_done(run, name)
     check_nothing_lives(run)
+
+
+@real
+def test_a_tree_is_cancelled(tree):
+    """Lead and workers, and what their commands have started in sessions of their own."""
+    def sleeper(name):
+        pid = tree.path(name)
+        return bash(f"env -i setsid sleep 600 & echo $! >{pid}.part; mv {pid}.part {pid}; sleep 600")
+
+    text = prompt(together(spawn(sleeper("one"), say("never")), spawn(sleeper("two"), say("never"))),
+                  together(wait("$1.task_id"), wait("$1#1.task_id")), say("never"))
+    process, run = tree.start(text)
+    for name in ("one", "two"):
+        wait_for_file(process, tree.path(name))
+    wait_for(lambda: asked(run, "wait_for_worker") == 2, 60, "the lead's waits")
+    pids = [int(tree.path(name).read_text()) for name in ("one", "two")]
+    assert all(map(alive, pids))
+    tree.home.pitboss("cancel", run.name, "--reason", "enough", timeout=60, check=0)
+    assert process.wait(30) == 1
+    assert {record["status"] for record in run.records().values()} == {"Cancelled"} and len(run.records()) == 3
+    assert run.summary()["was_interrupted"] is True
+    check_nothing_lives(run, *pids)
+
+
+@real
+def test_a_finished_tree_is_dealt_again(tree):
+    """A new run: the lead alone, its prompt again in its session; it spawns anew."""
+    text = prompt(spawn(say("worked")), wait("$1.task_id"), say("it ${2.final_message}"),
+                  words="Remember the word PLUM.")
+    old = tree.dispatch(text)
+    before = check_done(old, "boss")
+    new = tree.resume(old)
+    assert new.name != old.name
+    assert json.loads((new.folder / "meta.json").read_text())["resumed_from"] == old.name
+    after = check_done(new, "boss")
+    assert after["claude_session_id"] == before["claude_session_id"]
+    assert before["final_message"] == after["final_message"] == "it worked"
+    assert said_by_user(tree.requests(new, "boss")[-1]).count("PLUM") == 2
+    assert len(spawned(new)) == 1 and set(new.records()) == {"boss", *spawned(new)}
+    worker, = spawned(new)
+    assert check_done(new, worker)["claude_session_id"] != old.record(spawned(old)[0])["claude_session_id"]
+    check_nothing_lives(new)
