@@ -297,6 +297,7 @@ def render_time(at: float | None) -> str | None:
     return f"{year:04d}-{month:02d}-{day:02d}T{hours:02d}:{minutes:02d}:{seconds:02d}.{rest % 1000:03d}Z"
 
 
+@functools.lru_cache(maxsize=64)
 def civil_date(days: int) -> tuple[int, int, int]:
     """Year, month, day of a count of days since 1970-01-01."""
     import datetime   # 3 ms that only records spend
@@ -3021,6 +3022,8 @@ class RunState:
     """The tables of a run.  Only the handlers of EVENTS change them."""
 
     def __init__(self) -> None:
+        from collections import OrderedDict
+
         self.run_id = self.name = self.mode = ""
         self.opened_at = self.last_at = 0.0
         self.facts: dict = {}                     # of run_opened: what does not change
@@ -3028,7 +3031,8 @@ class RunState:
         self.layers: dict[str, Layer] = {}        # by the lead
         self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
         self.shared = SharedTables()
-        self.answers: dict[str, dict] = {}        # the key of a call to what it was answered, oldest first
+        # the key of a call to what it was answered, oldest first: a dict is slow to give up its first
+        self.answers: Any = OrderedDict()
         self.waiting: dict[str, None] = {}        # an ordered set
         self.held: dict[str, None] = {}           # the same, of those that had a slot and are held
         self.live = 0                             # actors that hold a slot
@@ -3062,13 +3066,13 @@ def step(run: RunState, event: dict) -> None:
     row = EVENTS.get(event["kind"])
     if row:
         row.handler(run, event)
-    shared = SHARED_EVENTS.get(event["kind"])
     if "call" in event:
+        shared = SHARED_EVENTS.get(event["kind"])
         answer = event.get("answer") or (shared.answer(event) if shared and shared.answer else None)
         if answer:
             run.answers[event["call"]] = answer
         if len(run.answers) > KEPT_ANSWERS:
-            run.answers.pop(next(iter(run.answers)))
+            run.answers.popitem(last=False)
 
 
 def fold(events: Iterable[dict]) -> RunState:
@@ -3105,7 +3109,7 @@ def on_run_opened(run: RunState, event: dict) -> None:
 
 def on_actor_added(run: RunState, event: dict) -> None:
     """An actor waits for a slot."""
-    facts = {k: v for k, v in event.items() if k in Actor._fields}
+    facts = {k: event[k] for k in event.keys() & Actor._fields}
     before = Usage(*((event.get("former") or {}).get("session_usage") or ()))
     actor = run.actors[event["actor"]] = Actor(id=event["actor"], **{**facts, "session_usage": before})
     if actor.role == "lead":
@@ -4202,11 +4206,19 @@ def parse_event(line: bytes) -> dict | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        event = json.loads(line)
+        event = json.loads(line.decode())      # of bytes it would guess the encoding first
     except (ValueError, RecursionError):
         return None
     ok = isinstance(event, dict) and isinstance(event.get("seq"), int) and isinstance(event.get("kind"), str)
     return event if ok and isinstance(event.get("at"), (int, float)) else None
+
+
+def ends_whole(f: Any) -> bool:
+    """Whether the last line of a journal that is open in binary is whole and valid; goes back to its start."""
+    f.seek(max(0, f.seek(0, os.SEEK_END) - (64 << 10)))      # most lines are far shorter
+    end = f.read()
+    f.seek(0)
+    return parse_event(end[end.rfind(b"\n", 0, -1) + 1:]) is not None
 
 
 def mend_journal(path: str) -> int:
@@ -4216,6 +4228,8 @@ def mend_journal(path: str) -> int:
     """
     whole = 0
     with open(path, "rb") as f:
+        if ends_whole(f):
+            return 0                # a broken line before that is not torn off: read_journal says which
         for line in f:
             if parse_event(line) is None:
                 break
