@@ -4016,11 +4016,22 @@ def write_file(path: str, data: bytes, durable: bool = False, mode: int = 0o600)
             os.unlink(beside)
         raise
     if durable:
-        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)      # the name, too
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_path(os.path.dirname(path) or ".")      # the name, too
+
+
+def sync_file(path: str) -> None:
+    """Force a file that was written to disk, and its name.  Raises OSError."""
+    sync_path(path)
+    sync_path(os.path.dirname(path) or ".")
+
+
+def sync_path(path: str) -> None:
+    """Force a file, or the names in a folder, to disk.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -4166,8 +4177,13 @@ class Journal:
             return False
         return True
 
-    def sync(self) -> None:
-        """Force what was appended to disk.  Raises OSError; a failed fsync is never tried again."""
+    def sync(self, before: Iterable[str] = ()) -> None:
+        """Force what was appended to disk, and first the files `before` that it tells of.
+
+        Raises OSError; a failed fsync is never tried again.
+        """
+        for path in before:
+            sync_file(path)
         os.fsync(self.fd)
 
 
@@ -7404,10 +7420,15 @@ class LiveHand:
         return [m.id for m in heard] + [m.id for m in actor.inbox if m.id in talk.echoed]
 
 
-def write_plan(folder: str, task: Task) -> None:
-    """Keep what a spawned actor was asked to do, exactly, where only its owner can read it."""
+def write_plan(folder: str, task: Task) -> str:
+    """Keep what a spawned actor was asked to do, exactly, where only its owner can read it; returns the path.
+
+    It has to be on disk before the journal is.
+    """
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    write_file(os.path.join(folder, "task.json"), json.dumps(task._asdict()).encode(), durable=True)
+    path = os.path.join(folder, "task.json")
+    write_file(path, json.dumps(task._asdict()).encode())
+    return path
 
 
 def read_plan(folder: str) -> Task:
@@ -7477,6 +7498,7 @@ class Dispatcher:
         self.subreaper = False             # whether orphans of hands become this process's children
         self.dealt: set[tuple[str, int]] = set()       # hands that this process dealt itself
         self.unsynced: list[tuple] = []                # owed keys that wait for an fsync
+        self.sync_before: list[str] = []               # files that are forced to disk before the journal
         self.sync_wanted: asyncio.Event | None = None
         self.fault: PitbossError | None = None         # why this process must end before the run does
         self.ended: asyncio.Event | None = None
@@ -7512,7 +7534,7 @@ class Dispatcher:
                 self.unsynced.append(key)
             else:
                 self.act(key)
-        if EVENTS[kind].durable or self.unsynced:
+        if EVENTS[kind].durable or self.unsynced or self.sync_before:
             self.sync_wanted.set()
         if self.journal.full and not self.run.draining:
             self.record("drained", why="no_space")
@@ -7527,8 +7549,9 @@ class Dispatcher:
             await self.sync_wanted.wait()
             self.sync_wanted.clear()
             waiting = len(self.unsynced)
+            paths, self.sync_before = self.sync_before, []
             try:
-                await asyncio.to_thread(self.journal.sync)
+                await asyncio.to_thread(self.journal.sync, paths)
             except OSError as e:
                 return self.give_up(fault_of(e, "forcing the journal to disk"))
             keys, self.unsynced = self.unsynced[:waiting], self.unsynced[waiting:]
@@ -8019,8 +8042,8 @@ class Dispatcher:
         if not actor.layer:
             return []
         path = os.path.join(folder, "token")
-        if not os.path.exists(path):
-            write_file(path, mint_token().encode(), durable=True)
+        if not read_text(path):        # not forced to disk: who knows it ends with the machine
+            write_file(path, mint_token().encode())
         program, *args = bridge_argv(self.run_dir, actor.id, actor.role, path)
         return [Server("pitboss", program, tuple(args), {})]
 
@@ -8888,7 +8911,7 @@ def spawn_now(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call
     while (name := f"worker-{number}") in run.actors:
         number += 1
     task = task._replace(id=name)
-    write_plan(dispatcher.task_dir(name), task)
+    dispatcher.sync_before.append(write_plan(dispatcher.task_dir(name), task))
     dispatcher.plans[name], dispatcher.accounts[name] = task, account
     path = dispatcher.worktree_path(name) if task.use_worktree else None
     answer = {"task_id": name, "worktree_path": path}
