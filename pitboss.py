@@ -297,6 +297,7 @@ def render_time(at: float | None) -> str | None:
     return f"{year:04d}-{month:02d}-{day:02d}T{hours:02d}:{minutes:02d}:{seconds:02d}.{rest % 1000:03d}Z"
 
 
+@functools.lru_cache(maxsize=64)
 def civil_date(days: int) -> tuple[int, int, int]:
     """Year, month, day of a count of days since 1970-01-01."""
     import datetime   # 3 ms that only records spend
@@ -3021,6 +3022,8 @@ class RunState:
     """The tables of a run.  Only the handlers of EVENTS change them."""
 
     def __init__(self) -> None:
+        from collections import OrderedDict
+
         self.run_id = self.name = self.mode = ""
         self.opened_at = self.last_at = 0.0
         self.facts: dict = {}                     # of run_opened: what does not change
@@ -3028,7 +3031,8 @@ class RunState:
         self.layers: dict[str, Layer] = {}        # by the lead
         self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
         self.shared = SharedTables()
-        self.answers: dict[str, dict] = {}        # the key of a call to what it was answered, oldest first
+        # the key of a call to what it was answered, oldest first: a dict is slow to give up its first
+        self.answers: Any = OrderedDict()
         self.waiting: dict[str, None] = {}        # an ordered set
         self.held: dict[str, None] = {}           # the same, of those that had a slot and are held
         self.live = 0                             # actors that hold a slot
@@ -3062,13 +3066,13 @@ def step(run: RunState, event: dict) -> None:
     row = EVENTS.get(event["kind"])
     if row:
         row.handler(run, event)
-    shared = SHARED_EVENTS.get(event["kind"])
     if "call" in event:
+        shared = SHARED_EVENTS.get(event["kind"])
         answer = event.get("answer") or (shared.answer(event) if shared and shared.answer else None)
         if answer:
             run.answers[event["call"]] = answer
         if len(run.answers) > KEPT_ANSWERS:
-            run.answers.pop(next(iter(run.answers)))
+            run.answers.popitem(last=False)
 
 
 def fold(events: Iterable[dict]) -> RunState:
@@ -3105,7 +3109,7 @@ def on_run_opened(run: RunState, event: dict) -> None:
 
 def on_actor_added(run: RunState, event: dict) -> None:
     """An actor waits for a slot."""
-    facts = {k: v for k, v in event.items() if k in Actor._fields}
+    facts = {k: event[k] for k in event.keys() & Actor._fields}
     before = Usage(*((event.get("former") or {}).get("session_usage") or ()))
     actor = run.actors[event["actor"]] = Actor(id=event["actor"], **{**facts, "session_usage": before})
     if actor.role == "lead":
@@ -4012,11 +4016,22 @@ def write_file(path: str, data: bytes, durable: bool = False, mode: int = 0o600)
             os.unlink(beside)
         raise
     if durable:
-        fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)      # the name, too
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_path(os.path.dirname(path) or ".")      # the name, too
+
+
+def sync_file(path: str) -> None:
+    """Force a file that was written to disk, and its name.  Raises OSError."""
+    sync_path(path)
+    sync_path(os.path.dirname(path) or ".")
+
+
+def sync_path(path: str) -> None:
+    """Force a file, or the names in a folder, to disk.  Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -4162,8 +4177,13 @@ class Journal:
             return False
         return True
 
-    def sync(self) -> None:
-        """Force what was appended to disk.  Raises OSError; a failed fsync is never tried again."""
+    def sync(self, before: Iterable[str] = ()) -> None:
+        """Force what was appended to disk, and first the files `before` that it tells of.
+
+        Raises OSError; a failed fsync is never tried again.
+        """
+        for path in before:
+            sync_file(path)
         os.fsync(self.fd)
 
 
@@ -4202,11 +4222,19 @@ def parse_event(line: bytes) -> dict | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        event = json.loads(line)
+        event = json.loads(line.decode())      # of bytes it would guess the encoding first
     except (ValueError, RecursionError):
         return None
     ok = isinstance(event, dict) and isinstance(event.get("seq"), int) and isinstance(event.get("kind"), str)
     return event if ok and isinstance(event.get("at"), (int, float)) else None
+
+
+def ends_whole(f: Any) -> bool:
+    """Whether the last line of a journal that is open in binary is whole and valid; goes back to its start."""
+    f.seek(max(0, f.seek(0, os.SEEK_END) - (64 << 10)))      # most lines are far shorter
+    end = f.read()
+    f.seek(0)
+    return parse_event(end[end.rfind(b"\n", 0, -1) + 1:]) is not None
 
 
 def mend_journal(path: str) -> int:
@@ -4216,6 +4244,8 @@ def mend_journal(path: str) -> int:
     """
     whole = 0
     with open(path, "rb") as f:
+        if ends_whole(f):
+            return 0                # a broken line before that is not torn off: read_journal says which
         for line in f:
             if parse_event(line) is None:
                 break
@@ -7390,10 +7420,15 @@ class LiveHand:
         return [m.id for m in heard] + [m.id for m in actor.inbox if m.id in talk.echoed]
 
 
-def write_plan(folder: str, task: Task) -> None:
-    """Keep what a spawned actor was asked to do, exactly, where only its owner can read it."""
+def write_plan(folder: str, task: Task) -> str:
+    """Keep what a spawned actor was asked to do, exactly, where only its owner can read it; returns the path.
+
+    It has to be on disk before the journal is.
+    """
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    write_file(os.path.join(folder, "task.json"), json.dumps(task._asdict()).encode(), durable=True)
+    path = os.path.join(folder, "task.json")
+    write_file(path, json.dumps(task._asdict()).encode())
+    return path
 
 
 def read_plan(folder: str) -> Task:
@@ -7463,6 +7498,7 @@ class Dispatcher:
         self.subreaper = False             # whether orphans of hands become this process's children
         self.dealt: set[tuple[str, int]] = set()       # hands that this process dealt itself
         self.unsynced: list[tuple] = []                # owed keys that wait for an fsync
+        self.sync_before: list[str] = []               # files that are forced to disk before the journal
         self.sync_wanted: asyncio.Event | None = None
         self.fault: PitbossError | None = None         # why this process must end before the run does
         self.ended: asyncio.Event | None = None
@@ -7498,7 +7534,7 @@ class Dispatcher:
                 self.unsynced.append(key)
             else:
                 self.act(key)
-        if EVENTS[kind].durable or self.unsynced:
+        if EVENTS[kind].durable or self.unsynced or self.sync_before:
             self.sync_wanted.set()
         if self.journal.full and not self.run.draining:
             self.record("drained", why="no_space")
@@ -7513,8 +7549,9 @@ class Dispatcher:
             await self.sync_wanted.wait()
             self.sync_wanted.clear()
             waiting = len(self.unsynced)
+            paths, self.sync_before = self.sync_before, []
             try:
-                await asyncio.to_thread(self.journal.sync)
+                await asyncio.to_thread(self.journal.sync, paths)
             except OSError as e:
                 return self.give_up(fault_of(e, "forcing the journal to disk"))
             keys, self.unsynced = self.unsynced[:waiting], self.unsynced[waiting:]
@@ -8010,8 +8047,8 @@ class Dispatcher:
         if not actor.layer:
             return []
         path = os.path.join(folder, "token")
-        if not os.path.exists(path):
-            write_file(path, mint_token().encode(), durable=True)
+        if not read_text(path):        # not forced to disk: who knows it ends with the machine
+            write_file(path, mint_token().encode())
         program, *args = bridge_argv(self.run_dir, actor.id, actor.role, path)
         return [Server("pitboss", program, tuple(args), {})]
 
@@ -8879,7 +8916,7 @@ def spawn_now(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call
     while (name := f"worker-{number}") in run.actors:
         number += 1
     task = task._replace(id=name)
-    write_plan(dispatcher.task_dir(name), task)
+    dispatcher.sync_before.append(write_plan(dispatcher.task_dir(name), task))
     dispatcher.plans[name], dispatcher.accounts[name] = task, account
     path = dispatcher.worktree_path(name) if task.use_worktree else None
     answer = {"task_id": name, "worktree_path": path}

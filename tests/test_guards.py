@@ -62,14 +62,28 @@ $ write new.txt unsaved
 """
 
 
-def run_wrapped(home, how: str) -> tuple[int, list[list[str]], str]:
-    """(exit status, what happened in which order, standard error) of a run with one task in a worktree."""
+LEAD = """[run]
+max_workers = 1
+budget_usd = 10.0
+[defaults]
+agent = "demo"
+[lead]
+id = "boss"
+directory = "repo"
+prompt = '''
+$ call spawn_worker {"prompt": "$ say done"}
+$ call wait_for_worker {"task_id": "<1.task_id>"}
+'''
+"""
+
+
+def run_wrapped(home, how: str, manifest: str = MANIFEST) -> tuple[int, list[list[str]], str]:
+    """(exit status, what happened in which order, standard error) of a run, of one task in a worktree."""
     home.repo()
     (home.root / "wrapped.py").write_text(WRAPPED)
     done = subprocess.run([PYTHON, home.root / "wrapped.py", PITBOSS, home.root / "order", how, "dispatch",
-                           str(home.manifest(MANIFEST))], env=home.env, text=True, capture_output=True,
-                           timeout=60,
-                          check=False)
+                           str(home.manifest(manifest))], env=home.env, text=True, capture_output=True,
+                          timeout=60, check=False)
     return done.returncode, [json.loads(line)
                              for line in (home.root / "order").read_text().splitlines()], done.stderr
 
@@ -84,6 +98,16 @@ def test_what_destroys_or_publishes_waits_for_the_disk(home):
                           (("event", "closed"), ("rename", "summary.json"))):
         assert any(first[decided] < n < first[done] for n in forced), (decided, done, order)
     assert order[-1] == ["fsync", "journal.jsonl"] or ["event", "run_finished"] in order
+
+
+def test_what_a_worker_was_asked_is_on_disk_before_the_journal_that_tells_of_it(home):
+    code, order, said = run_wrapped(home, "works", LEAD)
+    assert code == 0, said
+    written, forced = order.index(["rename", "task.json"]), order.index(["fsync", "task.json"])
+    spawned = [n for n, what in enumerate(order) if what == ["event", "actor_added"]][-1]
+    known = next(n for n, what in enumerate(order) if n > spawned and what == ["fsync", "journal.jsonl"])
+    assert written < spawned and written < forced < known, order
+    assert order[forced + 1] == ["fsync", "worker-1"], "its name, too"
 
 
 def test_where_the_journal_cannot_be_forced_to_disk_nothing_is_destroyed(home):
