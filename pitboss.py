@@ -4230,7 +4230,7 @@ def parse_event(line: bytes) -> dict | None:
 
 
 def ends_whole(f: Any) -> bool:
-    """Whether the last line of a journal that is open in binary is whole and valid; goes back to its start."""
+    """Whether the last line of a journal, open in binary, is whole and valid; goes back to its start."""
     f.seek(max(0, f.seek(0, os.SEEK_END) - (64 << 10)))      # most lines are far shorter
     end = f.read()
     f.seek(0)
