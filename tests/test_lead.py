@@ -5,6 +5,7 @@ that an agent calls through its own bridge, the lead's script does.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -1068,6 +1069,15 @@ def test_a_wait_for_a_value_ends_when_somebody_writes_it(stage):
     run.finish()
 
 
+def kill_hand(marker: str) -> list[int]:
+    """SIGKILL to every process of a hand; those there were: one may just have started another."""
+    pids = list(processes_with(marker))
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pids
+
+
 @pytest.mark.parametrize("how", ["ends", "cancel", "pause", "killed"])
 def test_a_lease_is_free_when_its_holders_hand_ends(stage, home, how):
     run = stage()
@@ -1083,8 +1093,7 @@ def test_a_lease_is_free_when_its_holders_hand_ends(stage, home, how):
     if how == "ends":
         (home.root / "g").touch()
     elif how == "killed":
-        for pid in processes_with(f"{run.run.name}:{name}:"):
-            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not kill_hand(f"{run.run.name}:{name}:1"), DEADLINE_S, "the end of its first hand")
     else:
         lead.call(f"{how}_worker", task_id=name)
     got = value_of(lead.answer(waiting, 30))
