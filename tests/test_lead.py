@@ -483,6 +483,7 @@ def test_a_hanging_worker_is_redirected_by_its_input(stage):
     assert time.monotonic() - began < 15
     record = lead.call("wait_for_worker", task_id=name)
     assert (record["status"], record["final_message"], record["hands"]) == ("Success", "redirected", 1)
+    assert run.events("stop_decided", actor=name) == []        # the interrupt did it, not the stop ladder
     assert record["reprompt_count"] == 1
     assert run.heard(name)[-1] == "$ say redirected"
     run.finish()
@@ -497,6 +498,7 @@ def test_a_worker_is_redirected_before_it_has_said_anything(stage):
     assert lead.call("reprompt_worker", task_id=name, prompt="$ say redirected") == {"ok": True, "delivery": "input"}
     record = lead.call("wait_for_worker", task_id=name)
     assert (record["status"], record["final_message"], record["hands"]) == ("Success", "redirected", 1)
+    assert run.events("stop_decided", actor=name) == []        # the interrupt did it, not the stop ladder
     run.finish()
 
 
