@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import json_schema
+import pitboss
 from stage import DEADLINE_S, Caller, Client, Operator, Stage, gate, value_of, words_of
 from tools import git, make_repo, processes_with, read_events, read_records, wait_for
 
@@ -358,7 +359,7 @@ def test_an_operators_reason_reaches_the_lead_as_a_message(stage, home):
     told = [t for t in run.heard("boss") if t.startswith("[SYSTEM] ")]
     assert len(told) == 1 and name in told[0] and "wrong branch" in told[0]
     assert records[name]["status"] == "Cancelled" and records["boss"]["status"] == "Success"
-    assert records["boss"]["hands"] == 1
+    assert records["boss"]["hands"] == 1 and run.events("stop_decided", actor="boss") == []
 
 
 def test_a_reason_waits_for_a_paused_lead(stage):
@@ -483,9 +484,32 @@ def test_a_hanging_worker_is_redirected_by_its_input(stage):
     assert time.monotonic() - began < 15
     record = lead.call("wait_for_worker", task_id=name)
     assert (record["status"], record["final_message"], record["hands"]) == ("Success", "redirected", 1)
+    assert run.events("stop_decided", actor=name) == []        # the interrupt did it, not the stop ladder
     assert record["reprompt_count"] == 1
     assert run.heard(name)[-1] == "$ say redirected"
     run.finish()
+
+
+def test_a_worker_is_redirected_before_it_has_said_anything(stage):
+    """Its turn has not begun when the order comes: the interrupt waits for it, and reaches it."""
+    run = stage()
+    lead = run.lead()
+    name = lead.call("spawn_worker", prompt="$ run sleep 600\n$ say never")["task_id"]
+    wait_for(lambda: lead.call("worker_status", task_id=name)["state"] == "Running", DEADLINE_S, "its process")
+    assert lead.call("reprompt_worker", task_id=name, prompt="$ say redirected") == {"ok": True, "delivery": "input"}
+    record = lead.call("wait_for_worker", task_id=name)
+    assert (record["status"], record["final_message"], record["hands"]) == ("Success", "redirected", 1)
+    assert run.events("stop_decided", actor=name) == []        # the interrupt did it, not the stop ladder
+    run.finish()
+
+
+@pytest.mark.parametrize("inbox, ends", [((), True), ((pitboss.Message("m", "x", True),), False)])
+def test_who_took_a_message_up_late_is_not_dealt_again(inbox, ends):
+    actor = pitboss.Actor("w", "worker", "demo", "m", "/d", False, 60, None, stop="redirect", inbox=inbox)
+    talk = pitboss.Talk("m")
+    talk.began, talk.results, talk.result = True, 2, {"type": "result", "is_error": False, "result": "redirected"}
+    facts = pitboss.decide_hand_end(actor, talk, pitboss.Ending(0, None), 1000.0)
+    assert facts == ({"status": "Success", "reason": None} if ends else {"again": "resume", "cause": "redirect"})
 
 
 def test_messages_that_come_together_all_arrive(stage):
@@ -551,9 +575,10 @@ def test_a_paused_worker_is_reprompted_by_a_new_hand(stage):
 def test_frozen_and_paused_time_does_not_count_towards_the_timeout(stage, home):
     run = stage()
     lead = run.lead()
-    frozen = run.spawn(lead, gate(home.root / "g"), timeout_secs=4)
+    script = gate(home.root / "g") + "\n$ sleep 1"          # long enough that somebody looks at the time
+    frozen = run.spawn(lead, script, timeout_secs=4)
     lead.call("pause_worker", task_id=frozen, mode="freeze")
-    paused = run.spawn(lead, gate(home.root / "g"), timeout_secs=4)
+    paused = run.spawn(lead, script, timeout_secs=4)
     lead.call("pause_worker", task_id=paused)
     clock = run.spawn(lead, "$ hang", timeout_secs=6)        # begins later and is done for before they go on
     record = lead.call("wait_for_worker", task_id=clock)
