@@ -17,7 +17,7 @@ import pytest
 
 import fake_api
 from test_claude import (KEY, LONG_S, MODEL, SERVER, ClaudeHome, Run, alive, bash, check_nothing_lives,
-                         model_tokens, offered, parent_of, prompt, real, said_by_user, say, section,
+                         manifest, model_tokens, offered, parent_of, prompt, real, said_by_user, say, section,
                          session_of, shim_pid, wait_for_file)
 from tools import Home, git, read_events, wait_for
 
@@ -687,3 +687,57 @@ def test_a_finished_tree_is_dealt_again(tree):
     worker, = spawned(new)
     assert check_done(new, worker)["claude_session_id"] != old.record(spawned(old)[0])["claude_session_id"]
     check_nothing_lives(new)
+
+
+# ------------------------------------------------------------------ not the real claude
+
+LATE = """#!{python}
+import json, os, signal, sys
+
+def tell(**event):
+    print(json.dumps(event), flush=True)
+
+def echo(line):
+    message = json.loads(line)
+    if message["type"] == "user":
+        tell(**message, isReplay=True, session_id=session)
+    return message
+
+def end(*_):
+    for line in sys.stdin:
+        echo(line)
+    os._exit(143)
+
+if "--version" in sys.argv:
+    sys.exit(print("2.1.197 (Claude Code)"))
+again = "--resume" in sys.argv
+session = sys.argv[sys.argv.index("--resume" if again else "--session-id") + 1]
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, end)
+tell(type="system", subtype="init", session_id=session)
+told = echo(sys.stdin.readline())["message"]["content"]
+if again:
+    tell(type="result", subtype="success", is_error=False, result="told: " + told, session_id=session,
+         total_cost_usd=0, usage={{}}, modelUsage={{}})
+    sys.exit()
+open({begun!r}, "w").close()
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_what_is_taken_up_at_the_very_end_is_told_again(home):
+    """As a claude that is ended right after its echo: the session that goes on does not know the message."""
+    begun, program = home.root / "begun", home.root / "claude"
+    program.write_text(LATE.format(python=sys.executable, begun=str(begun)))
+    program.chmod(0o755)
+    home.env["PITBOSS_CLAUDE_BINARY"] = str(program)
+    task = {"id": "a", "directory": str(home.repo()), "prompt": "x"}
+    process = home.start("dispatch", home.manifest(manifest(task)))
+    wait_for_file(process, begun)
+    home.pitboss("reprompt", home.run_dir().name, "a", "do something else", timeout=60, check=0)
+    assert process.wait(60) == 0
+    record = Run(home.run_dir()).record()
+    assert (record["status"], record["hands"]) == ("Success", 2)
+    assert "do something else" in record["final_message"]
