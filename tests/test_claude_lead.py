@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import fake_api
-from test_claude import (LONG_S, MODEL, SERVER, ClaudeHome, Run, alive, bash, check_nothing_lives,
-                         model_tokens, offered, parent_of, prompt, real, said_by_user, say, section,
+from test_claude import (KEY, LONG_S, MODEL, SERVER, ClaudeHome, Run, alive, bash, check_nothing_lives,
+                         manifest, model_tokens, offered, parent_of, prompt, real, said_by_user, say, section,
                          session_of, shim_pid, wait_for_file)
 from tools import Home, git, read_events, wait_for
 
@@ -92,7 +92,7 @@ class Tree(ClaudeHome):
     def requests(self, run: Run, actor: str) -> list[dict]:
         """What an actor's sessions asked the API, oldest first."""
         sessions = {event["session_id"] for event in run.log(actor) if "session_id" in event}
-        return [body for body in self.bodies() if session_of(body) in sessions]
+        return [body for body in self.bodies() if "metadata" in body and session_of(body) in sessions]
 
 
 @contextmanager
@@ -332,6 +332,20 @@ def test_servers_of_the_manifest_stand_beside_pitboss(story):
         assert servers == {"pitboss": "connected", "side": "connected"}
 
 
+@real
+def test_tokens_and_the_key_stay_where_they_belong(story):
+    """Each actor's token is in its one private file, in no other one, and the API was not told it."""
+    place, run, workers = story
+    tokens = {name: run.folder / "tasks" / name / "token" for name in ("boss", *workers)}
+    assert len({path.read_bytes() for path in tokens.values()}) == 4
+    assert {path.stat().st_mode & 0o777 for path in tokens.values()} == {0o600}
+    secrets = [KEY.encode(), *(path.read_bytes().strip() for path in tokens.values())]
+    files = [path for path in run.folder.rglob("*") if path.is_file() and path not in tokens.values()]
+    files += place.api.bodies.glob("*.json")
+    assert len(files) > 20
+    assert [path for path in files for secret in secrets if secret in path.read_bytes()] == []
+
+
 # ------------------------------------------------------------------ calls of one turn
 
 @real
@@ -394,7 +408,8 @@ def test_refusals_reach_the_model(tree):
     refused = [answer_of(run, "spawn_worker", 1), answer_of(run, "wait_for_worker"),
                answer_of(run, "cancel_worker"), answer_of(run, "spawn_worker", 2),
                answer_of(run, "spawn_worker", 3)]
-    words = ["worker cap reached: 1 active (max 1)", "unknown task_id: nobody", "forbidden: ", "promt", "/nowhere"]
+    words = ["worker cap reached: 1 active (max 1)", "unknown task_id: nobody", "forbidden: ", "promt",
+             "/nowhere"]
     assert [word for word, text in zip(words, refused) if word not in text] == []
     assert len(spawned(run)) == 1
     check_nothing_lives(run)
@@ -549,27 +564,28 @@ def start_of(pid: int) -> str:
 
 @real
 def test_a_killed_dispatcher_and_a_tree_that_waits(tree):
-    """Agents go on; the next dispatcher answers what the same processes wait for, and hears what they said."""
+    """Agents go on; the next dispatcher answers what they wait for, and hears what they have said."""
     text = prompt(
         together(spawn(tree.gate("one"), say("first")),
                  spawn(tree.gate("two"), ask("kv_set", path="/shared/go", value="now"), say("second")),
-                 spawn(ask("kv_wait", path="/shared/go", timeout_secs=LONG_S), say("third: ${1.entry.value}"))),
+                 spawn(ask("kv_wait", path="/shared/go", timeout_secs=LONG_S),
+                       say("third: ${1.entry.value}"))),
         together(wait("$1.task_id"), wait("$1#1.task_id"), wait("$1#2.task_id")),
         spawn(say("fourth")), wait("$3.task_id"), say("all four"))
     process, run = tree.start(text)
     wait_for_file(process, tree.begun("one"))
     wait_for_file(process, tree.begun("two"))
     wait_for(lambda: asked(run, "wait_for_worker") == 3, 60, "the lead's waits")
-    first, second, third = spawned(run)
-    wait_for(lambda: sum(asked(run, "kv_wait", name) for name in (first, second, third)), 60, "a worker's wait")
-    pids = {name: agent_pid(run, name) for name in ["boss", *spawned(run)]}
+    workers = spawned(run)
+    wait_for(lambda: any(asked(run, "kv_wait", name) for name in workers), 60, "a worker's wait")
+    pids = {name: agent_pid(run, name) for name in ["boss", *workers]}
     began = {name: start_of(pid) for name, pid in pids.items()}
     process.kill()
     process.wait()
     tree.open("one")
     tree.open("two")
     wait_for(lambda: list(run.folder.glob("tasks/*/exit.1")), LONG_S, "the first worker's end")
-    wait_for(lambda: any(asked(run, "kv_set", name) for name in (first, second, third)), 60, "what is said to nobody")
+    wait_for(lambda: any(asked(run, "kv_set", name) for name in workers), 60, "what is said to nobody")
     assert run.count("hand_ended") + run.count("kv_written") == 0
     living = [name for name, pid in pids.items() if alive(pid)]
     assert len(living) == 3 and [start_of(pids[name]) for name in living] == [began[name] for name in living]
@@ -648,7 +664,7 @@ def test_a_tree_is_cancelled(tree):
     assert all(map(alive, pids))
     tree.home.pitboss("cancel", run.name, "--reason", "enough", timeout=60, check=0)
     assert process.wait(30) == 1
-    assert {record["status"] for record in run.records().values()} == {"Cancelled"} and len(run.records()) == 3
+    assert [record["status"] for record in run.records().values()] == ["Cancelled"] * 3
     assert run.summary()["was_interrupted"] is True
     check_nothing_lives(run, *pids)
 
@@ -671,3 +687,57 @@ def test_a_finished_tree_is_dealt_again(tree):
     worker, = spawned(new)
     assert check_done(new, worker)["claude_session_id"] != old.record(spawned(old)[0])["claude_session_id"]
     check_nothing_lives(new)
+
+
+# ------------------------------------------------------------------ not the real claude
+
+LATE = """#!{python}
+import json, os, signal, sys
+
+def tell(**event):
+    print(json.dumps(event), flush=True)
+
+def echo(line):
+    message = json.loads(line)
+    if message["type"] == "user":
+        tell(**message, isReplay=True, session_id=session)
+    return message
+
+def end(*_):
+    for line in sys.stdin:
+        echo(line)
+    os._exit(143)
+
+if "--version" in sys.argv:
+    sys.exit(print("2.1.197 (Claude Code)"))
+again = "--resume" in sys.argv
+session = sys.argv[sys.argv.index("--resume" if again else "--session-id") + 1]
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, end)
+tell(type="system", subtype="init", session_id=session)
+told = echo(sys.stdin.readline())["message"]["content"]
+if again:
+    tell(type="result", subtype="success", is_error=False, result="told: " + told, session_id=session,
+         total_cost_usd=0, usage={{}}, modelUsage={{}})
+    sys.exit()
+open({begun!r}, "w").close()
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_what_is_taken_up_at_the_very_end_is_told_again(home):
+    """As a claude that is ended right after its echo: the session that goes on does not know the message."""
+    begun, program = home.root / "begun", home.root / "claude"
+    program.write_text(LATE.format(python=sys.executable, begun=str(begun)))
+    program.chmod(0o755)
+    home.env["PITBOSS_CLAUDE_BINARY"] = str(program)
+    task = {"id": "a", "directory": str(home.repo()), "prompt": "x"}
+    process = home.start("dispatch", home.manifest(manifest(task)))
+    wait_for_file(process, begun)
+    home.pitboss("reprompt", home.run_dir().name, "a", "do something else", timeout=60, check=0)
+    assert process.wait(60) == 0
+    record = Run(home.run_dir()).record()
+    assert (record["status"], record["hands"]) == ("Success", 2)
+    assert "do something else" in record["final_message"]
