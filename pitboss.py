@@ -5372,7 +5372,7 @@ def _linux_processes() -> dict[int, Process]:
         for name in os.listdir("/proc"):
             if name.isdigit():
                 try:
-                    with open(f"/proc/{name}/stat", "rb") as f:
+                    with open(f"/proc/{name}/stat", "rb", buffering=0) as f:
                         fields = f.read().rpartition(b")")[2].split()
                 except OSError:
                     missed = True        # gone since: a child that it left may not be in this list
@@ -5404,11 +5404,13 @@ def read_lineage(pid: int) -> str:
     """The value of LINEAGE in a process's environment; empty where it has none or cannot be read."""
     if sys.platform == "linux":
         try:
-            with open(f"/proc/{pid}/environ", "rb") as f:
-                found = re.search(rb"(?:^|\0)" + LINEAGE.encode() + rb"=([^\0]*)", f.read())
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as f:
+                variables = b"\0" + f.read()
         except OSError:
             return ""
-        return found[1].decode("utf-8", "replace") if found else ""
+        # every process of the machine is asked, again and again: a regular expression would take most of it
+        value = variables.partition(f"\0{LINEAGE}=".encode())[2].partition(b"\0")[0]
+        return value.decode("utf-8", "replace")
     import subprocess
 
     done = subprocess.run(["ps", "-Eww", "-o", "command=", "-p", str(pid)], capture_output=True, text=True,
