@@ -724,7 +724,7 @@ def chaos_faults(run_dir: Path) -> list[str]:
               *checker.check_journal(run_dir), *checker.check_processes(run_dir.name),
               *tree_checker.check_keys(run_dir), *tree_checker.check_money(run_dir),
               *tree_checker.check_history(run_dir), *tree_checker.replay_store(run_dir)[1]]
-    return [fault for fault in faults if "tasks_failed" not in fault]      # what a lead left open is no failure
+    return [fault for fault in faults if "tasks_failed" not in fault]      # what a lead left is no failure
 
 
 def play_chaos(root: Path, number: int, longest_s: float = 1.5) -> Counter:

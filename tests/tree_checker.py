@@ -201,12 +201,10 @@ def check_stored(run_dir: Path, lead: str, stored: dict) -> list[str]:
     want = {(lead, path): row for path, row in stored.items()}
     faults += [f"{where}: the journal makes {store.get(where)}, the scripts {want.get(where)}"
                for where in store.keys() | want.keys() if not same(store.get(where), want.get(where))]
-    path = run_dir / "shared-store.json"
-    if path.exists():
-        layers = json.loads(path.read_bytes())["layers"]
-        dumped = {(layer, path): (row["value"], row["version"])
-                  for layer, entries in layers.items() for path, row in entries.items()}
-        faults += [f"shared-store.json: {dumped}, the journal makes {store}"] if dumped != store else []
+    layers = json.loads((run_dir / "shared-store.json").read_bytes())["layers"]
+    dumped = {(layer, path): (row["value"], row["version"])
+              for layer, entries in layers.items() for path, row in entries.items()}
+    faults += [f"shared-store.json: {dumped}, the journal makes {store}"] if dumped != store else []
     return faults
 
 
