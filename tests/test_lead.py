@@ -18,8 +18,8 @@ import pytest
 
 import json_schema
 import pitboss
-from stage import DEADLINE_S, Caller, Client, Operator, Stage, gate, value_of, words_of
-from tools import git, make_repo, processes_with, read_events, read_records, wait_for
+from stage import DEADLINE_S, Caller, Client, Stage, gate, value_of, words_of
+from tools import Home, git, make_repo, processes_with, read_records, wait_for
 
 ENDS = {"place_failed", "spawn_failed", "hand_skipped"}
 
@@ -772,8 +772,6 @@ def test_nobody_acts_on_itself_or_on_whom_there_is_not(house):
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     """One run for all that changes nothing in it; it has one worker that hangs."""
-    from tools import Home
-
     home = Home(tmp_path_factory.mktemp("house"))
     run = Stage(home, workers=2)
     run.spawn(run.lead(), "$ hang")
