@@ -8036,6 +8036,7 @@ class Dispatcher:
                 self.close_input(live)
                 live.tail.close()
                 raise
+        self.table.read_at = -1.0      # however fresh it is, the new hand is not in it
         return live
 
     def plan_of(self, name: str) -> Task:

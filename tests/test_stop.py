@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import checker
-from tools import Home, processes_with, read_events, read_records, wait_for
+from tools import PITBOSS, PYTHON, Home, processes_with, read_events, read_records, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the verdict reads /proc")
 
@@ -365,3 +365,40 @@ def test_an_agent_that_lingers_after_its_result_is_stopped_and_successful(home):
     _, err = dispatcher.communicate(timeout=60)
     assert dispatcher.returncode == 0, err
     assert all_are(Run(home, dispatcher, home.run_dir(), ["lingers"]), "Success")
+
+
+# ------------------------------------------------------------------ a hand younger than the process table
+
+SLOW_TABLE = """import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import pitboss
+pitboss.POLL_S = 0.5        # the table of processes is read again after a quarter of a second at the earliest
+sys.exit(pitboss.main(sys.argv[2:]))
+"""
+YOUNG = """[run]
+max_workers = 1
+budget_usd = 10.0
+[defaults]
+agent = "demo"
+use_worktree = false
+[lead]
+id = "boss"
+directory = "repo"
+prompt = '''
+$ call spawn_worker {"prompt": "$ hang"}
+$ call pause_worker {"task_id": "<1.task_id>"}
+$ call continue_worker {"task_id": "<1.task_id>"}
+$ call cancel_worker {"task_id": "<1.task_id>"}
+$ call wait_for_worker {"task_id": "<1.task_id>"}
+'''
+"""
+
+
+def test_a_hand_that_began_after_the_last_look_at_processes_is_stopped_too(home):
+    (home.root / "repo").mkdir()
+    (home.root / "slow.py").write_text(SLOW_TABLE)
+    done = subprocess.run([PYTHON, home.root / "slow.py", PITBOSS, "dispatch", "-q", home.manifest(YOUNG)],
+                          env=home.env, cwd=home.root, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    records = {r["task_id"]: r for r in read_records(home.run_dir())}
+    assert records["worker-1"]["status"] == "Cancelled" and records["worker-1"]["hands"] == 2
