@@ -186,7 +186,7 @@ def state_of(pid: int) -> str:
     """The kernel's letter for a process: T is stopped, Z a zombie; X when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):        # the second: it went between open and read
         return "X"
 
 
