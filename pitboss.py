@@ -16,6 +16,7 @@ Street map.  Each section may name only the sections above it.
     GIT        worktrees, rescue refs                                              [async]
     PROCESS    shim, adoption, signals, process trees, log tail                    [async]
     WIRE       JSON lines and JSON-RPC over a unix socket; the stdio bridge        [async]
+    NOTIFY     log, webhook, Slack and Discord sinks                               [async]
     AGENTS     adapter table: argv, environment, input, resume                     [pure]
     DISPATCH   Dispatcher: the only owner of tasks; does what is owed; resume      [async]
     TOOLS      MCP tool table and handlers                                         [async]
@@ -33,6 +34,8 @@ Where do I add ...
     a shared event      one handler and one row in SHARED_EVENTS
     a part of the store one row in NAMESPACES
     something to do     one effect and one row in EFFECTS; a handler of EVENTS owes it
+    a notification      one row in NOTICES, and a call of notify by a handler of EVENTS
+    a sink of them      one name in SINK_KINDS and one row in SINKS
     a method of MCP     one method of McpSession and one row in METHODS or NOTIFICATIONS
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
@@ -136,6 +139,10 @@ class Refused(PitbossError):
 
 class ToolRefusal(Refused):
     """A lead, a worker or an operator asked for what cannot be; the message says what to do next."""
+
+
+class BudgetExceeded(ToolRefusal):
+    """A spawn might cost more than is left."""
 
 
 class WrongState(ToolRefusal):
@@ -469,6 +476,8 @@ class Field(NamedTuple):
     needs: str = ""           # it is given beside this key only
     mode: str = ""            # the one mode of runs that it is for; in others it has no effect
     schema: dict = {}         # what its JSON schema says beyond kind and bounds
+    fields: tuple = ()        # of a table: the rows of its own keys
+    secret: bool = False      # no error shows what was found
 
 
 class Kind(NamedTuple):
@@ -493,6 +502,7 @@ KINDS = {
                     {"type": "array", "items": {"type": "string"}}, ["text"]),
     "env":     Kind((dict,),              "a table of texts",
                     {"type": "object", "additionalProperties": {"type": "string"}}, {"NAME": "text"}),
+    "table":   Kind((dict,),              "a table",                {"type": "object"},         {}),
     "any":     Kind((str, list, dict),    "a text, a list or a table",
                     {"type": ["string", "array", "object"]}, "text"),
 }
@@ -531,8 +541,11 @@ def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple
         for name in reversed(names):       # the first spelling counts, but none may be wrong
             wrong = wrong_value(f, given[name])
             if wrong:
-                problems.append(Problem(path + name, f"found {show_value(given[name])}; allowed: {wrong}",
-                                        (*where, name)))
+                found = "a value that is not shown" if f.secret else show_value(given[name])
+                problems.append(Problem(path + name, f"found {found}; allowed: {wrong}", (*where, name)))
+            elif f.fields:
+                values[f.name], more = check_fields(f.fields, given[name], f"{path}{name}.", (*where, name))
+                problems += more
             else:
                 values[f.name] = given[name]
     return values, problems
@@ -615,6 +628,7 @@ def value_schema(f: Field) -> dict:
         **({"pattern": f"^{f.pattern}$"} if f.pattern else {}),
         **({"default": list(f.default) if isinstance(f.default, tuple) else f.default}
            if f.default not in (None, REQUIRED) else {}),
+        **(schema_of(f.fields) if f.fields else {}),
         **f.schema,
     }
 
@@ -785,6 +799,38 @@ COMMAND_FIELDS = (
           choices=("claude", "codex", "opencode", "gemini", "text")),
 )
 
+SEVERITIES = ("info", "warning", "error", "critical")     # from the least to the most
+NOTICES = {
+    #  kind               severity    when it is sent
+    "run_dispatched":   ("info",     "a run began"),
+    "approval_request": ("warning",  "an actor asks for an approval"),
+    "approval_pending": ("warning",  "the same, and no operator is connected"),
+    "budget_exceeded":  ("critical", "more than the budget was spent, or a spawn was refused for it"),
+    "worker_failed":    ("error",    "an actor ended with another status than Success"),
+    "run_finished":     ("info",     "a run is at its end"),
+}
+SINK_KINDS = ("log", "webhook", "slack", "discord")
+
+NOTIFICATION_FIELDS = (
+    Field("kind", "text", REQUIRED, "`log`: a line of `notifications.jsonl` in the run folder; the others: "
+                                    "a POST to `url`", choices=SINK_KINDS),
+    Field("url", "word", None, "https URL of a public host; `${PITBOSS_NOTIFY_…}` in it stands for that "
+                               "environment variable; required but for `log`", secret=True,
+          example="https://hooks.example.com/pitboss"),
+    Field("events", "texts", None, "which notifications it gets: " + ", ".join(f"`{n}`" for n in NOTICES),
+          shown="all", example=("worker_failed", "run_finished"),
+          schema={"items": {"type": "string", "enum": list(NOTICES)}, "minItems": 1}),
+    Field("severity_min", "text", "info", "the least severity that it gets", choices=SEVERITIES),
+    Field("request_timeout_secs", "count", 30, "seconds for one try of three", low=1, high=300),
+)
+
+LIFECYCLE_FIELDS = (
+    Field("survive_parent", "flag", False, "said in `run_dispatched`: this run may outlive the one that "
+                                           "dispatched it; it needs a notification"),
+    Field("notify", "table", None, "a notification more, with the keys of `[[notification]]`",
+          fields=NOTIFICATION_FIELDS, example={"kind": "log"}),
+)
+
 TABLES = {
     #  header           fields           many    what it is
     "run":        (RUN_FIELDS + HOUSE_KEYS, "one", "the run as a whole"),
@@ -795,6 +841,8 @@ TABLES = {
     "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
     "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
     "agent":      (COMMAND_FIELDS,  "named", "a program of your own as agent"),
+    "notification": (NOTIFICATION_FIELDS, "list", "who is told of what happens to the run"),
+    "lifecycle":  (LIFECYCLE_FIELDS, "one", "a run and the one that dispatched it"),
 }
 
 MANY = {
@@ -812,8 +860,7 @@ _APPROVALS = dict.fromkeys(("approval_policy", "default_approval_policy", "requi
                            "approvals")
 NOT_YET = {
     # table ("" is the document): keys of it that are known, and what they belong to
-    "": {"sublead_defaults": "sub-leads", "approval_policy": "approvals", "notification": "notifications",
-         "lifecycle": "notifications"},
+    "": {"sublead_defaults": "sub-leads", "approval_policy": "approvals"},
     "run": _APPROVALS,
     "lead": {**_APPROVALS, "permission_routing": "approvals",
              **dict.fromkeys(("allow_subleads", "max_subleads", "max_sublead_budget_usd", "sublead_defaults",
@@ -877,6 +924,18 @@ class Command(NamedTuple):
     format: str
 
 
+class Notification(NamedTuple):
+    """One `[[notification]]`, the inline one of `[lifecycle]`, or the one of the environment."""
+
+    name: str                  # where it stands: `notification[0]`
+    kind: str                  # one of SINK_KINDS
+    url: str | None            # as it was written: its variables are filled in when it is used
+    events: tuple | None       # keys of NOTICES, None: all
+    severity_min: str
+    request_timeout_secs: int
+    local: bool = False        # the operator's own: it may be http, and on this machine
+
+
 class Manifest(NamedTuple):
     """A manifest as far as it could be read, and everything wrong with it."""
 
@@ -887,6 +946,8 @@ class Manifest(NamedTuple):
     agents: dict               # NAME to Command
     problems: tuple
     warnings: tuple
+    notifications: tuple = ()
+    survive_parent: bool = False
 
 
 class ManifestError(InvalidInput):
@@ -1007,8 +1068,10 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand, house)
     tasks, bad = resolve_models(tasks, doc, agents)
     wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
-    return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong),
-                    tuple(warnings + more))
+    notifications, bad, older = resolve_notifications(tables, env)
+    return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong + bad),
+                    tuple(warnings + more + older), tuple(notifications),
+                    bool(tables["lifecycle"][0].get("survive_parent")))
 
 
 def decode_manifest(data: bytes, label: str) -> str:
@@ -1146,6 +1209,122 @@ def check_commands(rows: list[tuple[str, dict]], builtin: Iterable[str]) -> list
                                     "found an empty list; allowed: a program and its arguments",
                                     ("agent", name, "command")))
     return problems
+
+
+PARENT_URL = "PITBOSS_PARENT_NOTIFY_URL"      # gets every notification of every run
+_LOCAL_NAMES = ("localhost", "ip6-localhost", "ip6-loopback", "metadata", "metadata.goog", "instance-data",
+                "metadata.packet.net", "metadata.platformequinix.com", "metadata.tencentyun.com")
+_LOCAL_ENDS = (".localhost", ".localdomain", ".local", ".internal", ".home.arpa")
+_METADATA = ("168.63.129.16",)                # Azure's; the others' are link-local or private
+
+
+def resolve_notifications(tables: dict, env: Mapping[str, str]
+                          ) -> tuple[list[Notification], list[Problem], list[Problem]]:
+    """Who is told, with the problems of it, and the warnings."""
+    values, given = tables["lifecycle"]
+    rows = [(f"notification[{n}]", ("notification", n), row) for n, row in enumerate(tables["notification"])]
+    if isinstance(values.get("notify"), dict):
+        rows.append(("lifecycle.notify", ("lifecycle", "notify"), values["notify"]))
+    found, problems, warnings = [], [], []
+    for name, where, row in rows:
+        wrong, older = check_notification(name, where, row, env)
+        problems, warnings = problems + wrong, warnings + older
+        if row["kind"]:
+            found.append(Notification(name, row["kind"], row["url"], row["events"] and tuple(row["events"]),
+                                      row["severity_min"], row["request_timeout_secs"]))
+    if values.get("survive_parent") and not rows and "notify" not in given:
+        problems.append(Problem("lifecycle.survive_parent", "found true without any notification; "
+                                "allowed: beside [[notification]] or lifecycle.notify",
+                                ("lifecycle", "survive_parent")))
+    if wrong := wrong_url(env[PARENT_URL], local=True) if env.get(PARENT_URL) else "":
+        problems.append(Problem(f"environment variable {PARENT_URL}", f"allowed: {wrong}"))
+    return found, problems, warnings
+
+
+def check_notification(name: str, where: tuple, row: dict,
+                       env: Mapping[str, str]) -> tuple[list[Problem], list[Problem]]:
+    """What is wrong with a notification beyond its fields, and the warnings; neither shows its URL."""
+    problems, warnings = [], []
+    bad = [e for e in row["events"] or () if e not in NOTICES]
+    if bad or row["events"] == []:
+        near = did_you_mean(bad[0], NOTICES) if bad else ""
+        problems.append(Problem(f"{name}.events", f"found {show_value(bad[0] if bad else [])}; allowed: one "
+                                                  f"or more of {', '.join(NOTICES)}{near}",
+                                (*where, "events")))
+    if row["kind"] == "log" and row["url"] is not None:
+        problems.append(Problem(f"{name}.url", 'found beside kind = "log"; allowed: only beside the others',
+                                (*where, "url")))
+    elif row["kind"] not in (None, "log") and row["url"] is None:
+        problems.append(Problem(f"{name}.url", f"is required beside kind = \"{row['kind']}\"", where))
+    elif row["url"] is not None:
+        url, wrong, older = fill_url(row["url"], env)
+        wrong = wrong or wrong_url(url)
+        if wrong:
+            problems.append(Problem(f"{name}.url", f"allowed: {wrong}", (*where, "url")))
+        warnings += [Problem(f"{name}.url", f"the variable {v} has the older prefix; rename it to "
+                                            "PITBOSS_NOTIFY_…", (*where, "url")) for v in older]
+    return problems, warnings
+
+
+def fill_url(text: str, env: Mapping[str, str]) -> tuple[str, str, list[str]]:
+    """(a URL with its variables filled in, what is allowed where one is wrong, the older names in it)."""
+    names, wrong = re.findall(r"\$\{([^}]*)\}?", text), ""
+    for name in names:
+        if not re.fullmatch(r"PITBOSS_[A-Z0-9_]+", name) or f"${{{name}}}" not in text:
+            wrong = wrong or "${PITBOSS_NOTIFY_…} as the only kind of variable"
+        elif not env.get(name):
+            wrong = wrong or f"a variable that is set; {name} is not"
+    return (re.sub(r"\$\{([^}]*)\}", lambda m: env.get(m[1], ""), text), wrong,
+            [] if wrong else [n for n in names if not n.startswith("PITBOSS_NOTIFY_")])
+
+
+def wrong_url(url: str, local: bool = False) -> str:
+    """What a URL should be that is not; an empty string for one that may be used.  `local`: on any host."""
+    import urllib.parse
+
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        return "a URL with a host, and a port from 0 to 65535 if any"
+    if re.search(r'[^\x21-\x7e]|[\\"<>^`{|}]', url):
+        return "a URL of ASCII characters without spaces"
+    if parts.scheme not in (("https", "http") if local else ("https",)) or not host:
+        return "an http:// or https:// URL" if local else "an https:// URL"
+    if "@" in parts.netloc:
+        return "a URL without a user name or password"
+    return "" if local else wrong_host(host)
+
+
+def wrong_host(host: str) -> str:
+    """What the host of a URL should be that is not; what its name resolves to is looked at later."""
+    import ipaddress
+
+    with contextlib.suppress(ValueError):
+        return "" if is_public(str(ipaddress.ip_address(host))) else (
+            "a public address, not a private, loopback, link-local or metadata one")
+    name = host.lower()
+    if re.fullmatch(r"0x[0-9a-f]*|[0-9]+", name.rpartition(".")[2]):
+        return "an address as four decimal numbers, or a name"
+    if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+        return "a host name without a dot at its end"
+    if name in _LOCAL_NAMES or name.endswith(_LOCAL_ENDS):
+        return "a public host, not a name of this machine, its network or its metadata service"
+    return ""
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the public internet, also as the IPv4 address that it holds."""
+    import ipaddress
+
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        nat64 = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if int(ip) >> 32 == 0x64FF9B << 64 else None
+        inner = ip.ipv4_mapped or ip.sixtofour or nat64
+        if inner:
+            return is_public(str(inner))
+        return ip.is_global and ip in ipaddress.IPv6Network("2000::/3")
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and str(ip) not in _METADATA
 
 
 def resolve_tasks(tables: dict, doc: dict, agents: list[str], expand: Callable[[str], str],
@@ -1423,6 +1602,7 @@ EXAMPLE = Starter("example", "every table and every key that there is", (
     ("lead", {"id": "lead", "directory": ".", "prompt": _LEAD, "max_workers": 4, "budget_usd": 5.0}),
     ("template", {"id": "document", "prompt": _SHARED}),
     ("mcp_server", {"id": "tickets", "command": "tickets-mcp"}),
+    ("notification", {"kind": "webhook", "url": "https://hooks.example.com/pitboss"}),
     ("agent.linter", {"command": ("sh", "-c", "ruff check --fix . && git commit -qam 'Mend style'")}),
 ), every=True)
 
@@ -3049,6 +3229,8 @@ class RunState:
         self.signal = ""                          # the first one that came
         self.finished_at: float | None = None
         self.seq = 0                              # of the last event
+        self.sinks: dict[str, tuple] = {}         # who is told: name to (events or None, least severity)
+        self.notices: dict[str, None] = {}        # what was told or is owed: `KIND` or `KIND:ID`
         self.owed: dict[tuple, dict] = {}         # (verb, actor) to its facts, oldest first
         self.fresh: list[tuple] = []              # keys owed since a dispatcher last looked
 
@@ -3097,6 +3279,21 @@ def change(run: RunState, actor: str, **facts: Any) -> Actor:
     return new
 
 
+def notify(run: RunState, at: float, kind: str, key: str = "", **facts: Any) -> None:
+    """Owe each sink that wants it a notification of what happened; `kind` is a row of NOTICES.
+
+    `key` tells two of a kind apart: what was told once under it is not told again.
+    """
+    notice = f"{kind}:{key}" if key else kind
+    if notice in run.notices or not run.sinks:
+        return
+    run.notices[notice] = None
+    rank = SEVERITIES.index(NOTICES[kind][0])
+    for name, (events, least) in run.sinks.items():
+        if (events is None or kind in events) and rank >= SEVERITIES.index(least):
+            owe(run, "notify", f"{name} {notice}", at=at, event={"kind": kind, **facts})
+
+
 def on_run_opened(run: RunState, event: dict) -> None:
     """The run begins.  Raises JournalError for a journal of a newer version."""
     if event.get("format", 0) > JOURNAL_FORMAT:
@@ -3139,6 +3336,10 @@ def on_account_changed(run: RunState, event: dict) -> None:
 def on_dispatcher_started(run: RunState, event: dict) -> None:
     """A dispatcher took the run over: a drain is lifted, and refused credentials are tried again."""
     run.draining = run.signal = ""
+    run.sinks = {name: tuple(wants) for name, wants in event.get("sinks", {}).items()}
+    notify(run, event["at"], "run_dispatched", run_id=run.run_id, parent_run_id=event.get("parent_run_id"),
+           manifest_path=event.get("manifest_path"), mode=run.mode,
+           survive_parent=event.get("survive_parent", False))
     for hold in list(run.holds.values()):
         if HOLDS[hold.kind].final:
             run.holds[hold.account] = hold._replace(kind="probe", since=event["at"])
@@ -3222,6 +3423,7 @@ def leave_unstarted(run: RunState, actor: Actor, at: float) -> None:
 def on_usage(run: RunState, event: dict) -> None:
     """What a running hand has used so far."""
     change(run, event["actor"], hand_usage=Usage(*event["usage"]), hand_usd=event["cost_usd"])
+    watch_budget(run, event["actor"], event["at"])
 
 
 def on_stop_decided(run: RunState, event: dict) -> None:
@@ -3332,6 +3534,7 @@ def on_hand_ended(run: RunState, event: dict) -> None:
            cost_usd=actor.cost_usd if spent is None else (actor.cost_usd or 0.0) + spent,
            session_id=event.get("session_id") or actor.session_id,
            final=event["final"] if event.get("final") is not None else actor.final)
+    watch_budget(run, actor.id, event["at"])
     again = event.get("again")
     if event.get("status") == "Success":
         run.tries.pop(actor.account, None)
@@ -3358,6 +3561,11 @@ def on_closed(run: RunState, event: dict) -> None:
                                                                   "restore", "leftovers")}, state="settled")
     run.closing -= 1
     run.settled.append(event["actor"])
+    actor = run.actors[event["actor"]]
+    if not STATUSES[actor.status].good and not is_needless(run, actor):
+        parent = {"parent_task_id": actor.parent} if actor.parent else {}
+        notify(run, event["at"], "worker_failed", actor.id, task_id=actor.id, **parent,
+               reason={"kind": "unknown", **(public_reason(actor.reason) or {})})
     finish_when_done(run)
 
 
@@ -3416,6 +3624,26 @@ def on_run_finished(run: RunState, event: dict) -> None:
     """Every record is final and the summary is written."""
     run.owed.pop(("finish", ""), None)
     run.finished_at = event["ended_at"]
+    spent = sum(actor.cost_usd or 0.0 for actor in run.actors.values())
+    notify(run, event["at"], "run_finished", run_id=run.run_id, tasks_total=event["tasks_total"],
+           tasks_failed=event["tasks_failed"], duration_ms=round((run.finished_at - run.opened_at) * 1000),
+           spent_usd=round(spent, 10))
+
+
+def on_notified(run: RunState, event: dict) -> None:
+    """A sink has got a notification, or never will."""
+    run.owed.pop(("notify", event["notice"]), None)
+
+
+def on_budget_exceeded(run: RunState, event: dict) -> None:
+    """A spawn was refused because it might cost more than is left."""
+    tell_budget(run, event["layer"], event["spent_usd"], event["at"])
+
+
+def tell_budget(run: RunState, lead: str, spent: float, at: float) -> None:
+    """Notify, once, that a layer has no budget left."""
+    notify(run, at, "budget_exceeded", lead if run.actors[lead].parent else "", run_id=run.run_id,
+           spent_usd=round(spent, 10), budget_usd=run.layers[lead].budget_usd)
 
 
 class EventKind(NamedTuple):
@@ -3455,6 +3683,8 @@ EVENTS = {
     "hold_began":         EventKind(on_hold_began),
     "hold_ended":         EventKind(on_hold_ended),
     "house_lost":         EventKind(on_house_lost),
+    "budget_exceeded":    EventKind(on_budget_exceeded),
+    "notified":           EventKind(on_notified),
     "run_finished":       EventKind(on_run_finished,       True),
 }
 
@@ -3544,15 +3774,26 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
         book_worker(run, run.actors[actor])
     if old.layer == actor:
         end_layer(run, actor, at)
-    # what a lead that succeeded did not need any more is no failure
-    needless = old.stop == "lead_ended" and STATUSES[run.actors[old.layer].status].good
-    if not STATUSES[status].good and not needless:
+    if not STATUSES[status].good and not is_needless(run, old):
         run.failed += 1
         run.halted = run.halted or bool(run.facts.get("halt_on_failure"))
     owe(run, "close", actor)
     if run.halted:
         drop_held(run, at)
     fill_slots(run)
+
+
+def is_needless(run: RunState, actor: Actor) -> bool:
+    """What a lead that succeeded did not need any more is no failure."""
+    return actor.stop == "lead_ended" and STATUSES[run.actors[actor.layer].status].good
+
+
+def watch_budget(run: RunState, lead: str, at: float) -> None:
+    """Notify when a layer has spent more than its budget; `lead` may be any actor."""
+    layer, actor = run.layers.get(lead), run.actors[lead]
+    spent = layer.spent + (actor.cost_usd or 0.0) + actor.hand_usd if layer else 0.0
+    if layer and layer.budget_usd is not None and spent > layer.budget_usd:
+        tell_budget(run, lead, spent, at)
 
 
 def book_worker(run: RunState, actor: Actor) -> None:
@@ -3564,6 +3805,7 @@ def book_worker(run: RunState, actor: Actor) -> None:
     run.layers[actor.layer] = layer._replace(live=layer.live - 1, spent=layer.spent + cost, reserved=reserved)
     if actor.hands:
         bisect.insort(run.costs[actor.layer], cost)
+    watch_budget(run, actor.layer, actor.ended_at)
 
 
 def end_layer(run: RunState, lead: str, at: float) -> None:
@@ -3863,7 +4105,7 @@ def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float, account:
                           "wait for one with wait_for_any, or cancel one")
     estimate = estimate_usd(run.costs[lead], model)
     if books.budget_usd is not None and books.spent_usd + books.reserved_usd + estimate > books.budget_usd:
-        raise ToolRefusal(f"budget exceeded: ${books.spent_usd:.4f} spent + ${books.reserved_usd:.4f} "
+        raise BudgetExceeded(f"budget exceeded: ${books.spent_usd:.4f} spent + ${books.reserved_usd:.4f} "
                           f"reserved + ${estimate:.4f} estimated > ${books.budget_usd:.4f} budget; wait for "
                           "workers to end, which releases what they do not use, or go on with what you have")
     return estimate
@@ -7050,6 +7292,316 @@ NOTIFICATIONS = {"notifications/cancelled": McpSession.cancel}
 
 
 # ======================================================================================
+# NOTIFY: log, webhook, Slack and Discord sinks                                  [async]
+# ======================================================================================
+# A notification is owed once for each sink that wants it, and paid when that sink took it or
+# never will: a sink that fails, or hangs, is a line of the journal and delays no other one.
+# A URL goes to public addresses alone: its name is resolved for each try, every address is
+# looked at, and the connection is made to one of those and to nothing that is resolved again.
+# Redirects are not followed, proxies are not used, and no error shows a URL.
+# To add a sink: one name in SINK_KINDS, one row in SINKS.
+
+NOTICE_PAUSES_S = (0.5, 2.0)       # between the three tries
+MAX_NOTICES = 256                  # that wait for one sink
+LAST_NOTICES_S = 10.0              # that the end of a run waits for deliveries
+MAX_ANSWER = 65536                 # bytes of an answer that are read
+SLACK_CHARS, DISCORD_CHARS = 3000, 1900        # Discord takes 2000, Slack shortens at 40 000
+
+
+class NoticeFault(Exception):
+    """Why a sink did not get a notification, in words without its URL; `final`: another try is useless."""
+
+    def __init__(self, message: str, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+def render_envelope(run_id: str, notice: str, at: float, event: dict, mask: Mask) -> dict:
+    """A notification as every sink is told it.  `notice` is `KIND` or `KIND:ID`, `at` unix seconds."""
+    return {"dedup_key": f"{run_id}:{notice}", "severity": NOTICES[event["kind"]][0], "ts": render_time(at),
+            "source": "pitboss", "event": {key: mask.value(value, True) for key, value in event.items()}}
+
+
+def describe_notice(envelope: dict) -> str:
+    """A notification in words, a line for each fact; no controls, and nobody is called by @name."""
+    event = envelope["event"]
+    lines = [f"{envelope['severity']}: {event['kind']}, run {envelope['dedup_key'].partition(':')[0]}"]
+    for key, value in event.items():
+        if key not in ("kind", "run_id") and value is not None:
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            shown = value.get("message") or value["kind"] if key == "reason" else shown
+            lines.append(f"{key}: {shown}")
+    return re.sub("@(?=\\w)", "@\u200b", "\n".join(clean_text(line) for line in lines))
+
+
+def render_slack(envelope: dict) -> dict:
+    """A message for an incoming webhook of Slack: `<`, `>` and `&` would begin links and mentions."""
+    text = describe_notice(envelope).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return {"text": clip_notice(text, SLACK_CHARS, r"&\w*$"), "mrkdwn": False}
+
+
+def render_discord(envelope: dict) -> dict:
+    """A message for a webhook of Discord, without markup, and with all mentions off."""
+    text = re.sub(r"([\\*_~`|<>\[\]()#-])", r"\\\1", describe_notice(envelope))
+    return {"content": clip_notice(text, DISCORD_CHARS, r"\\$"), "allowed_mentions": {"parse": []}}
+
+
+def clip_notice(text: str, limit: int, cut: str) -> str:
+    """`text` in at most `limit` characters; `cut`: the begin of an escape, which may not be its end."""
+    return text if len(text) <= limit else re.sub(cut, "", text[:limit - 1]) + "…"
+
+
+SINKS = {
+    # kind: what is sent, of an envelope; None: it is a line of a file
+    "log":     None,
+    "webhook": lambda envelope: envelope,
+    "slack":   render_slack,
+    "discord": render_discord,
+}
+
+
+def sinks_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, Notification]:
+    """Who is told of a run, by name: of its manifest, and the operator's own of the environment."""
+    sinks = {sink.name: sink for sink in manifest.notifications}
+    if env.get(PARENT_URL):
+        sinks[PARENT_URL] = Notification(PARENT_URL, "webhook", None, None, SEVERITIES[0], 30, local=True)
+    return sinks
+
+
+class Post:
+    """One try to give a URL a JSON text.  `send` blocks, in a thread; `abort` ends it from another one.
+
+    `resolve` and `connect` are those of the module socket, as arguments.
+    """
+
+    def __init__(self, url: str, data: bytes, timeout_s: float, local: bool, resolve: Callable,
+                 connect: Callable) -> None:
+        import urllib.parse
+
+        self.parts = urllib.parse.urlsplit(url)
+        self.data = data
+        self.timeout_s = timeout_s
+        self.local = local
+        self.resolve = resolve
+        self.connect = connect
+        self.sock: Any = None
+        self.over = False                  # nobody waits for it any more
+
+    def addresses(self, port: int) -> list[tuple]:
+        """Where its host is, (address, port) each.  Raises NoticeFault where one is not for it."""
+        import socket
+
+        try:
+            found = self.resolve(self.parts.hostname, port, type=socket.SOCK_STREAM)
+        except UnicodeError:
+            raise NoticeFault("its host is not a name", final=True) from None
+        except OSError:
+            raise NoticeFault("its host was not found") from None
+        places = list(dict.fromkeys(place[:2] for *_, place in found))
+        if not places:
+            raise NoticeFault("its host was not found")
+        if not self.local and not all(is_public(address) for address, _ in places):
+            raise NoticeFault("its host has an address that is not public", final=True)
+        return places
+
+    def open(self) -> Any:
+        """A connection, to an address that was looked at, in which requests can be made."""
+        import http.client
+        import ssl
+
+        secure = self.parts.scheme == "https"
+        port = self.parts.port or (443 if secure else 80)
+        *others, last = self.addresses(port)
+        for place in (*others, last):
+            if self.over:
+                raise NoticeFault("it was given up")
+            try:
+                self.sock = self.connect(place, self.timeout_s)
+                break
+            except OSError:
+                if place is last:
+                    raise
+        if secure:
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.parts.hostname)
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(self.parts.hostname, port, timeout=self.timeout_s)
+        connection.sock, connection.auto_open = self.sock, 0     # it must not resolve and connect itself
+        return connection
+
+    def send(self) -> None:
+        """Raises NoticeFault unless the answer is a good one."""
+        import http.client
+        import ssl
+
+        path = (self.parts.path or "/") + (f"?{self.parts.query}" if self.parts.query else "")
+        try:
+            connection = self.open()
+            if self.over:
+                raise NoticeFault("it was given up")
+            connection.request("POST", path, self.data, {"Content-Type": "application/json",
+                                                         "User-Agent": f"pitboss/{VERSION}"})
+            answer = connection.getresponse()
+            answer.read(MAX_ANSWER)
+        except ssl.SSLCertVerificationError as e:
+            raise NoticeFault(f"its certificate is not trusted: {e.verify_message}", final=True) from None
+        except ssl.SSLError as e:
+            raise NoticeFault(f"TLS failed: {e.reason}") from None
+        except TimeoutError:
+            raise NoticeFault(f"no answer in {self.timeout_s:g} s") from None
+        except OSError as e:
+            raise NoticeFault(e.strerror or type(e).__name__) from None
+        except http.client.HTTPException as e:
+            raise NoticeFault(f"its answer is not HTTP ({type(e).__name__})") from None
+        finally:
+            self.close()
+        if 300 <= answer.status < 400:
+            raise NoticeFault(f"it answered {answer.status}, and redirects are not followed", final=True)
+        if not 200 <= answer.status < 300:
+            final = 400 <= answer.status < 500 and answer.status not in (408, 425, 429)
+            raise NoticeFault(f"it answered {answer.status}", final)
+
+    def close(self) -> None:
+        """Close its connection, if there is one."""
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.close()
+
+    def abort(self) -> None:
+        """End it: its thread sees the end of its connection, or is left with a name that nobody resolves."""
+        import socket
+
+        self.over = True
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+async def run_post(post: Post) -> None:
+    """Send it without blocking the others, and within its time.  Raises NoticeFault.
+
+    The thread is a daemon of its own, not one of asyncio's pool: the end of the process waits for that one.
+    """
+    import threading
+
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future = loop.create_future()
+
+    def settle(fault: NoticeFault | None) -> None:
+        if not done.done():
+            done.set_result(fault)
+
+    def work() -> None:
+        fault = None
+        try:
+            post.send()
+        except NoticeFault as e:
+            fault = e
+        except Exception as e:  # boundary: a bug here must not leave a sink waiting for ever
+            fault = NoticeFault(f"a bug in pitboss: {type(e).__name__}", final=True)
+        with contextlib.suppress(RuntimeError):          # the loop has ended
+            loop.call_soon_threadsafe(settle, fault)
+
+    threading.Thread(target=work, name="notify", daemon=True).start()
+    try:
+        fault = await asyncio.wait_for(done, post.timeout_s)
+    except TimeoutError:
+        fault = NoticeFault(f"no answer in {post.timeout_s:g} s")
+    finally:
+        post.abort()
+    if fault:
+        raise fault
+
+
+class Notifier:
+    """Gives notifications to the sinks of a run: one at a time each, in their order."""
+
+    def __init__(self, run_dir: str, sinks: Mapping[str, Notification], env: Mapping[str, str],
+                 resolve: Callable | None = None, connect: Callable | None = None) -> None:
+        self.path = os.path.join(run_dir, "notifications.jsonl")
+        self.sinks = sinks
+        self.env = env
+        self.resolve = resolve             # None: those of socket
+        self.connect = connect
+        self.turns = {name: asyncio.Lock() for name in sinks}
+        self.waiting = dict.fromkeys(sinks, 0)
+        self.logged: set[str] | None = None            # dedup_keys in the file, once it was read
+
+    async def deliver(self, name: str, envelope: dict) -> str:
+        """Give a sink a notification; why it did not get it, or an empty string."""
+        sink = self.sinks.get(name)
+        if sink is None:
+            return "this dispatcher has no such sink"
+        if self.waiting[name] >= MAX_NOTICES:
+            return f"{MAX_NOTICES} others wait for this sink"
+        self.waiting[name] += 1
+        try:
+            async with self.turns[name]:
+                if SINKS[sink.kind] is None:
+                    self.log(envelope)
+                else:
+                    await self.post(sink, envelope)
+        except NoticeFault as e:
+            return str(e)
+        finally:
+            self.waiting[name] -= 1
+        return ""
+
+    def log(self, envelope: dict) -> None:
+        """Append a line to the file, unless it has this notification.  Raises NoticeFault."""
+        try:
+            if self.logged is None:
+                self.logged = read_dedup_keys(self.path)
+            if envelope["dedup_key"] in self.logged:
+                return
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                write_all(fd, (json.dumps(envelope) + "\n").encode())
+            finally:
+                os.close(fd)
+            self.logged.add(envelope["dedup_key"])
+        except OSError as e:
+            self.logged = None             # half a line may stand there
+            raise NoticeFault(f"notifications.jsonl: {e.strerror}") from None
+
+    async def post(self, sink: Notification, envelope: dict) -> None:
+        """Send a notification, in three tries at most.  Raises NoticeFault."""
+        import socket
+
+        url, wrong, _ = fill_url(sink.url or "", self.env)
+        if sink.local:
+            url, wrong = self.env.get(PARENT_URL, ""), ""
+        wrong = wrong or wrong_url(url, sink.local)
+        if wrong:
+            raise NoticeFault(f"its URL is not {wrong}")
+        data = json.dumps(SINKS[sink.kind](envelope)).encode()
+        for pause in (*NOTICE_PAUSES_S, None):
+            try:
+                return await run_post(Post(url, data, sink.request_timeout_secs, sink.local,
+                                           self.resolve or socket.getaddrinfo,
+                                           self.connect or socket.create_connection))
+            except NoticeFault as e:
+                if e.final or pause is None:
+                    raise
+            await asyncio.sleep(pause)
+
+
+def read_dedup_keys(path: str) -> set[str]:
+    """The notifications that a file has; a last line that was cut off is ended and does not count."""
+    keys = set()
+    try:
+        with open(path, "r+b") as f:
+            for line in f:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    keys.add(json.loads(line)["dedup_key"])
+            if f.tell() and not line.endswith(b"\n"):
+                f.write(b"\n")
+    except FileNotFoundError:
+        pass
+    return keys
+
+
+# ======================================================================================
 # AGENTS: adapter table: argv, environment, input, resume                         [pure]
 # ======================================================================================
 # One row an agent says how it is driven; nothing else in this file knows an agent by name.
@@ -7516,6 +8068,8 @@ class Dispatcher:
         self.news: dict[tuple, set] = {}   # topic to the futures of those who wait for news of it
         self.tokens: dict[str, str] = {}   # actor to its token
         self.lease_timer: asyncio.TimerHandle | None = None
+        self.refused_budgets: set[str] = set()         # leads that were refused a spawn for want of one
+        self.notifier = Notifier(run_dir, sinks_of(manifest, env), env)
 
     # ---- recording
 
@@ -7637,7 +8191,7 @@ class Dispatcher:
                     if self.cancel_first is not None:      # before slots are given to those that wait
                         self.record("cancelled", why="operator", reason=self.cancel_first)
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
-                                boot=boot_id(), version=VERSION)
+                                boot=boot_id(), version=VERSION, **self.told_of_run())
                     self.settle_leases()
                     for key in owed:
                         self.act(key)
@@ -7691,7 +8245,9 @@ class Dispatcher:
         A dispatcher inside another one's hand is being stopped by it when TERM comes: it cancels at once.
         """
         nested = name == "TERM" and bool(self.env.get(LINEAGE))
-        if not self.run.signal and not nested:
+        if self.run.finished_at is not None:
+            self.ended.set()               # only notifications are under way
+        elif not self.run.signal and not nested:
             self.record("drained", why="signal", signal=name)
         elif not self.run.cancelled:
             self.record("cancelled", why="signal", signal=name, done=self.done_hands())
@@ -8383,7 +8939,36 @@ class Dispatcher:
                     tasks_failed=self.run.failed)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self.run_dir, "reserve"))
+        await self.end_notices()
         self.ended.set()
+
+    def told_of_run(self) -> dict:
+        """Facts of `dispatcher_started` for who is told of the run; none where nobody is."""
+        sinks = {name: (s.events, s.severity_min) for name, s in self.notifier.sinks.items()}
+        return {"sinks": sinks, "survive_parent": self.manifest.survive_parent,
+                **{key: self.meta.get(key) for key in ("manifest_path", "parent_run_id")}} if sinks else {}
+
+    async def effect_notify(self, key: str) -> None:
+        """Give one sink one notification; `key` names both."""
+        facts, (sink, _, notice) = self.run.owed.get(("notify", key)), key.partition(" ")
+        if facts:
+            envelope = render_envelope(self.run.run_id, notice, facts["at"], facts["event"], self.mask)
+            fault = await self.notifier.deliver(sink, envelope)
+            self.record("notified", notice=key, **({"message": fault} if fault else {}))
+
+    async def end_notices(self) -> None:
+        """Wait for the notifications that are under way, but not for long."""
+        deadline = time.monotonic() + LAST_NOTICES_S
+        while any(verb == "notify" for verb, _ in self.run.owed):
+            if not await self.hear(("notified",), deadline=deadline):
+                return
+
+    def note_budget(self, lead: str) -> None:
+        """A spawn was refused for the budget: say so, once, where somebody is told."""
+        if self.run.sinks and lead not in self.refused_budgets:
+            self.refused_budgets.add(lead)
+            self.record("budget_exceeded", layer=lead, spent_usd=books_of(self.run, lead,
+                                                                          self.spent_by(lead)).spent_usd)
 
     async def end_strangers(self) -> None:
         """End children that nothing could be told of: every hand is gone, so they are leftovers."""
@@ -8402,6 +8987,8 @@ def topics_of(event: dict) -> list[tuple]:
         return [("kv", event["layer"], event["path"])]
     if event["kind"] in SHARED_EVENTS:
         return [("lease", event["scope"], event["name"])]
+    if event["kind"] == "notified":
+        return [("notified",)]
     return [("actor", event["actor"])] if "actor" in event else []
 
 
@@ -8427,6 +9014,7 @@ EFFECTS = {
     "deliver": Effect(Dispatcher.effect_deliver, False),
     "close":  Effect(Dispatcher.effect_close,  True),
     "finish": Effect(Dispatcher.effect_finish, True),
+    "notify": Effect(Dispatcher.effect_notify, True),
 }
 
 
@@ -8749,7 +9337,7 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
 def mask_for(manifest: Manifest, env: Mapping[str, str]) -> Mask:
     """The mask of a run: secrets of the caller's environment and of every env table."""
     tables = [env, *(t.env for t in manifest.tasks), *(s.env for s in manifest.servers)]
-    return make_mask(tables, manifest.rules.secret_env)
+    return make_mask(tables, (*manifest.rules.secret_env, PARENT_URL, "PITBOSS_NOTIFY_*"))
 
 
 def export_records(run_dir: str, run: RunState, mask: Mask) -> None:
@@ -8914,7 +9502,11 @@ def spawn_now(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call
     """Decide and record, in one go: no other spawn can come between."""
     run = dispatcher.run
     account = account_of(row, {**dispatcher.env, **task.env})
-    estimate = decide_spawn(run, actor.id, task.model, dispatcher.spent_by(actor.id), account)
+    try:
+        estimate = decide_spawn(run, actor.id, task.model, dispatcher.spent_by(actor.id), account)
+    except BudgetExceeded:
+        dispatcher.note_budget(actor.id)
+        raise
     number = sum(1 for a in run.actors.values() if a.layer == actor.id)
     while (name := f"worker-{number}") in run.actors:
         number += 1

@@ -34,6 +34,9 @@ BEYOND = {
     "places of a template and vars": r" has a place | has no place | makes an empty prompt",
     "a float where JSON sees an integer": r"found [1-9]\d*\.0; allowed: an integer",
     "an infinity, which JSON does not have": r"found Infinity; allowed: a number",
+    "a url that a kind of notification has or has not": r"(required|found) beside kind = ",
+    "where a url may go": r"\.url: allowed: ",
+    "a run that survives its parent unheard": r"survive_parent: found true without any",
     "an integer that TOML does not have": r"found -?\d{19,}…?; allowed: an? (integer|number)(?! from)",
 }
 

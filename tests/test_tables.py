@@ -137,6 +137,7 @@ KIND_SAMPLES = {
     "flag":   ([True, False],                   [0, 1, "true", None]),
     "texts":  ([[], ["a", ""]],                 ["a", [1], [None], {}, ("a",)]),
     "env":    ([{}, {"A": ""}],                 [[], {"A": 1}, {"A": None}, "A=1"]),
+    "table":  ([{}, {"a": 1}],                  [[], "a", 1, None]),
     "any":    (["", "a\0b", [], [1], {}, {"a": [None]}], [1, True, None, 1.5]),
 }
 JSON_TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
@@ -376,7 +377,7 @@ def test_every_effect_records_that_it_has_happened():
 
 
 def test_what_destroys_or_publishes_waits_for_the_disk():
-    assert {verb for verb, row in pitboss.EFFECTS.items() if row.waits} == {"close", "finish"}
+    assert {verb for verb, row in pitboss.EFFECTS.items() if row.waits} == {"close", "finish", "notify"}
 
 
 def test_act_is_the_only_caller_of_effects():
