@@ -1068,7 +1068,7 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     tasks, wrong, more = resolve_tasks(tables, doc, [*agents, *own], expand, house)
     tasks, bad = resolve_models(tasks, doc, agents)
     wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
-    notifications, bad, older = resolve_notifications(tables, env)
+    notifications, bad, older = resolve_notifications(tables, doc, env)
     return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong + bad),
                     tuple(warnings + more + older), tuple(notifications),
                     bool(tables["lifecycle"][0].get("survive_parent")))
@@ -1218,16 +1218,17 @@ _LOCAL_ENDS = (".localhost", ".localdomain", ".local", ".internal", ".home.arpa"
 _METADATA = ("168.63.129.16",)                # Azure's; the others' are link-local or private
 
 
-def resolve_notifications(tables: dict, env: Mapping[str, str]
+def resolve_notifications(tables: dict, doc: dict, env: Mapping[str, str]
                           ) -> tuple[list[Notification], list[Problem], list[Problem]]:
     """Who is told, with the problems of it, and the warnings."""
     values, given = tables["lifecycle"]
-    rows = [(f"notification[{n}]", ("notification", n), row) for n, row in enumerate(tables["notification"])]
-    if isinstance(values.get("notify"), dict):
-        rows.append(("lifecycle.notify", ("lifecycle", "notify"), values["notify"]))
+    rows = [(f"notification[{n}]", ("notification", n), row, doc["notification"][n])
+            for n, row in enumerate(tables["notification"])]
+    if values.get("notify"):
+        rows.append(("lifecycle.notify", ("lifecycle", "notify"), values["notify"], given["notify"]))
     found, problems, warnings = [], [], []
-    for name, where, row in rows:
-        wrong, older = check_notification(name, where, row, env)
+    for name, where, row, own in rows:
+        wrong, older = check_notification(name, where, row, own, env)
         problems, warnings = problems + wrong, warnings + older
         if row["kind"]:
             found.append(Notification(name, row["kind"], row["url"], row["events"] and tuple(row["events"]),
@@ -1241,7 +1242,7 @@ def resolve_notifications(tables: dict, env: Mapping[str, str]
     return found, problems, warnings
 
 
-def check_notification(name: str, where: tuple, row: dict,
+def check_notification(name: str, where: tuple, row: dict, given: dict,
                        env: Mapping[str, str]) -> tuple[list[Problem], list[Problem]]:
     """What is wrong with a notification beyond its fields, and the warnings; neither shows its URL."""
     problems, warnings = [], []
@@ -1251,10 +1252,10 @@ def check_notification(name: str, where: tuple, row: dict,
         problems.append(Problem(f"{name}.events", f"found {show_value(bad[0] if bad else [])}; allowed: one "
                                                   f"or more of {', '.join(NOTICES)}{near}",
                                 (*where, "events")))
-    if row["kind"] == "log" and row["url"] is not None:
+    if row["kind"] == "log" and "url" in given:
         problems.append(Problem(f"{name}.url", 'found beside kind = "log"; allowed: only beside the others',
                                 (*where, "url")))
-    elif row["kind"] not in (None, "log") and row["url"] is None:
+    elif row["kind"] not in (None, "log") and "url" not in given:
         problems.append(Problem(f"{name}.url", f"is required beside kind = \"{row['kind']}\"", where))
     elif row["url"] is not None:
         url, wrong, older = fill_url(row["url"], env)
@@ -7423,7 +7424,9 @@ class Post:
                     raise
         if secure:
             context = ssl.create_default_context()
-            self.sock = context.wrap_socket(self.sock, server_hostname=self.parts.hostname)
+            self.sock = context.wrap_socket(self.sock, server_hostname=self.parts.hostname,
+                                            do_handshake_on_connect=False)
+            self.sock.do_handshake()           # of a socket that `abort` can reach
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = kind(self.parts.hostname, port, timeout=self.timeout_s)
         connection.sock, connection.auto_open = self.sock, 0     # it must not resolve and connect itself
@@ -7474,7 +7477,7 @@ class Post:
         self.over = True
         if self.sock is not None:
             with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 async def run_post(post: Post) -> None:
@@ -7517,12 +7520,14 @@ class Notifier:
     """Gives notifications to the sinks of a run: one at a time each, in their order."""
 
     def __init__(self, run_dir: str, sinks: Mapping[str, Notification], env: Mapping[str, str],
-                 resolve: Callable | None = None, connect: Callable | None = None) -> None:
+                 resolve: Callable | None = None, connect: Callable | None = None,
+                 pauses: tuple = NOTICE_PAUSES_S) -> None:
         self.path = os.path.join(run_dir, "notifications.jsonl")
         self.sinks = sinks
         self.env = env
         self.resolve = resolve             # None: those of socket
         self.connect = connect
+        self.pauses = pauses
         self.turns = {name: asyncio.Lock() for name in sinks}
         self.waiting = dict.fromkeys(sinks, 0)
         self.logged: set[str] | None = None            # dedup_keys in the file, once it was read
@@ -7575,7 +7580,7 @@ class Notifier:
         if wrong:
             raise NoticeFault(f"its URL is not {wrong}")
         data = json.dumps(SINKS[sink.kind](envelope)).encode()
-        for pause in (*NOTICE_PAUSES_S, None):
+        for pause in (*self.pauses, None):
             try:
                 return await run_post(Post(url, data, sink.request_timeout_secs, sink.local,
                                            self.resolve or socket.getaddrinfo,
