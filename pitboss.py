@@ -802,12 +802,12 @@ COMMAND_FIELDS = (
 SEVERITIES = ("info", "warning", "error", "critical")     # from the least to the most
 NOTICES = {
     #  kind               severity    when it is sent
-    "run_dispatched":   ("info",     "a run began"),
+    "run_dispatched":   ("info",     "a run began; it names the run that an agent dispatched it in, if any"),
     "approval_request": ("warning",  "an actor asks for an approval"),
     "approval_pending": ("warning",  "the same, and no operator is connected"),
-    "budget_exceeded":  ("critical", "more than the budget was spent, or a spawn was refused for it"),
+    "budget_exceeded":  ("critical", "more than a budget was spent, or a spawn was refused for it; once each"),
     "worker_failed":    ("error",    "an actor ended with another status than Success"),
-    "run_finished":     ("info",     "a run is at its end"),
+    "run_finished":     ("info",     "a run is at its end, and its summary is written"),
 }
 SINK_KINDS = ("log", "webhook", "slack", "discord")
 
@@ -3626,8 +3626,8 @@ def on_run_finished(run: RunState, event: dict) -> None:
     run.owed.pop(("finish", ""), None)
     run.finished_at = event["ended_at"]
     spent = sum(actor.cost_usd or 0.0 for actor in run.actors.values())
-    notify(run, event["at"], "run_finished", run_id=run.run_id, tasks_total=event["tasks_total"],
-           tasks_failed=event["tasks_failed"], duration_ms=round((run.finished_at - run.opened_at) * 1000),
+    notify(run, event["at"], "run_finished", run_id=run.run_id, tasks_total=len(run.actors),
+           tasks_failed=run.failed, duration_ms=round((run.finished_at - run.opened_at) * 1000),
            spent_usd=round(spent, 10))
 
 
@@ -13570,6 +13570,8 @@ def render_reference() -> str:
               'JSON lines, the first `{"op": "hello"}`; `sockets.json` of a run names the place.', "",
               "| op | fields | what it does |", "|---|---|---|"]
     parts += [f"| `{name}` | {argument_names(op.fields)} | {op.help} |" for name, op in OPS.items()]
+    parts += ["", "#### Notifications", "", "| event | severity | when |", "|---|---|---|"]
+    parts += [f"| `{kind}` | {severity} | {when} |" for kind, (severity, when) in NOTICES.items()]
     parts += ["", "#### Agents", "", "| agent | program | measured with | what it cannot do |",
               "|---|---|---|---|"]
     parts += [f"| `{a.name}` | {'`' + a.program + '`' if a.program else 'built in'} | {a.measured or '–'} | "

@@ -183,7 +183,20 @@ def refused(home: Home) -> None:
     home.pitboss("dispatch", manifest, check=1)
 
 
-RUNS = (led, plain, crashed, stopped, cancelled, halted, limited, told, refused)
+def heard(home: Home) -> None:
+    """A lead asks for more than its budget, a worker fails, and two sinks are told what they asked for; the dispatcher dies once."""
+    home.repo("repo")
+    script = ('$ call spawn_worker {"prompt": "$ fail no"}\n$ call spawn_worker {"prompt": "$ say x"}\n'
+              '$ call wait_for_worker {"task_id": "<1.task_id>"}\n$ say done')
+    manifest = home.manifest('[run]\nmax_workers = 2\nbudget_usd = 0.105\n[defaults]\nagent = "demo"\nmodel = "haiku"\n'
+                             'use_worktree = false\n[[notification]]\nkind = "log"\n[lifecycle]\nnotify = { kind = "log", '
+                             'events = ["worker_failed"] }\n'
+                             f'[lead]\nid = "boss"\ndirectory = "repo"\nprompt = {json.dumps(script)}\n')
+    deal_until(home, manifest, "journal.after", 3)
+    home.pitboss("resume", home.run_dir().name, check=1)
+
+
+RUNS = (led, plain, crashed, stopped, cancelled, halted, limited, told, refused, heard)
 
 
 def scrub(text: str, root: Path) -> str:

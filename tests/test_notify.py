@@ -15,9 +15,9 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
-import urllib.parse
 
 import pytest
 
@@ -33,7 +33,7 @@ LOG = '[[notification]]\nkind = "log"\n'
 class Desk:
     """A server that keeps what it was sent; the first segment of a path says how it answers."""
 
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None, address: str = "127.0.0.1") -> None:
         self.got: list[dict] = []
         self.closed = threading.Event()
         desk = self
@@ -80,7 +80,7 @@ class Desk:
             def handle_error(self, request, client_address) -> None:
                 pass
 
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = Server((address, 0), Handler)
         if context:
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True,
                                                      do_handshake_on_connect=False)
@@ -128,13 +128,17 @@ def certificate(tmp_path_factory):
     return folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
 
 
+def secure(certificate) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate[1], certificate[2])
+    return context
+
+
 @pytest.fixture
 def tls_desk(certificate, monkeypatch):
     """A desk that speaks TLS, and an environment in which its authority is trusted."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate[1], certificate[2])
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-    place = Desk(context)
+    place = Desk(secure(certificate))
     yield place
     place.close()
 
@@ -627,3 +631,36 @@ def test_workers_that_a_good_lead_did_not_need_have_not_failed(home):
                                            f'directory = "."\nprompt = "{script}"\nmax_workers = 2\nbudget_usd = 5.0\n{LOG}'),
                  check=0)
     assert [line["event"]["kind"] for line in logged(home.run_dir())] == ["run_dispatched", "run_finished"]
+
+
+# ------------------------------------------------------------------ the way of a manifest, whole
+
+IN_NET = "PITBOSS_TEST_OWN_NET"        # set in a network namespace where 8.8.4.4 is this machine
+
+
+@pytest.mark.skipif(IN_NET in os.environ, reason="this is the inside of it")
+def test_the_sinks_of_a_manifest_in_a_network_of_their_own():
+    """`unshare` gives a network in which this machine has a public address; the next test runs there."""
+    own_net = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c",
+               'ip link set lo up && ip addr add 8.8.4.4/32 dev lo && exec "$@"', "sh"]
+    if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*own_net, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespace can be made here (unshare --user --net, ip)")
+    done = subprocess.run([*own_net, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "inside"],
+                          env={**os.environ, IN_NET: "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(IN_NET not in os.environ, reason="it needs a network of its own, in which the test above runs it")
+def test_inside_a_run_tells_slack_discord_and_a_webhook(home, certificate):
+    desk = Desk(secure(certificate), "8.8.4.4")
+    sinks = "".join(f'[[notification]]\nkind = "{kind}"\nurl = "{desk.url("ok", "8.8.4.4")}/{kind}/${{PITBOSS_NOTIFY_KEY}}"\n'
+                    'events = ["worker_failed"]\n' for kind in ("webhook", "slack", "discord"))
+    done = home.pitboss("dispatch", home.manifest(TASK + FAILING + sinks), check=1,
+                        env={"SSL_CERT_FILE": str(certificate[0]), "PITBOSS_NOTIFY_KEY": "s3cret-and-long"})
+    bodies = {g["path"].split("/")[2]: g["body"] for g in desk.got}
+    assert {g["path"].split("/")[3] for g in desk.got} == {"s3cret-and-long"} and len(desk.got) == 3
+    assert bodies["webhook"]["event"]["task_id"] == "b"
+    assert "task_id: b" in bodies["slack"]["text"] and "exit status 3" in bodies["discord"]["content"]
+    shown = done.stdout + done.stderr + (home.run_dir() / "journal.jsonl").read_text()
+    assert "s3cret" not in shown and "8.8.4.4" not in shown
+    desk.close()

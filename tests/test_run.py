@@ -60,7 +60,24 @@ def owed_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
     if at_its_end and (run.draining != "no_space" or ("finish", "") in run.owed):
         owed.add(("finish",
                   ""))       # where there is no room it is owed at the latest when somebody resumes it
-    return owed
+    return owed | notices_from_scratch(run, events)
+
+
+def notices_from_scratch(run: pitboss.RunState, events: list[dict]) -> set[tuple]:
+    """The notifications that no sink has got yet, from what happened."""
+    sinks = next((e["sinks"] for e in events if e.get("sinks")), {})
+    told = {("run_dispatched", "run_dispatched")} if sinks else set()
+    for e in events if sinks else ():
+        actor = run.actors.get(e.get("actor", ""))
+        if e["kind"] == "closed" and actor.status != "Success" and not is_needless(run, actor):
+            told.add(("worker_failed", f"worker_failed:{actor.id}"))
+        if e["kind"] in ("run_finished", "budget_exceeded"):
+            told.add((e["kind"], e["kind"]))
+    ranks = list(pitboss.SEVERITIES)
+    owed = {f"{name} {notice}" for name, (wanted, least) in sinks.items() for kind, notice in told
+            if kind in (wanted or pitboss.NOTICES)
+            and ranks.index(pitboss.NOTICES[kind][0]) >= ranks.index(least)}
+    return {("notify", key) for key in owed - {e["notice"] for e in events if e["kind"] == "notified"}}
 
 
 def may_start(run: pitboss.RunState, account: str) -> bool:
@@ -199,7 +216,7 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
            "halted": "failed", "limited": "ok", "told": "ok", "refused": "failed",
-           "led": "failed"}
+           "led": "failed", "heard": "failed"}
 
 
 @by_journal
