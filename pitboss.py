@@ -805,7 +805,7 @@ NOTICES = {
     "run_dispatched":   ("info",     "a run began; it names the run that an agent dispatched it in, if any"),
     "approval_request": ("warning",  "an actor asks for an approval"),
     "approval_pending": ("warning",  "the same, and no operator is connected"),
-    "budget_exceeded":  ("critical", "more than a budget was spent, or a spawn was refused for it; once each"),
+    "budget_exceeded":  ("critical", "more than a budget was spent, or a spawn was refused for it; once"),
     "worker_failed":    ("error",    "an actor ended with another status than Success"),
     "run_finished":     ("info",     "a run is at its end, and its summary is written"),
 }

@@ -22,7 +22,7 @@ import time
 import pytest
 
 import pitboss
-from tools import read_events, wait_for
+from tools import ROOT, read_events, wait_for
 
 PUBLIC = "93.184.215.14"
 TASK = '[defaults]\nagent = "demo"\nuse_worktree = false\n[[task]]\nid = "a"\ndirectory = "."\nprompt = "$ say hi"\n'
@@ -381,6 +381,23 @@ def test_a_try_has_an_end_whatever_the_server_does(desk, way):
     begin = time.monotonic()
     said = give([own(timeout_s=0.3)], {pitboss.PARENT_URL: desk.url(way)}, ("own", envelope()))
     assert said == ["no answer in 0.3 s"] and len(desk.got) == 3 and time.monotonic() - begin < 4
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "notify"], 10, "the end of its threads")
+
+
+HANGING = """
+import asyncio, sys, threading
+sys.path.insert(0, sys.argv[1])
+import pitboss
+sink = pitboss.Notification("hook", "webhook", "https://hooks.example.com/", None, "info", 0.1)
+notifier = pitboss.Notifier("/nonexistent", {"hook": sink}, {}, resolve=lambda *a, **how: threading.Event().wait(),
+                            pauses=())
+print(asyncio.run(notifier.deliver("hook", {"event": {}})))
+"""
+
+
+def test_a_name_that_nobody_resolves_keeps_no_process_alive():
+    done = subprocess.run([sys.executable, "-c", HANGING, str(ROOT)], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "no answer in 0.1 s\n" and done.returncode == 0
 
 
 def test_a_host_that_does_not_exist_is_said_without_its_url():
@@ -487,9 +504,12 @@ def test_secrets_are_masked_in_what_is_sent():
 def notices(sinks: dict, *calls) -> list[str]:
     run = pitboss.RunState()
     run.sinks = sinks
+    told = []
     for kind, key in calls:
         pitboss.notify(run, 1.0, kind, key)
-    return [key for _, key in run.owed]
+        told += [key for _, key in run.owed]
+        run.owed.clear()                   # it was delivered
+    return told
 
 
 def test_a_sink_gets_what_it_asked_for_once():
