@@ -8261,7 +8261,9 @@ class Dispatcher:
 
     def cancel(self, actor: str | None, reason: str) -> None:
         """An operator cancels one actor, or with None the run; what has ended already stays as it is."""
-        if actor is None and not self.run.cancelled:
+        if self.run.finished_at is not None:
+            self.ended.set()               # only notifications are under way
+        elif actor is None and not self.run.cancelled:
             self.record("cancelled", why="operator", reason=reason, done=self.done_hands())
         elif actor in self.run.actors:
             with contextlib.suppress(ToolRefusal):

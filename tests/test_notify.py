@@ -22,6 +22,7 @@ import time
 import pytest
 
 import pitboss
+from stage import Operator
 from tools import ROOT, read_events, wait_for
 
 PUBLIC = "93.184.215.14"
@@ -574,13 +575,18 @@ def test_a_sink_that_fails_is_in_the_journal_and_fails_no_run(home, desk):
     assert "s3cret" not in (home.run_dir() / "journal.jsonl").read_text() + done.stderr + done.stdout
 
 
-def test_an_interrupt_ends_the_wait_for_a_sink_that_hangs(home, desk):
+@pytest.mark.parametrize("by", ["a signal", "an operator"])
+def test_an_interrupt_ends_the_wait_for_a_sink_that_hangs_and_changes_no_outcome(home, desk, by):
     run = home.start("dispatch", home.manifest(TASK), env={pitboss.PARENT_URL: desk.url("hang")})
     wait_for(lambda: home.runs.exists() and any((p / "summary.json").exists() for p in home.runs.iterdir()))
     wait_for(lambda: any(e["kind"] == "run_finished" for e in read_events(home.run_dir())))
     begin = time.monotonic()
-    run.send_signal(signal.SIGINT)
+    if by == "a signal":
+        run.send_signal(signal.SIGINT)
+    else:
+        Operator(json.loads((home.run_dir() / "sockets.json").read_text())["control"]).say({"op": "cancel_run"})
     assert run.wait(20) == 0 and time.monotonic() - begin < 5
+    assert not {"drained", "cancelled"} & {e["kind"] for e in read_events(home.run_dir())}
     run.communicate()
 
 
