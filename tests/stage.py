@@ -20,9 +20,13 @@ DEADLINE_S = 60
 class Client:
     """A connection to one of the sockets: lines out and in, with a deadline for each."""
 
-    def __init__(self, path: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(path)
+    def __init__(self, path: str | socket.socket) -> None:
+        """Connect to a path; a socket that is given is connected already."""
+        if isinstance(path, socket.socket):
+            self.sock = path
+        else:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.connect(path)
         self.buffer, self.lines, self.kept, self.next_id = b"", [], [], 0
 
     def say(self, *lines) -> None:

@@ -935,6 +935,10 @@ STORIES = {
     "unanswered, done":    ([LOST, op("b", "get", 3, 4, got(1, "x"))], True),
     "unanswered, not yet": ([LOST, op("b", "get", 3, 4, NONE), op("b", "get", 5, 6, got(1, "x"))], True),
     "unanswered, undone":  ([LOST, op("b", "get", 3, 4, got(1, "x")), op("b", "get", 5, 6, NONE)], False),
+    "unanswered, in time": ([LOST._replace(ended=4), op("b", "get", 3, 5, got(1, "x"))], True),
+    "unanswered, never":   ([LOST._replace(ended=4), op("b", "get", 5, 6, NONE)], True),
+    "unanswered, too late": ([LOST._replace(ended=4), op("b", "get", 5, 6, NONE),
+                              op("b", "get", 7, 8, got(1, "x"))], False),
 }
 
 
@@ -962,6 +966,8 @@ LEASE_STORIES = {
     "a number left out":  ([FIRST, lease("b", 11, 12, "L2", 3, 20)], False),
     "numbers backwards":  ([lease("a", 1, 2, "L1", 2, 10), lease("b", 11, 12, "L2", 1, 20)], False),
     "refused":            ([FIRST, op("b", "acquire", 3, 4, {"acquired": False})], True),
+    "one lost between":   ([FIRST, op("c", "acquire", 11, 12), lease("b", 13, 14, "L3", 3, 20)], True),
+    "two numbers, one lost": ([FIRST, op("c", "acquire", 11, 12), lease("b", 13, 14, "L4", 4, 20)], False),
 }
 
 
@@ -984,4 +990,23 @@ def test_the_verdict_on_a_store_is_quick_where_much_happens_at_once():
         calls.append(op(f"c{n % 16}", kind, begun, ended, result, **given))
     assert linear.check_store(calls) == []
     calls[1000] = calls[1000]._replace(begun=1500, ended=1501, call="get", result=got(3, "old"))
+    assert linear.check_store(calls) != []
+
+
+def test_the_verdict_on_a_store_is_quick_where_many_answers_are_lost(monkeypatch):
+    """What a lost call may have done is tried where it may have happened alone, and not at all when it is nothing."""
+    calls = []
+    for n in range(1, 200):
+        calls.append(op("a", "set", n, n + 0.5, {"version": n}, value=n))
+        calls.append(op("b", "cas", n, n + 0.9, None, value="b", expected_version=1000))
+        calls.append(op("c", "set", n + 0.4, n + 0.9, None, value="c"))
+    tries, after = iter(range(20_000)), linear.after
+
+    def counted(*args):
+        assert next(tries, None) is not None, "too many tries"
+        return after(*args)
+
+    monkeypatch.setattr(linear, "after", counted)
+    assert linear.check_store(calls) == []
+    calls.append(op("d", "get", 150, 151, got(3, "old")))
     assert linear.check_store(calls) != []
