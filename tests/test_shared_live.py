@@ -354,9 +354,9 @@ class Person:
 
     def turn(self) -> None:
         chance = self.chance.random()
-        if self.leases and chance < 0.3:
+        if self.leases and chance < 0.15:
             self.ask(self.leases.pop(self.chance.choice([*self.leases])))
-        elif chance < 0.45:
+        elif chance < 0.4:
             self.acquire()
         else:
             self.store()
