@@ -9,6 +9,7 @@ Street map.  Each section may name only the sections above it.
     MANIFEST   TOML text to a complete, checked, resolved manifest                 [pure]
     STREAM     an agent's output line to what it said; usage; price                [pure]
     FAILURES   exit status and log to status and reason                            [pure]
+    POLICY     approval rules, first match wins                                    [pure]
     SHARED     key-value store and leases as functions of (table, now)             [pure]
     RUN        the run's state and its one reducer: step, fold                     [pure]
     FILES      atomic write, journal, lock, paths, pinned copy of this file        [io]
@@ -59,7 +60,7 @@ import math
 import os
 import re
 import time
-from typing import Any, Callable, Container, Iterable, Iterator, Mapping, NamedTuple
+from typing import Any, Awaitable, Callable, Container, Iterable, Iterator, Mapping, NamedTuple
 
 VERSION = "0.1.0"
 
@@ -185,6 +186,10 @@ STATUSES = {s.name: s for s in (
            "or its lead, or because its lead ended"),
     Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
            "process could not be made"),
+    Status("ApprovalRejected", "⊝", "yellow", False, "ApprovalRejected", "done_approval_rejected", "it ended "
+           "soon after it was told no"),
+    Status("ApprovalTimedOut", "⊖", "yellow", False, "ApprovalTimedOut", "done_approval_timed_out", "it "
+           "ended soon after nobody had answered it in time"),
 )}
 
 
@@ -476,7 +481,7 @@ class Field(NamedTuple):
     needs: str = ""           # it is given beside this key only
     mode: str = ""            # the one mode of runs that it is for; in others it has no effect
     schema: dict = {}         # what its JSON schema says beyond kind and bounds
-    fields: tuple = ()        # of a table: the rows of its own keys
+    fields: tuple = ()        # of a table, or of each table of a list: rows of Field
     secret: bool = False      # no error shows what was found
 
 
@@ -503,6 +508,8 @@ KINDS = {
     "env":     Kind((dict,),              "a table of texts",
                     {"type": "object", "additionalProperties": {"type": "string"}}, {"NAME": "text"}),
     "table":   Kind((dict,),              "a table",                {"type": "object"},         {}),
+    "tables":  Kind((list,),              "a list of tables",
+                    {"type": "array", "items": {"type": "object"}}, [{}]),
     "any":     Kind((str, list, dict),    "a text, a list or a table",
                     {"type": ["string", "array", "object"]}, "text"),
 }
@@ -543,12 +550,24 @@ def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple
             if wrong:
                 found = "a value that is not shown" if f.secret else show_value(given[name])
                 problems.append(Problem(path + name, f"found {found}; allowed: {wrong}", (*where, name)))
-            elif f.fields:
-                values[f.name], more = check_fields(f.fields, given[name], f"{path}{name}.", (*where, name))
-                problems += more
             else:
-                values[f.name] = given[name]
+                values[f.name], inner = check_inner(f, given[name], path + name, (*where, name))
+                problems += inner
     return values, problems
+
+
+def check_inner(f: Field, value: Any, path: str, where: tuple) -> tuple[Any, list[Problem]]:
+    """(a value with the fields of its tables completed, everything wrong with them); null is as left out."""
+    if not f.fields:
+        return value, []
+    many = isinstance(value, list)
+    done, problems = [], []
+    for n, table in enumerate(value if many else [value]):
+        row, wrong = check_fields(f.fields, {k: v for k, v in table.items() if v is not None},
+                                  f"{path}[{n}]." if many else f"{path}.", (*where, n) if many else where)
+        done.append(row)
+        problems += wrong
+    return done if many else done[0], problems
 
 
 def wrong_value(f: Field, value: Any) -> str:
@@ -560,6 +579,8 @@ def wrong_value(f: Field, value: Any) -> str:
     if ok and isinstance(value, (int, float)) and not isinstance(value, bool):
         ok = (math.isfinite(value) and (f.low is None or value >= f.low)
               and (f.above is None or value > f.above) and (f.high is None or value <= f.high))
+    if ok and f.kind == "tables":
+        ok = all(isinstance(v, dict) for v in value)
     if ok and f.kind in ("texts", "env"):
         ok = all(isinstance(v, str) for v in (value if f.kind == "texts" else value.values()))
     if ok and isinstance(value, str) and f.kind != "any":
@@ -628,7 +649,8 @@ def value_schema(f: Field) -> dict:
         **({"pattern": f"^{f.pattern}$"} if f.pattern else {}),
         **({"default": list(f.default) if isinstance(f.default, tuple) else f.default}
            if f.default not in (None, REQUIRED) else {}),
-        **(schema_of(f.fields) if f.fields else {}),
+        **({"items": schema_of(f.fields)} if f.fields and f.kind == "tables" else
+           schema_of(f.fields) if f.fields else {}),
         **f.schema,
     }
 
@@ -662,6 +684,9 @@ def sample_of(f: Field) -> Any:
         return ready
     if f.choices:
         return f.choices[0]
+    if f.fields:
+        inner = {g.name: sample_of(g) for g in f.fields}
+        return [inner] if f.kind == "tables" else inner
     sample = KINDS[f.kind].sample
     if f.low is not None or f.above is not None:
         return f.low if f.low is not None else f.above + 1
@@ -696,6 +721,9 @@ MAX_MANIFEST = 8 << 20     # bytes
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 CLEANUPS = ("always", "on_success", "never")
+ACTIONS = ("block", "auto_approve", "auto_reject")         # what becomes of a request for approval
+CATEGORIES = ("tool_use", "plan", "cost", "other")
+ROUTES = ("path_a", "path_b")
 
 _BAD_BRANCH = (r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)|^[-./]|[./]$|^@$")
 _SPACE_FREE = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"          # some text without NUL that is not all space
@@ -731,6 +759,11 @@ HOUSE_FIELDS = (           # of [run] or [lead]; what is REQUIRED stands in one 
           mode="hierarchical"),
     Field("lead_timeout_secs", "count", None, "seconds until the lead is stopped", low=1, example=7200,
           shown="`timeout_secs`, else `3600`", mode="hierarchical"),
+    Field("approval_policy", "text", "block", "what becomes of a request for approval that no rule matches: "
+                                              "it waits for an operator, or is answered at once",
+          also=("default_approval_policy",), choices=ACTIONS, mode="hierarchical"),
+    Field("require_plan_approval", "flag", False, "a lead spawns nothing until a plan of its layer was "
+                                                  "approved", mode="hierarchical"),
     Field("dump_shared_store", "flag", False, "write shared-store.json at the end", mode="hierarchical"),
 )
 HOUSE_KEYS = tuple(f._replace(default=None, shown="none; required, here or in `[lead]`")
@@ -775,6 +808,24 @@ LEAD_FIELDS = (
           example="."),
     *WORK_FIELDS,
     *HOUSE_KEYS,
+    Field("permission_routing", "text", "path_a", "path_a: agents run with their own permission gate off; "
+                                                  "path_b: it stays on and asks through approvals",
+          choices=ROUTES),
+)
+
+MATCH_FIELDS = (           # what a rule looks at; what is left out matches everything
+    Field("actor", "word", None, "glob of an actor's id, or of the ids from the root lead down to it, joined "
+                                 "with `→`", example="worker-*"),
+    Field("category", "text", None, "what kind of request it is", choices=CATEGORIES, example="tool_use"),
+    Field("tool_name", "word", None, "glob of the tool that the request is about", example="Bash"),
+    Field("cost_over", "number", None, "only requests that name a cost above this, USD", low=0),
+)
+
+RULE_FIELDS = (
+    Field("match", "table", {}, "what it looks at: `actor`, `category`, `tool_name` (globs but the category) "
+                                "and `cost_over`; what is left out matches everything",
+          fields=MATCH_FIELDS, shown="everything", example={"actor": "worker-*", "tool_name": "Bash"}),
+    Field("action", "text", REQUIRED, "what becomes of the request", choices=ACTIONS),
 )
 
 TEMPLATE_FIELDS = (
@@ -838,6 +889,8 @@ TABLES = {
     "task":       (TASK_FIELDS,     "list", "one actor of a flat run"),
     "lead":       (LEAD_FIELDS,     "sole", "the actor that spawns the workers of a hierarchical run; also "
                                             "written `[[lead]]`, never beside `[[task]]`"),
+    "approval_policy": (RULE_FIELDS, "list", "a rule about requests for approval; the first that matches "
+                                             "counts"),
     "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
     "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
     "agent":      (COMMAND_FIELDS,  "named", "a program of your own as agent"),
@@ -856,14 +909,10 @@ MANY = {
 
 MODES = {"flat": "task", "hierarchical": "lead"}   # of a run, and the one table that makes it so
 
-_APPROVALS = dict.fromkeys(("approval_policy", "default_approval_policy", "require_plan_approval"),
-                           "approvals")
 NOT_YET = {
     # table ("" is the document): keys of it that are known, and what they belong to
-    "": {"sublead_defaults": "sub-leads", "approval_policy": "approvals"},
-    "run": _APPROVALS,
-    "lead": {**_APPROVALS, "permission_routing": "approvals",
-             **dict.fromkeys(("allow_subleads", "max_subleads", "max_sublead_budget_usd", "sublead_defaults",
+    "": {"sublead_defaults": "sub-leads"},
+    "lead": {**dict.fromkeys(("allow_subleads", "max_subleads", "max_sublead_budget_usd", "sublead_defaults",
                               "max_workers_across_tree", "max_total_workers"), "sub-leads")},
 }
 
@@ -886,7 +935,19 @@ class Rules(NamedTuple):
     emit_event_stream: bool
     max_workers: int           # house rules: 0 and None in a flat run
     budget_usd: float | None
+    approval_policy: str       # an action of ACTIONS
+    require_plan_approval: bool
     dump_shared_store: bool
+
+
+class ApprovalRule(NamedTuple):
+    """One rule about requests for approval; None matches everything."""
+
+    actor: str | None
+    category: str | None
+    tool_name: str | None
+    cost_over: float | None
+    action: str
 
 
 class Task(NamedTuple):
@@ -948,6 +1009,9 @@ class Manifest(NamedTuple):
     warnings: tuple
     notifications: tuple = ()
     survive_parent: bool = False
+    policy: tuple = ()         # ApprovalRule, the first that matches counts
+    routing: str = "path_a"    # of ROUTES
+    unwatched: tuple = ()      # further warnings, where no terminal shows what waits for an operator
 
 
 class ManifestError(InvalidInput):
@@ -1069,9 +1133,13 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     tasks, bad = resolve_models(tasks, doc, agents)
     wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
     notifications, bad, older = resolve_notifications(tables, doc, env)
+    policy = resolve_policy(tables["approval_policy"])
+    more = more + check_policy(policy, mode, tasks)
+    unwatched = check_unwatched(tables, rules, policy) if mode == "hierarchical" else []
     return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong + bad),
                     tuple(warnings + more + older), tuple(notifications),
-                    bool(tables["lifecycle"][0].get("survive_parent")))
+                    bool(tables["lifecycle"][0].get("survive_parent")), policy,
+                    tables["lead"][0].get("permission_routing") or "path_a", tuple(unwatched))
 
 
 def decode_manifest(data: bytes, label: str) -> str:
@@ -1168,7 +1236,71 @@ def resolve_rules(tables: dict, mode: str, house: dict, stem: str, env: Mapping[
                  worktree_cleanup=values.get("worktree_cleanup") or "on_success",
                  emit_event_stream=bool(values.get("emit_event_stream")),
                  max_workers=house.get("max_workers") or 0, budget_usd=house.get("budget_usd"),
+                 approval_policy=house.get("approval_policy") or "block",
+                 require_plan_approval=bool(house.get("require_plan_approval")),
                  dump_shared_store=bool(house.get("dump_shared_store"))), problems, warnings
+
+
+def resolve_policy(rows: list[dict]) -> tuple[ApprovalRule, ...]:
+    """The rules about approvals; a row that has no action is wrong, and was told."""
+    return tuple(ApprovalRule(**{f.name: (row["match"] or {}).get(f.name) for f in MATCH_FIELDS},
+                              action=row["action"]) for row in rows if row["action"])
+
+
+SPAWNED_IDS = r"(worker|sublead)-[0-9]+"       # how a run calls the actors that its leads spawn
+PATH_ARROW = "→"                               # between the ids of an actor's path from the root lead
+
+
+def check_policy(policy: tuple[ApprovalRule, ...], mode: str, tasks: list[Task]) -> list[Problem]:
+    """A warning for each rule that can never decide anything."""
+    if policy and mode != "hierarchical":
+        return [Problem("approval_policy", "is for hierarchical runs only; beside [[task]] it has no effect",
+                        ("approval_policy",))]
+    warnings, caught = [], None
+    for n, rule in enumerate(policy):
+        path, where = f"approval_policy[{n}]", ("approval_policy", n)
+        if caught is not None:
+            warnings.append(Problem(path, f"it is never reached: approval_policy[{caught}] matches "
+                                          "everything", where))
+        elif all(wanted is None for wanted in rule[:-1]):
+            caught = n
+        if rule.actor is not None and not may_name_actor(rule.actor, [t.id for t in tasks]):
+            known = ", ".join(t.id for t in tasks)
+            warnings.append(Problem(f"{path}.match.actor", f"found {show_value(rule.actor)}, which no actor "
+                                    f"of this run will match: they are {known}, worker-N and sublead-N",
+                                    (*where, "match", "actor")))
+        if rule.tool_name is not None and rule.category in ("plan", "cost"):
+            warnings.append(Problem(f"{path}.match.tool_name", f"a request of category {rule.category} names "
+                                    "no tool, so the rule matches nothing", (*where, "match", "tool_name")))
+    return warnings
+
+
+def may_name_actor(glob: str, ids: list[str]) -> bool:
+    """Whether a glob of an actor's id or path could match the root lead or somebody that is spawned."""
+    import fnmatch
+
+    last = glob.rpartition(PATH_ARROW)[2]
+    if re.fullmatch(SPAWNED_IDS, last):
+        return True
+    samples = [*ids, *(f"{role}-{n}" for role in ("worker", "sublead") for n in (*range(1, 20), 100, 1234))]
+    return any(fnmatch.fnmatchcase(name, last) for name in samples)
+
+
+def check_unwatched(tables: dict, rules: Rules, policy: tuple[ApprovalRule, ...]) -> list[Problem]:
+    """Warnings, for a run that nobody may be watching, about what waits for an operator."""
+    late = "there is no terminal; what it blocks waits for an operator (pitboss approvals), or until its " \
+           "time is over"
+    warnings = [Problem(f"approval_policy[{n}]", late, ("approval_policy", n))
+                for n, rule in enumerate(policy) if rule.action == "block"]
+    if policy or rules.approval_policy != "block":
+        return warnings
+    asking = {"approval_policy": "block", "default_approval_policy": "block", "require_plan_approval": True,
+              "permission_routing": "path_b"}
+    return warnings + [Problem(f"{table}.{name}", "there is no terminal, and no [[approval_policy]] answers; "
+                               "requests wait for an operator (pitboss approvals), or until their time is "
+                               "over",
+                               (table, name)) for table in ("run", "lead") for name, value in asking.items()
+                       if tables[table][1].get(name) == value]
 
 
 def resolve_house(tables: dict) -> tuple[dict, list[Problem]]:
@@ -1379,7 +1511,8 @@ def resolve_actor(row: dict, given: dict, path: str, where: tuple,
     problems += check_env(merged["env"], row["env"] or {}, path, where)
     warnings = [Problem(path + "tools", f"the rule of {show_value(t)} limits nothing: the agent's own "
                                         f"permission gate is off",
-                        (*where, "tools")) for t in merged["tools"] if "(" in t]
+                        (*where, "tools")) for t in merged["tools"]
+                if "(" in t and row.get("permission_routing") != "path_b"]
     task = Task(row["id"] or "", expand(row["directory"]) if row["directory"] else "", prompt, row["branch"],
                 merged["agent"], merged["model"], merged["effort"], tuple(merged["tools"]),
                 merged["timeout_secs"], merged["use_worktree"], merged["env"], *where[1:])
@@ -2353,6 +2486,76 @@ def succeeded(talk: Talk, end: Ending, form: str) -> bool:
 
 
 # ======================================================================================
+# POLICY: approval rules, first match wins                                        [pure]
+# ======================================================================================
+# What becomes of a request for approval: the first rule that matches it decides, else the
+# run's `approval_policy`.  Text, globs and numbers are compared; nothing else is asked.
+# To let a rule look at more: one row in MATCH_FIELDS, one in RULE_TESTS.
+
+class Ask(NamedTuple):
+    """What rules look at in a request for approval."""
+
+    path: tuple                # ids from the root lead down to the actor
+    category: str              # of CATEGORIES
+    tool_name: str | None = None
+    cost_usd: float | None = None
+
+
+def _test_actor(wanted: str, ask: Ask) -> str:
+    import fnmatch
+
+    names = ask.path[-1], PATH_ARROW.join(ask.path)
+    return "" if any(fnmatch.fnmatchcase(name, wanted) for name in names) else f"the actor is {names[1]}"
+
+
+def _test_category(wanted: str, ask: Ask) -> str:
+    return "" if ask.category == wanted else f"the category is {ask.category}"
+
+
+def _test_tool(wanted: str, ask: Ask) -> str:
+    import fnmatch
+
+    if ask.tool_name is None:
+        return "no tool is named"
+    return "" if fnmatch.fnmatchcase(ask.tool_name, wanted) else f"the tool is {ask.tool_name}"
+
+
+def _test_cost(wanted: float, ask: Ask) -> str:
+    if ask.cost_usd is None:
+        return "no cost is named"
+    return "" if ask.cost_usd > wanted else f"the cost is {ask.cost_usd:g} USD"
+
+
+RULE_TESTS = {
+    # field of MATCH_FIELDS: why a request does not fit what the rule wants; empty: it does
+    "actor": _test_actor, "category": _test_category, "tool_name": _test_tool, "cost_over": _test_cost,
+}
+
+
+def why_not(rule: ApprovalRule, ask: Ask) -> str:
+    """Why a rule does not match a request; empty when it does."""
+    for name, test in RULE_TESTS.items():
+        wanted = getattr(rule, name)
+        if wanted is not None and (wrong := test(wanted, ask)):
+            return f"{name} {wanted}: {wrong}"
+    return ""
+
+
+def decide_policy(policy: Iterable[ApprovalRule], default: str, ask: Ask) -> tuple[str, int | None]:
+    """(the action of the first rule that matches, its number from 0), or (default, None)."""
+    for n, rule in enumerate(policy):
+        if not why_not(rule, ask):
+            return rule.action, n
+    return default, None
+
+
+def public_rules(policy: Iterable[ApprovalRule]) -> list[dict]:
+    """The rules as control clients get and send them."""
+    return [{"match": {k: v for k, v in rule._asdict().items() if k != "action" and v is not None},
+             "action": rule.action} for rule in policy]
+
+
+# ======================================================================================
 # SHARED: key-value store and leases as functions of (table, now)                 [pure]
 # ======================================================================================
 # What the actors of a run share: one store for each layer, leases for each layer and for
@@ -3150,6 +3353,11 @@ class Actor(NamedTuple):
     carried: int = 0               # how many of them this hand's first message holds
     pauses: int = 0
     reprompts: int = 0
+    asked: int = 0                 # requests for approval
+    approved: int = 0
+    rejected: int = 0              # by an operator, a rule, or because their time was over
+    refusal: str = ""              # what its last answer means for its end, a key of STATUSES; empty: nothing
+    refused_at: float = 0.0
     # why it is being stopped: timeout, cancel, linger, lead_ended, pause, redirect; empty: it is not
     stop: str = ""
     stop_reason: str = ""
@@ -3185,6 +3393,24 @@ class Layer(NamedTuple):
     live: int = 0
     reserved: float = 0.0          # the estimates of live workers
     spent: float = 0.0             # by workers that have ended; the lead's own is not in it
+    planned: bool = False          # a plan of it was approved
+
+
+class Approval(NamedTuple):
+    """A request for approval that nobody has decided."""
+
+    id: str
+    actor: str
+    form: str                      # action plan permission
+    category: str                  # of CATEGORIES
+    summary: Any                   # text, or {"blob": sha256}
+    plan: Any                      # the JSON of one, likewise; None: it has none
+    tool_name: str | None
+    cost_usd: float | None
+    fallback: str                  # of ACTIONS: what becomes of it when its time is over
+    asked_at: float
+    expires_at: float | None       # unix seconds; None: never
+    call: str                      # the key of the call that waits for it
 
 
 class Hold(NamedTuple):
@@ -3212,6 +3438,9 @@ class RunState:
         self.layers: dict[str, Layer] = {}        # by the lead
         self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
         self.shared = SharedTables()
+        self.policy: tuple = ()                   # ApprovalRule, the first that matches counts
+        self.approvals: dict[str, Approval] = {}  # those that wait for an answer, oldest first
+        self.decided: dict[str, str] = {}         # other requests, by id: how it ended, in words
         # the key of a call to what it was answered, oldest first: a dict is slow to give up its first
         self.answers: Any = OrderedDict()
         self.waiting: dict[str, None] = {}        # an ordered set
@@ -3303,6 +3532,7 @@ def on_run_opened(run: RunState, event: dict) -> None:
                            hint="use the version of pitboss that began the run, or a newer one")
     run.run_id, run.name, run.mode = event["run_id"], event["name"], event["mode"]
     run.opened_at, run.facts = event["at"], event
+    run.policy = tuple(ApprovalRule(*row) for row in event.get("policy", ()))
 
 
 def on_actor_added(run: RunState, event: dict) -> None:
@@ -3621,6 +3851,45 @@ def on_shared(run: RunState, event: dict) -> None:
     apply_shared(run.shared, event)
 
 
+def on_policy_set(run: RunState, event: dict) -> None:
+    """An operator put other rules about approvals in the place of those there were."""
+    run.policy = tuple(ApprovalRule(*row) for row in event["rules"])
+
+
+def on_approval_asked(run: RunState, event: dict) -> None:
+    """A request for approval waits for an operator."""
+    ttl = event["ttl_s"]
+    run.approvals[event["request_id"]] = Approval(
+        event["request_id"], event["actor"], event["form"], event["category"], event["summary"],
+        event.get("plan"), event.get("tool_name"), event.get("cost_usd"), event["fallback"], event["at"],
+        None if ttl is None else event["at"] + ttl, event["call"])
+    change(run, event["actor"], asked=run.actors[event["actor"]].asked + 1)
+
+
+def on_approval_decided(run: RunState, event: dict) -> None:
+    """A request was answered: one that waited, or one that a rule answers at once."""
+    actor, name = run.actors[event["actor"]], event["request_id"]
+    waited = run.approvals.pop(name, None)
+    yes, by = bool(event["approved"]), event["by"]
+    run.decided[name] = f"{'approved' if yes else 'rejected'} by {DECIDERS[by]}"
+    refusal = "" if yes else "ApprovalTimedOut" if by == "time" else "ApprovalRejected"
+    change(run, actor.id, asked=actor.asked + (waited is None), approved=actor.approved + yes,
+           rejected=actor.rejected + (not yes), refusal=refusal, refused_at=event["at"])
+    if yes and event["form"] == "plan" and actor.id in run.layers:
+        run.layers[actor.id] = run.layers[actor.id]._replace(planned=True)
+
+
+def on_approval_kept(run: RunState, event: dict) -> None:
+    """The time of a request is over, and it goes on waiting."""
+    run.approvals[event["request_id"]] = run.approvals[event["request_id"]]._replace(expires_at=None)
+
+
+def on_approval_withdrawn(run: RunState, event: dict) -> None:
+    """Nobody waits for the answer to a request."""
+    run.approvals.pop(event["request_id"], None)
+    run.decided[event["request_id"]] = f"withdrawn: {event['why']}"
+
+
 def on_run_finished(run: RunState, event: dict) -> None:
     """Every record is final and the summary is written."""
     run.owed.pop(("finish", ""), None)
@@ -3679,6 +3948,11 @@ EVENTS = {
     "hand_ended":         EventKind(on_hand_ended,         True),
     "closed":             EventKind(on_closed),
     **{kind: EventKind(on_shared, row.durable) for kind, row in SHARED_EVENTS.items()},
+    "policy_set":         EventKind(on_policy_set,         True),
+    "approval_asked":     EventKind(on_approval_asked),
+    "approval_decided":   EventKind(on_approval_decided,   True),
+    "approval_kept":      EventKind(on_approval_kept),
+    "approval_withdrawn": EventKind(on_approval_withdrawn),
     "drained":            EventKind(on_drained),
     "cancelled":          EventKind(on_cancelled),
     "hold_began":         EventKind(on_hold_began),
@@ -3995,7 +4269,8 @@ def record_of(run: RunState, actor: Actor, log_path: str) -> dict:
             "parent_task_id": actor.parent, "role": actor.role, "agent": actor.agent, "model": actor.model,
             "cost_usd": round(cost, 10) if cost is not None else None, "pause_count": actor.pauses,
             "reprompt_count": actor.reprompts,
-            "approvals_requested": 0, "approvals_approved": 0, "approvals_rejected": 0,
+            "approvals_requested": actor.asked, "approvals_approved": actor.approved,
+            "approvals_rejected": actor.rejected,
             "failure_reason": public_reason(actor.reason), "rescue_ref": closed.get("rescue_ref"),
             "worktree_kept": closed.get("kept"), "hands": actor.hands,}
 
@@ -4061,6 +4336,121 @@ def summary_of(run: RunState, records: list[dict], meta: dict, ended: float) -> 
             "tasks": records,}
 
 
+ANSWER_FIELDS = (          # what decides a request: an operation, a file, a command
+    Field("approved", "flag", REQUIRED, "whether it may be done"),
+    Field("comment", "text", None, "what the asker is told besides"),
+    Field("edited_summary", "text", None, "approved, but changed: what to do; of a permission the changed "
+                                          "input of the tool, as JSON"),
+    Field("reason", "text", None, "why not"),
+    Field("interrupt", "flag", False, "with a permission that is denied, end the agent's turn"),
+)
+REFUSED_S = 30.0           # who leaves so soon after a no leaves because of it
+DECIDERS = {
+    # who decided: in words
+    "operator": "an operator", "file": "a file", "policy": "policy", "time": "its time being over",
+}
+
+
+def path_of(run: RunState, actor: str) -> tuple[str, ...]:
+    """The ids from the root lead down to an actor."""
+    path: tuple = (actor,)
+    while (parent := run.actors[path[0]].parent) in run.actors:
+        path = (parent, *path)
+    return path
+
+
+def decide_approval(run: RunState, actor: Actor, facts: dict, default_s: float) -> dict:
+    """The facts of an `approval_asked`, or, where they have `approved`, of an `approval_decided`.
+
+    `facts`: request_id, form, category, summary, plan, tool_name, cost_usd, fallback, ttl_s (None:
+    `default_s`), call.
+    """
+    ask = Ask(path_of(run, actor.id), facts["category"], facts.get("tool_name"), facts.get("cost_usd"))
+    action, rule = decide_policy(run.policy, run.facts.get("approval_policy", "block"), ask)
+    shown = {k: v for k, v in facts.items() if v is not None or k == "ttl_s"}
+    if action == "block":
+        return {**shown, "actor": actor.id, "ttl_s": default_s if facts["ttl_s"] is None else facts["ttl_s"]}
+    yes = action == "auto_approve"
+    answer = {"approved": yes, **({} if yes else {"reason": "auto-rejected by policy"})}
+    told = {k: shown[k] for k in ("request_id", "form", "category", "summary", "tool_name", "call")
+            if k in shown}
+    return {**told, "actor": actor.id, "by": "policy", "rule": rule, "approved": yes, "answer": answer}
+
+
+def find_request(run: RunState, request_id: str) -> Approval:
+    """A request that waits for an answer.  Raises NotFound, or ToolRefusal: it waits no more."""
+    found = run.approvals.get(request_id)
+    if found:
+        return found
+    if request_id in run.decided:
+        raise ToolRefusal(f"{request_id} waits no more: {run.decided[request_id]}")
+    raise NotFound(f"unknown request_id: {clip_cells(clean_text(request_id), 80)}; "
+                   + (f"waiting: {', '.join(run.approvals)}" if run.approvals else "nothing waits"))
+
+
+def decide_answer(run: RunState, request_id: str, given: Mapping[str, Any], by: str) -> dict:
+    """The facts of an `approval_decided` that somebody gives: approved, comment, edited_summary, reason.
+
+    Raises NotFound and ToolRefusal of find_request, and InvalidInput: the changed input of a tool is none.
+    """
+    asked = find_request(run, request_id)
+    names = ("comment", "edited_summary") if given["approved"] else ("comment", "reason")
+    answer = {"approved": given["approved"], **{n: given[n] for n in names if given.get(n) is not None}}
+    if not given["approved"] and given.get("interrupt"):
+        answer["interrupt"] = True
+    changed = answer.get("edited_summary")
+    if changed is not None and asked.form == "permission" and parse_input(changed) is None:
+        raise InvalidInput("edited_summary: of a permission it is the changed input of the tool, a JSON "
+                           "object")
+    return {"request_id": request_id, "actor": asked.actor, "form": asked.form, "by": by,
+            "approved": given["approved"], "call": asked.call, "answer": answer}
+
+
+def parse_input(text: str) -> dict | None:
+    """The input of a tool, as JSON; None for what is not an object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def decide_expiry(run: RunState, now: float) -> dict | None:
+    """The next request whose time is over: the facts of an `approval_kept`, or, where they have `approved`,
+    of an `approval_decided`; None: there is none.
+    """
+    due = min((a for a in run.approvals.values() if a.expires_at is not None and a.expires_at <= now),
+              key=lambda a: a.expires_at, default=None)
+    if due is None:
+        return None
+    if due.fallback == "block":
+        return {"request_id": due.id, "actor": due.actor}
+    yes = due.fallback == "auto_approve"
+    answer = {"approved": yes, "from_ttl": True, "comment": "no operator available"}
+    return {"request_id": due.id, "actor": due.actor, "form": due.form, "by": "time", "approved": yes,
+            "call": due.call, "answer": answer}
+
+
+def next_expiry(run: RunState) -> float | None:
+    """When decide_expiry has something to say; None: never by time alone."""
+    return min((a.expires_at for a in run.approvals.values() if a.expires_at is not None), default=None)
+
+
+def decide_refused_end(actor: Actor, facts: dict, left_at: float) -> dict:
+    """What the end of a hand means, where its actor left by itself and had just been told no.
+
+    `facts` as decide_hand_end gives them; `left_at`: unix seconds.
+    """
+    by_itself = actor.stop in ("", "linger") and facts.get("status") in ("Success", "Failed")
+    if not actor.refusal or not by_itself or left_at > actor.refused_at + REFUSED_S:
+        return facts
+    late = actor.refusal == "ApprovalTimedOut"
+    words = ("it ended soon after nobody had answered its request for approval" if late else
+             "it ended soon after its request for approval was rejected")
+    return {**facts, "status": actor.refusal,
+            "reason": facts["reason"] or {"kind": "unknown", "message": words}}
+
+
 class Books(NamedTuple):
     """What a layer may spend and has, USD, and its workers."""
 
@@ -4088,6 +4478,13 @@ def estimate_usd(costs: list[float], model: str) -> float:
     return next((usd for name, usd in ESTIMATES_USD.items() if name in model.lower()), ESTIMATE_USD)
 
 
+def check_planned(run: RunState, lead: str) -> None:
+    """Raise ToolRefusal while a lead must have a plan approved before it spawns anybody."""
+    if run.facts.get("require_plan_approval") and not run.layers[lead].planned:
+        raise ToolRefusal("plan approval required: call propose_plan with what you are going to do, and "
+                          "spawn when it was approved")
+
+
 def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float, account: str = "") -> float:
     """What is reserved for a new worker of a layer, USD.  Raises ToolRefusal."""
     hold = run.holds.get(account)
@@ -4100,6 +4497,7 @@ def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float, account:
         raise ToolRefusal(f"{word}: no new worker of this account can start{until}; {advice}")
     if run.draining or run.cancelled or run.actors[lead].stop or run.actors[lead].status:
         raise ToolRefusal("run is draining: no new workers accepted; finish with what the workers have done")
+    check_planned(run, lead)
     books = books_of(run, lead, lead_usd)
     if books.workers_live >= books.max_workers:
         raise ToolRefusal(f"worker cap reached: {books.workers_live} active (max {books.max_workers}); "
@@ -7630,6 +8028,7 @@ class Deal(NamedTuple):
     memory: tuple = ()         # (path, text) of the files that the row's `reads` names, the root's first
     told: tuple = ()           # what it is told with its first message
     max_workers: int = 0       # of its layer: as many calls of one turn may wait at once
+    asks: bool = False         # its own permission gate stays on, and asks through a tool of ours
 
     def goes_on(self) -> bool:
         """Whether the hand goes on in the session that is named, rather than beginning one."""
@@ -7668,6 +8067,13 @@ class Agent(NamedTuple):
     account: tuple = (*SECRET_NAMES, "*_BASE_URL", "HOME", "XDG_CONFIG_HOME")
 
 
+GATES_CLAUDE = {
+    # whether its permission gate is on; the mode is said, for the user's own settings may name another
+    False: ("--dangerously-skip-permissions",),
+    True: ("--permission-mode", "default", "--permission-prompt-tool", "mcp__pitboss__permission_prompt"),
+}
+
+
 def argv_claude(deal: Deal) -> list:
     """Claude Code, measured with 2.1.197.
 
@@ -7677,13 +8083,14 @@ def argv_claude(deal: Deal) -> list:
     """
     task = deal.task
     argv = [*deal.program, "-p", "--output-format", "stream-json", "--verbose", "--input-format",
-            "stream-json", "--replay-user-messages", "--dangerously-skip-permissions", "--strict-mcp-config",
+            "stream-json", "--replay-user-messages", *GATES_CLAUDE[deal.asks], "--strict-mcp-config",
             "--setting-sources", "user", "--settings", '{"disableAllHooks":true}', "--add-dir",
             *folders_between(deal.root, deal.cwd), "--model", task.model, "--effort", task.effort]
     if deal.mcp_config:
         argv += ["--mcp-config", deal.mcp_config]
     bare = dict.fromkeys(t.partition("(")[0] for t in task.tools if not t.startswith("mcp__"))
     rules = [t for t in task.tools if "(" in t or t.startswith("mcp__")]
+    rules += ["mcp__pitboss__*"] if deal.asks else []          # else our own tools would be asked about
     argv += ["--tools", ",".join(bare)]
     if rules:
         argv += ["--allowedTools", ",".join(rules)]
@@ -7840,13 +8247,15 @@ AGENTS = {a.name: a for a in (
                    "AWS_ACCESS_KEY_ID")),
     Agent("opencode", "opencode", argv_opencode, env_opencode, "opencode", "prompt", True, "", ("--version",),
           "effort: where the model has a variant of that name", names_session=False, moves=False,
-          ignores=("tools",), model="", model_form=(r"[^/\s]+/\S+", "PROVIDER/MODEL"), measured="1.18.33"),
+          ignores=("tools", "permission_routing"), model="",
+          model_form=(r"[^/\s]+/\S+", "PROVIDER/MODEL"), measured="1.18.33"),
     Agent("codex", "codex", argv_codex, env_nothing, "codex", "prompt", True, "", ("--version",), "",
-          names_session=False, ignores=("tools",), model="", measured="0.169.0", files=files_codex,
+          names_session=False, ignores=("tools", "permission_routing"), model="", measured="0.169.0",
+          files=files_codex,
           reads="AGENTS.md", asked=True),
     Agent("gemini", "gemini", argv_gemini, env_gemini, "gemini", "prompt", True, "", ("--version",),
           "a repository's .gemini/.env can still set variables that name no server", moves=False,
-          ignores=("tools", "effort", "mcp_server"), model="", measured="0.61.0"),
+          ignores=("tools", "effort", "mcp_server", "permission_routing"), model="", measured="0.61.0"),
     Agent("demo", "", argv_demo, env_nothing, "claude", "stream", True, CLAUDE_INTERRUPT, (),
           "follows the script in its prompt; no model, no network", account=("PITBOSS_DEMO_ACCOUNT",)),
 )}
@@ -7933,6 +8342,7 @@ def server_config(servers: Iterable[Server]) -> dict:
 ECHO_S = 10.0                          # from a message that interrupts to its echo; then a new hand gets it
 # bytes in a pipe (ioctl_tty(2), <sys/filio.h>)
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
+SPOOL_S = 2.0                          # a file of approvals that says nothing may still be written to
 TICK_S, BUSY_TICK_S = 0.25, 0.05       # between two looks at logs and timers: nothing new, something new
 READ_AT_ONCE = 256 << 10               # bytes of one log before the others get their turn
 
@@ -8018,6 +8428,43 @@ def read_message(folder: str, message: Message) -> str:
         return message.shown
 
 
+MAX_SPOOLED = 1 << 20      # bytes of a file that decides a request
+
+
+def list_spool(folder: str) -> list[str]:
+    """The files that decide requests, by name."""
+    try:
+        return sorted(n for n in os.listdir(folder) if n.endswith(".json") and not n.startswith("."))
+    except OSError:
+        return []
+
+
+def read_spool(path: str) -> tuple[dict | None, tuple]:
+    """(what a file says of its request, None when that is nothing yet; its size and time)."""
+    mark: tuple = ()
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
+            stat = os.fstat(f.fileno())
+            mark = stat.st_size, stat.st_mtime_ns
+            given = json.loads(f.read(MAX_SPOOLED).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None, mark
+    if not isinstance(given, dict):
+        return None, mark
+    values, problems = check_fields(ANSWER_FIELDS, {k: v for k, v in given.items() if v is not None}, "", ())
+    return (None if problems else values), mark
+
+
+def show_approval(run_dir: str, run: RunState, asked: Approval) -> dict:
+    """A request as operators see it, its texts in full."""
+    plan = get_blob(run_dir, asked.plan)
+    return {"request_id": asked.id, "task_id": asked.actor, "summary": get_blob(run_dir, asked.summary),
+            "kind": "plan" if asked.form == "plan" else "action", "plan": parse_input(plan) if plan else None,
+            "category": asked.category, "tool_name": asked.tool_name, "cost_estimate": asked.cost_usd,
+            "actor_path": list(path_of(run, asked.actor)), "created_at": render_time(asked.asked_at),
+            "expires_at": render_time(asked.expires_at)}
+
+
 def digest_workers(run: RunState, lead: str) -> str:
     """What a lead that is dealt again must know of its workers."""
     lines = [f"- {a.id}: {state_word(a)}; asked: {' '.join((a.prompt_preview or '').split())}"
@@ -8075,6 +8522,9 @@ class Dispatcher:
         self.lease_timer: asyncio.TimerHandle | None = None
         self.refused_budgets: set[str] = set()         # leads that were refused a spawn for want of one
         self.notifier = Notifier(run_dir, sinks_of(manifest, env), env)
+        self.approval_timer: asyncio.TimerHandle | None = None
+        # file of approvals that says nothing yet to (its size and time, since when)
+        self.spooled: dict[str, tuple] = {}
 
     # ---- recording
 
@@ -8157,6 +8607,68 @@ class Dispatcher:
         self.lease_timer = None if due is None else asyncio.get_running_loop().call_later(
             max(0.0, due - self.journal.now()), self.guard, self.settle_leases)
 
+    def settle_approvals(self) -> None:
+        """Record what has become of requests whose time is over, and look again when the next one is due."""
+        while (facts := decide_expiry(self.run, self.journal.now())) is not None:
+            if "approved" in facts:
+                self.record("approval_decided", **facts)
+            else:
+                self.record("approval_kept", **facts)
+        if self.approval_timer:
+            self.approval_timer.cancel()
+        due = next_expiry(self.run)
+        self.approval_timer = None if due is None else asyncio.get_running_loop().call_later(
+            max(0.0, due - self.journal.now()), self.guard, self.settle_approvals)
+
+    def answer_approval(self, request_id: str, given: Mapping[str, Any], by: str,
+                        at: float | None = None) -> None:
+        """Decide a request; who waits for it is answered.  Raises as decide_answer does.
+
+        `at`: when the answer was given, unix seconds; None: now.
+        """
+        asked = self.run.approvals.get(request_id)
+        if asked and asked.expires_at is not None and asked.expires_at <= (self.journal.now() if at is None
+                                                                           else at):
+            self.settle_approvals()
+        self.record("approval_decided", **decide_answer(self.run, request_id, given, by))
+
+    def withdraw(self, why: str, *, actor: str = "", call: str = "") -> None:
+        """Nobody waits any more for what an actor, or one call, has asked."""
+        for asked in list(self.run.approvals.values()):
+            if asked.actor == actor or asked.call == call:
+                self.record("approval_withdrawn", request_id=asked.id, actor=asked.actor, why=why)
+
+    def look_at_spool(self) -> None:
+        """Decide what files in `approvals/` say, and take them away.
+
+        One that says nothing may still be written to: after SPOOL_S without a change it is renamed to `.bad`.
+        """
+        folder = os.path.join(self.run_dir, "approvals")
+        for name in list_spool(folder):
+            path, request_id = os.path.join(folder, name), name.removesuffix(".json")
+            given, mark = read_spool(path)
+            if given is None:
+                seen, since = self.spooled.get(name, (None, 0.0))
+                if seen != mark:
+                    self.spooled[name] = mark, time.monotonic()
+                elif time.monotonic() - since >= SPOOL_S:
+                    self.end_spooled(path, bad=True)
+                continue
+            bad = False
+            try:
+                self.answer_approval(request_id, given, "file", mark[1] / 1e9)
+            except PitbossError as e:
+                if isinstance(e, EnvironmentFault):
+                    raise
+                bad = self.run.decided.get(request_id, "").rpartition(" by ")[2] != DECIDERS["file"]
+            self.end_spooled(path, bad)
+
+    def end_spooled(self, path: str, bad: bool) -> None:
+        """A file was dealt with: what it said is in the journal, or it is kept under another name."""
+        self.spooled.pop(os.path.basename(path), None)
+        with contextlib.suppress(OSError):
+            os.rename(path, path + ".bad") if bad else os.unlink(path)
+
     def act(self, key: tuple) -> None:
         """Start doing what is owed under `key`.  The only way to act, for a living and a resumed run."""
         if key in self.run.owed and not self.ended.is_set():
@@ -8198,6 +8710,8 @@ class Dispatcher:
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
                                 boot=boot_id(), version=VERSION, **self.told_of_run())
                     self.settle_leases()
+                    self.look_at_spool()       # an answer that came in time counts, though nobody was there
+                    self.settle_approvals()
                     for key in owed:
                         self.act(key)
                     await self.ended.wait()
@@ -8315,6 +8829,8 @@ class Dispatcher:
                     return await self.abandon()
                 self.consult_house()
                 self.look_at_holds()
+                if self.run.approvals:
+                    self.look_at_spool()
             except EnvironmentFault as e:
                 return self.give_up(e)
             self.reap_orphans()
@@ -8648,7 +9164,8 @@ class Dispatcher:
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
                     config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0,
                     tuple(servers), told=told,
-                    max_workers=self.run.layers[actor.layer].max_workers if actor.layer else 0)
+                    max_workers=self.run.layers[actor.layer].max_workers if actor.layer else 0,
+                    asks=bool(self.run.facts.get("path_b")))
         deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
         files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
         files["prompt.txt"] = first_words(deal) if row.input == "none" else task.prompt
@@ -8687,6 +9204,8 @@ class Dispatcher:
         facts = decide_hand_end(actor, live.talk, end, time.time())
         self.hold_account(actor, live.talk, facts)
         self.refresh_account(name)
+        self.withdraw("the hand that asked has ended", actor=name)
+        facts = decide_refused_end(actor, facts, self.left_at(live))
         del self.hands[name]
         self.record("hand_ended", actor=name, hand=live.hand, code=end.code, signal=end.signal,
                     usage=list(usage), cost_usd=live.talk.cost_usd() if tells else None,
@@ -8695,6 +9214,14 @@ class Dispatcher:
                     skipped=live.talk.skipped, **facts)
         self.settle_leases()           # its leases are free for those who wait
         self.clear_account(live, facts.get("status") == "Success")
+
+    def left_at(self, live: LiveHand) -> float:
+        """When a dead hand exited, unix seconds; its exit file or its log says so, though nobody watched."""
+        folder = self.task_dir(live.actor)
+        for name in (f"exit.{live.hand}", "stdout.log"):
+            with contextlib.suppress(OSError):
+                return os.stat(os.path.join(folder, name)).st_mtime
+        return self.journal.now()
 
     def lived(self, live: LiveHand, end: Ending) -> float:
         """Seconds that a dead hand lived; of one that vanished while nobody watched, until its last word."""
@@ -9175,7 +9702,8 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
     try:
         os.makedirs(order.runs_dir, mode=0o700, exist_ok=True)
         os.mkdir(beside, 0o700)
-        for name in ("tasks", "blobs", "worktrees"):
+        asks = order.manifest.mode == "hierarchical"
+        for name in ("tasks", "blobs", "worktrees", *(("approvals",) if asks else ())):
             os.mkdir(os.path.join(beside, name), 0o700)
         write_file(os.path.join(beside, "manifest.snapshot.toml"), order.data)
         pin_self(beside)
@@ -9220,7 +9748,9 @@ def render_resolved(order: Order, run_id: str) -> dict:
                           "resume_session_id": (former.get(task.id) or {}).get("session_id")})
     lead = next((t for t in tasks if t["role"] == "lead"), None)
     return {"run_id": run_id, "mode": order.manifest.mode, "run": order.manifest.rules._asdict(),
-            "tasks": [] if lead else tasks, "lead": lead, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
+            "tasks": [] if lead else tasks, "lead": lead,
+            "approval_policy": public_rules(order.manifest.policy),
+            "permission_routing": order.manifest.routing, "mcp_servers": [{**s._asdict(), "env": [*s.env]}
                                                           for s in order.manifest.servers]}
 
 
@@ -9312,6 +9842,10 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                meta.get("max_parallel") or rules.max_parallel,
                halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
                worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir,
+               **({"approval_policy": rules.approval_policy} if rules.approval_policy != "block" else {}),
+               **({"policy": [list(rule) for rule in manifest.policy]} if manifest.policy else {}),
+               **({"require_plan_approval": True} if rules.require_plan_approval else {}),
+               **({"path_b": True} if manifest.routing == "path_b" else {}),
                **({"dump_shared_store": True} if rules.dump_shared_store else {}))
     with contextlib.suppress(HouseFault):          # the dispatcher will say so
         health = read_health(house_path(env))
@@ -9783,6 +10317,82 @@ def tool_lease_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str)
     return list_leases(dispatcher.run.shared, actor.layer)
 
 
+def tool_request_approval(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Ask whether something may be done."""
+    kind = "cost" if args["cost_estimate"] is not None and args["tool_name"] is None else "tool_use"
+    ttl = args["timeout_secs"] if args["ttl_secs"] is None else args["ttl_secs"]
+    return ask_operator(dispatcher, actor, call, form="action", category=kind, summary=args["summary"],
+                        plan=pack_plan(args["plan"]), tool_name=args["tool_name"], ttl_s=ttl,
+                        cost_usd=args["cost_estimate"], fallback=args["fallback"])
+
+
+def tool_propose_plan(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """Ask whether a plan may be carried out."""
+    return ask_operator(dispatcher, actor, call, form="plan", category="plan", ttl_s=args["timeout_secs"],
+                        summary=args["plan"]["summary"], plan=pack_plan(args["plan"]), tool_name=None,
+                        cost_usd=args["cost_estimate"], fallback="auto_reject")
+
+
+def tool_permission_prompt(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
+    """What an agent's own permission gate asks: may this tool be used with this input?"""
+    words = f"{args['tool_name']} {json.dumps(args['input'], ensure_ascii=False)}"
+    answer = ask_operator(dispatcher, actor, call, form="permission", category="tool_use", summary=words,
+                          plan=None, tool_name=args["tool_name"], ttl_s=None, cost_usd=None,
+                          fallback="auto_reject")
+    return render_permission(answer, args) if isinstance(answer, dict) else await_permission(answer, args)
+
+
+async def await_permission(answer: Awaitable, args: dict) -> str:
+    """The answer of a permission prompt that waits for an operator."""
+    return render_permission(await answer, args)
+
+
+def render_permission(answer: dict, args: dict) -> str:
+    """An answer as claude's permission gate takes it (measured with 2.1.197); `args`: what it asked with."""
+    if answer["approved"]:
+        changed = parse_input(answer.get("edited_summary") or "")
+        told = {"behavior": "allow", "updatedInput": args["input"] if changed is None else changed}
+    else:
+        told = {"behavior": "deny", "message": answer.get("reason") or answer.get("comment")
+                or "an operator rejected it", **({"interrupt": True} if answer.get("interrupt") else {})}
+    return json.dumps(told)
+
+
+def pack_plan(plan: dict | None) -> str | None:
+    """A plan as a request keeps it: the JSON of what was given."""
+    return None if plan is None else json.dumps({k: v for k, v in plan.items() if v not in (None, ())},
+                                                ensure_ascii=False)
+
+
+def ask_operator(dispatcher: Dispatcher, actor: Actor, call: str, **facts: Any) -> Any:
+    """Have a request decided by the rules: its answer, or an awaitable of an operator's.
+
+    A call that comes again attaches to the request that it made before.
+    """
+    run = dispatcher.run
+    name = next((a.id for a in run.approvals.values() if a.call == call), "")
+    if not name:
+        name = mint_uuid()
+        asked = decide_approval(run, actor, {"request_id": name, "call": call, **facts},
+                                run.actors[actor.layer].timeout_s)
+        if "approved" in asked:
+            dispatcher.record("approval_decided", **asked)
+            return run.answers[call]
+        dispatcher.record("approval_asked", **asked)
+        dispatcher.settle_approvals()
+    return await_approval(dispatcher, actor.id, name, call)
+
+
+async def await_approval(dispatcher: Dispatcher, actor: str, name: str, call: str) -> dict:
+    """Wait until a request is decided.  Raises ToolRefusal: it was withdrawn."""
+    while name in dispatcher.run.approvals:
+        await dispatcher.hear(("actor", actor), deadline=None)
+    answer = dispatcher.run.answers.get(call)
+    if answer is None:
+        raise ToolRefusal(f"the request was {dispatcher.run.decided.get(name, 'withdrawn')}; ask again")
+    return answer
+
+
 class Tool(NamedTuple):
     """One tool: the name after `mcp__pitboss__`, who may call it, what it takes and gives."""
 
@@ -9796,6 +10406,9 @@ class Tool(NamedTuple):
     help: str
     # of one whose effect takes its time: (Dispatcher, target, what the journal says of the answer)
     stay: Callable | None = None
+    needs: str = ""            # a fact of run_opened without which nobody has the tool; empty: none
+    # (what the journal says of the answer, arguments) -> what is sent, where that differs
+    render: Callable | None = None
 
 
 def _shared(*names: str) -> tuple:
@@ -9807,6 +10420,21 @@ _ENTRY = {"entry": "object?", "settled": "flag?"}
 _LEASE = {"acquired": "flag", "lease_id": "text?", "version": "count?", "holder": "text?",
           "acquired_at": "text?", "expires_at": "text?"}
 _VALUE = Field("value", "any", REQUIRED, "a text, a list of bytes, or {base64}; it comes back as it went in")
+
+_APPROVED = {"approved": "flag", "comment": "text?", "edited_summary": "text?", "reason": "text?",
+             "from_ttl": "flag?"}
+PLAN_FIELDS = (
+    Field("summary", "word", REQUIRED, "what is going to be done"),
+    Field("rationale", "text", None, "why so"),
+    Field("resources", "texts", (), "what it takes: files, workers, money"),
+    Field("risks", "texts", (), "what may go wrong"),
+    Field("rollback", "text", None, "how it is undone"),
+)
+_PLAN = Field("plan", "table", REQUIRED, "what is going to be done: summary, and why, with what, at which "
+                                         "risk, and how it is undone", fields=PLAN_FIELDS)
+_PATIENCE = Field("timeout_secs", "number", None, "how long an operator has to answer", above=0,
+                  shown="the lead's `timeout_secs`")
+_COST = Field("cost_estimate", "number", None, "what it will cost, USD", low=0)
 
 TOOLS = {t.name: t for t in (
     Tool("spawn_worker", "Spawn a worker", LEADS, True, (
@@ -9852,6 +10480,22 @@ TOOLS = {t.name: t for t in (
     Tool("budget_status", "Look at the budget", LEADS, True, (),
          {"budget_usd": "number?", "spent_usd": "number", "reserved_usd": "number", "workers_live": "count",
           "max_workers": "count"}, tool_budget, "what this layer may spend and has spent, and its workers"),
+    Tool("request_approval", "Ask for approval", LEADS, False, (
+        Field("summary", "word", REQUIRED, "what you want to do, for the operator who decides"), _PATIENCE,
+        _PATIENCE._replace(name="ttl_secs", help="the same, and it goes before timeout_secs"),
+        Field("fallback", "text", "auto_reject", "what becomes of it when nobody answered in that time; "
+                                                 "block goes on waiting",
+              choices=("auto_reject", "auto_approve", "block")),
+        _PLAN._replace(default=None), Field("tool_name", "word", None, "the tool that it is about"), _COST),
+        _APPROVED, tool_request_approval,
+        "ask an operator whether you may do something, and wait for the answer"),
+    Tool("propose_plan", "Propose a plan", LEADS, False, (_PLAN, _PATIENCE, _COST), _APPROVED,
+         tool_propose_plan, "have your plan approved before you spawn anybody, and wait for the answer"),
+    Tool("permission_prompt", "Ask for a permission", EVERYBODY, False, (
+        Field("tool_name", "word", REQUIRED, "the tool that is to be used"),
+        Field("input", "table", REQUIRED, "its input"),
+        Field("tool_use_id", "text", None, "the agent's own name for that use")), {}, tool_permission_prompt,
+        "what an agent's permission gate asks; not for models", needs="path_b", render=render_permission),
     Tool("kv_get", "Read a value", EVERYBODY, True, _shared("path"), {"entry": "object?"}, tool_kv_get,
          "read from the shared store"),
     Tool("kv_set", "Write a value", EVERYBODY, False, (*_shared("path"), _VALUE, *_shared("override_flag")),
@@ -9885,20 +10529,27 @@ TOOLS = {t.name: t for t in (
 )}
 
 
+def may_call(row: Tool, role: str, facts: Mapping[str, Any]) -> bool:
+    """Whether an actor of that role has a tool, in a run with those facts."""
+    return role in row.roles and (not row.needs or bool(facts.get(row.needs)))
+
+
 @functools.lru_cache(maxsize=None)
-def tools_of(role: str) -> list[dict]:
-    """The tools that a role may use, as tools/list shows them."""
+def tools_of(role: str, facts: frozenset = frozenset()) -> list[dict]:
+    """The tools that a role may use, as tools/list shows them, in a run where those facts hold."""
     return [{"name": t.name, "title": t.title, "description": t.help[0].upper() + t.help[1:] + ".",
-             "inputSchema": arguments_schema(t.fields), "outputSchema": result_schema(t.result),
+             "inputSchema": arguments_schema(t.fields),
+             **({"outputSchema": result_schema(t.result)} if t.result else {}),
              "annotations": {"title": t.title, "readOnlyHint": t.read_only}}
-            for t in TOOLS.values() if role in t.roles]
+            for t in TOOLS.values() if may_call(t, role, dict.fromkeys(facts, True))]
 
 
 def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, call: str) -> Any:
     """What an actor's call is answered: a result, or an awaitable of one.  Raises PitbossError to refuse."""
     actor, row = dispatcher.run.actors[name], TOOLS.get(tool)
-    if row is None or actor.role not in row.roles:
-        known = [t.name for t in TOOLS.values() if actor.role in t.roles]
+    facts = dispatcher.run.facts
+    if row is None or not may_call(row, actor.role, facts):
+        known = [t.name for t in TOOLS.values() if may_call(t, actor.role, facts)]
         raise ToolRefusal(f"forbidden: a {actor.role} has no tool {show_value(tool)}"
                           f"{did_you_mean(tool, known)}; it has {', '.join(known)}")
     values, problems = check_fields(row.fields, arguments, "", ())
@@ -9916,6 +10567,8 @@ def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, cal
 def finish_again(dispatcher: Dispatcher, row: Tool, arguments: dict, call: str) -> Any:
     """The answer of a call that was carried out before and is asked for again, once its effect is there."""
     answer = dispatcher.run.answers[call]
+    if row.render:
+        return row.render(answer, arguments)
     return row.stay(dispatcher, arguments["task_id"], answer) if row.stay else answer
 
 
@@ -9939,9 +10592,11 @@ def open_mcp(dispatcher: Dispatcher) -> Callable:
         wait = dispatcher.run.shared.waits.get(render_call(key))
         if wait:
             dispatcher.guard(drop_wait, dispatcher, wait, render_call(key))
+        dispatcher.guard(functools.partial(dispatcher.withdraw, call=render_call(key)), "its caller gave up")
 
     def tools(caller: str) -> list[dict]:
-        return tools_of(dispatcher.run.actors[caller].role)
+        held = frozenset(t.needs for t in TOOLS.values() if t.needs and dispatcher.run.facts.get(t.needs))
+        return tools_of(dispatcher.run.actors[caller].role, held)
 
     server = {"name": "pitboss", "title": "pitboss", "version": VERSION}
     desk = Desk(server, admit, tools, call, dropped, dispatcher.tell_bug)
@@ -10008,6 +10663,16 @@ def op_reprompt_worker(dispatcher: Dispatcher, message: dict) -> Any:
     return reprompt_actor(dispatcher, find_anyone(dispatcher, message["task_id"]), message["prompt"])
 
 
+def op_approve(dispatcher: Dispatcher, message: dict) -> None:
+    """Decide a request for approval."""
+    dispatcher.answer_approval(message["request_id"], message, "operator")
+
+
+def op_update_policy(dispatcher: Dispatcher, message: dict) -> None:
+    """Put other rules about approvals in the place of those there are."""
+    dispatcher.record("policy_set", rules=[list(rule) for rule in resolve_policy(message["rules"])])
+
+
 class Op(NamedTuple):
     """One operation: its fields, and what it does; it returns an event to send, None, or an awaitable."""
 
@@ -10028,6 +10693,12 @@ OPS = {
                           "continue an actor"),
     "reprompt_worker": Op(op_reprompt_worker, (_TASK, TOOLS["reprompt_worker"].fields[1]),
                           "redirect an actor"),
+    "approve":         Op(op_approve, (Field("request_id", "word", REQUIRED, "the request"), *ANSWER_FIELDS),
+                          "approve or reject what waits for an operator"),
+    "update_policy":   Op(op_update_policy, (Field("rules", "tables", REQUIRED, "the rules, as "
+                                                   "`{match, action}`; the first that matches counts",
+                                                   fields=RULE_FIELDS),),
+                          "put other rules in the place of those about approvals"),
 }
 
 
@@ -10068,7 +10739,15 @@ class ControlSession:
         run = self.dispatcher.run
         self.dispatcher.listeners.add(self)
         self.send(event="hello", server_version=VERSION, run_id=run.run_id, run_kind=run.mode,
-                  workers=[*run.actors], policy_rules=[], **extra)
+                  workers=[*run.actors], policy_rules=public_rules(run.policy), **extra)
+        for asked in run.approvals.values():
+            self.tell_asked(asked)
+
+    def tell_asked(self, asked: Approval) -> None:
+        """Tell the client of a request that waits for an operator."""
+        shown = show_approval(self.dispatcher.run_dir, self.dispatcher.run, asked)
+        told = "request_id", "task_id", "summary", "plan", "kind", "actor_path"
+        self.send(event="approval_request", **{k: shown[k] for k in told})
 
     def on_end(self) -> None:
         """The client is gone."""
@@ -10117,6 +10796,11 @@ class ControlSession:
             if not STATUSES[actor.status].good:
                 reason = {"kind": "unknown", **(public_reason(actor.reason) or {})}
                 self.send(event="worker_failed", task_id=actor.id, parent_task_id=actor.parent, reason=reason)
+        elif event["kind"] == "approval_asked":
+            self.tell_asked(run.approvals[event["request_id"]])
+        elif event["kind"] in ("approval_decided", "approval_withdrawn"):
+            self.send(event="approval_resolved", request_id=event["request_id"],
+                      approved=event.get("approved", False), by=event.get("by", "withdrawn"))
         elif event["kind"] == "run_finished":
             self.send(event="run_finished", summary={"tasks_total": event["tasks_total"],
                                                      "tasks_failed": event["tasks_failed"]})
@@ -10341,7 +11025,31 @@ def render_status(head: dict, actors: list[dict], now: float, colour: bool, widt
         row = STATUSES.get(actor["status"] or "")
         shown.append(paint(line, row.colour if row else "cyan", colour))
     shown += [paint(f"held  {render_hold(h, now)}", "yellow", colour) for h in head.get("holds") or ()]
+    shown += [paint(line, "yellow", colour) for asked in head.get("approvals") or ()
+              for line in render_approval(asked, now)[:1]]
     return shown + kept_lines(actors)
+
+
+def render_approval(asked: dict, now: float) -> list[str]:
+    """A request that waits for an operator, as show_approval gives it: who asks for what, then its plan."""
+    import datetime
+
+    until = asked["expires_at"] and datetime.datetime.fromisoformat(asked["expires_at"]).timestamp()
+    left = f"  {render_duration(until - now)} left" if until else ""
+    words = clean_text(" ".join(asked["summary"].split()))
+    cost = "" if asked["cost_estimate"] is None else f"  {render_usd(asked['cost_estimate'])}"
+    lines = [f"asks  {asked['request_id']}  {PATH_ARROW.join(asked['actor_path'])}  {asked['category']}{cost}"
+             f"{left}  {words}"]
+    for name, value in (asked["plan"] or {}).items():
+        values = value if isinstance(value, list) else [value]
+        lines += [f"        {name}: {clean_text(' '.join(str(v).split()))}" for v in values]
+    return lines
+
+
+def render_rule(rule: dict) -> str:
+    """A rule as public_rules gives it, in one line."""
+    wants = ", ".join(f"{name} {value}" for name, value in rule["match"].items()) or "everything"
+    return clean_text(f"{rule['action']}  {wants}")
 
 
 def actor_row(record: dict, now: float) -> list[str]:
@@ -11422,9 +12130,10 @@ def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mappi
                              expand=functools.partial(expand_path, base_dir))
     problems = [*manifest.problems, *check_places(manifest)]
     ids = {place_of_task(t)[1][:2]: t.id for t in manifest.tasks if t.id}
-    if problems or manifest.warnings:
+    warnings = [*manifest.warnings, *(() if sys.stdin and sys.stdin.isatty() else manifest.unwatched)]
+    if problems or warnings:
         lines = locate_keys(decode_manifest(data, label))
-        for warning in manifest.warnings:
+        for warning in warnings:
             say(f"pitboss: warning: {label}: {render_problem(warning, lines, ids)}")
         if problems:
             raise ManifestError(label, problems, lines, ids)
@@ -11580,7 +12289,7 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
                     folder, f"<run folder>/tasks/{task.id}/prompt.txt",
                     "<mcp config>" if loaded.manifest.servers or task.role == "lead"
                     else "", "<sessions>", os.geteuid() == 0,
-                    loaded.manifest.servers)
+                    loaded.manifest.servers, asks=loaded.manifest.routing == "path_b")
         print("\n".join(render_plan(task, rules, row.argv(deal), folder)))
     print("When a task has succeeded, its worktree goes unless it holds unsaved work; ignored files go with "
           "it."
@@ -11904,6 +12613,127 @@ def cmd_reprompt(options: Any) -> str:
     return tell_done(options, f"{options.actor} was told ({answer.get('delivery', 'on its way')})", answer)
 
 
+def waiting_approvals(run_dir: str) -> list[dict]:
+    """What waits for an operator in a run, oldest first; in a finished one nothing does."""
+    if is_foreign(run_dir) or not os.path.exists(os.path.join(run_dir, "journal.jsonl")):
+        return []
+    run = fold_run(run_dir)
+    return [show_approval(run_dir, run, asked) for asked in run.approvals.values()]
+
+
+def cmd_approvals(options: Any) -> str:
+    """Show the requests that wait for an operator."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    waiting, now = waiting_approvals(run_dir), time.time()
+    if options.json:
+        print(json.dumps(waiting, indent=2))
+        return "ok"
+    print("\n".join(line for asked in waiting for line in render_approval(asked, now))
+          or "nothing waits for an operator")
+    return "ok"
+
+
+def find_asked(options: Any) -> tuple[str, str]:
+    """(run folder, request id) that a command names; a request by the beginning of its id."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    check_readable(run_dir)
+    check_whole(run_dir)
+    run = fold_run(run_dir)
+    known = [*run.approvals, *run.decided]
+    found = [options.request] if options.request in known else [r for r in known
+                                                                if r.startswith(options.request)]
+    if len(found) > 1:
+        raise NotFound(f"{options.request} is the beginning of several requests: {', '.join(found)}")
+    find_request(run, found[0] if found else options.request)
+    return run_dir, found[0]
+
+
+def answer_request(options: Any, words: str, **answer: Any) -> str:
+    """Decide a request as an operator."""
+    run_dir, request_id = find_asked(options)
+    told = ask_dispatcher(run_dir, "approve", request_id=request_id, **answer)
+    return tell_done(options, f"{request_id} is {words}", told)
+
+
+def cmd_approve(options: Any) -> str:
+    """Say yes to a request for approval, as it is or changed."""
+    return answer_request(options, "approved", approved=True, comment=options.comment,
+                          edited_summary=options.edit)
+
+
+def cmd_reject(options: Any) -> str:
+    """Say no to a request for approval."""
+    return answer_request(options, "rejected", approved=False, reason=options.reason,
+                          interrupt=options.interrupt or None)
+
+
+def cmd_policy(options: Any) -> str:
+    """Show or replace a run's rules about approvals, or try the rules of a file with a made-up request."""
+    if options.run == "test":
+        return try_policy(options)
+    if options.file is not None:
+        raise InvalidInput(f"policy: unknown argument {show_value(options.file)}; a file is given with "
+                           "--set, or tried with policy test FILE")
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    check_readable(run_dir)
+    check_whole(run_dir)
+    if options.set is not None:
+        rules, _ = read_policy(options.set)
+        ask_dispatcher(run_dir, "update_policy", rules=public_rules(rules))
+        return tell_done(options, f"{len(rules)} rules are in force", {"policy_rules": public_rules(rules)})
+    run = fold_run(run_dir)
+    default = run.facts.get("approval_policy", "block")
+    if options.json:
+        print(json.dumps({"policy_rules": public_rules(run.policy), "approval_policy": default}, indent=2))
+        return "ok"
+    lines = [f"{n}  {render_rule(rule)}" for n, rule in enumerate(public_rules(run.policy))]
+    print("\n".join([*lines, f"-  {default}  whatever no rule matches"]))
+    return "ok"
+
+
+def read_policy(path: str) -> tuple[tuple[ApprovalRule, ...], str]:
+    """(the rules of a file, its `approval_policy`): a manifest, or its [[approval_policy]] alone.
+
+    Raises InvalidInput with everything that is wrong with the rules, and where there are none.
+    """
+    data = read_given(path, "a TOML file", "a file with [[approval_policy]] tables")
+    doc = parse_toml(decode_manifest(data, path), path)
+    fields, many, _ = TABLES["approval_policy"]
+    rows, problems = read_table("approval_policy", doc.get("approval_policy"), fields, many)
+    problems += [Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)) for name in doc
+                 if name not in (*TABLES, *NOT_HERE, *NOT_YET[""])]
+    if "approval_policy" not in doc:
+        problems.append(Problem("approval_policy", "there is none; allowed: tables [[approval_policy]], or "
+                                                   "approval_policy = [] for no rules"))
+    if problems:
+        raise ManifestError(path, problems, locate_keys(decode_manifest(data, path)), {})
+    tables = [doc[name] for name in ("run", "lead") if isinstance(doc.get(name), dict)]
+    given = [table[key] for table in tables for key in ("approval_policy", "default_approval_policy")
+             if table.get(key) in ACTIONS]
+    return resolve_policy(rows), given[0] if given else "block"
+
+
+def try_policy(options: Any) -> str:
+    """Say which rule of a file would decide a request, and why the ones before it would not."""
+    if not options.file or not options.actor:
+        raise InvalidInput("policy test: FILE and --actor are required", hint="pitboss policy --help")
+    rules, default = read_policy(options.file)
+    ask = Ask(tuple(options.actor.split(PATH_ARROW)), options.category or "tool_use", options.tool,
+              options.cost)
+    action, found = decide_policy(rules, default, ask)
+    if options.json:
+        print(json.dumps({"action": action, "rule": found,
+                          "why_not": [why_not(rule, ask) for rule in rules[:found]]}))
+        return "ok"
+    shown = public_rules(rules)
+    for n, rule in enumerate(rules[:found]):
+        print(f"{n}  {render_rule(shown[n])}  does not match: {clean_text(why_not(rule, ask))}")
+    print(f"-  {default}  no rule matches" if found is None else
+          f"{found}  {render_rule(shown[found])}  matches")
+    print(action)
+    return "ok"
+
+
 def find_actor(run_dir: str, name: str) -> Actor:
     """An actor that can still be acted on.  Raises NotFound with those there are, or Refused."""
     actors = fold_run(run_dir).actors
@@ -12131,9 +12961,10 @@ def cmd_status(options: Any) -> str:
     if options.rebuild:
         rebuild_exports(run_dir)
     seen = look_at_run(run_dir, deep=True)
+    seen = seen._replace(head={**seen.head, "approvals": waiting_approvals(run_dir) if seen.run else []})
     if options.json:
         actors = [{k: v for k, v in a.items() if k not in INNER_KEYS} for a in seen.actors]
-        print(json.dumps({**seen.head, "approvals": [], "actors": actors}, indent=2))
+        print(json.dumps({**seen.head, "actors": actors}, indent=2))
         return "ok"
     lines = render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width())
     if seen.head["state"] == "stale":
@@ -12988,6 +13819,13 @@ def complete_actors(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         yield name, ""
 
 
+def complete_requests(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The requests for approval that wait in the run that was typed."""
+    with contextlib.suppress(PitbossError):
+        for asked in waiting_approvals(find_run(typed_folder(given), given.get("run", ""))):
+            yield asked["request_id"], f"{asked['task_id']}: {preview(asked['summary'])}"
+
+
 TYPED = {
     # metavar of the argument: what
     "MANIFEST": Typed("files"),
@@ -12997,6 +13835,9 @@ TYPED = {
     "RUN": Typed("words", complete_runs),
     "OTHER": Typed("words", complete_runs),
     "ACTOR": Typed("words", complete_actors),
+    "REQUEST": Typed("words", complete_requests),
+    "TOOL": Typed("words"),
+    "USD": Typed("words"),
     "AGE": Typed("words"),
     "TEXT": Typed("words"),
     "N": Typed("words"),
@@ -13608,6 +14449,7 @@ ALWAYS_FLAGS = (
 )
 
 _ACTOR = (("actor",), {"metavar": "ACTOR", "help": "the id of one of its actors"})
+_REQUEST = (("request",), {"metavar": "REQUEST", "help": "the id of a request, or the beginning of one"})
 _NO_WAIT = (("--no-wait",), {"action": "store_true", "help": "do not wait until it has happened"})
 
 COMMANDS = {c.name: c for c in (
@@ -13643,6 +14485,31 @@ COMMANDS = {c.name: c for c in (
         _RUN, _ACTOR, (("text",), {"metavar": "TEXT", "help": "what it is told"}), _RUNS_DIR, _JSON,
         _NO_WAIT),
         "interrupt an actor and tell it something else", "reprompt 0192f3 worker-1 'use the old parser'"),
+    Cli("approvals", cmd_approvals, "RUN", (_RUN, _JSON, _RUNS_DIR),
+        "show what waits for an operator", "approvals 0192f3"),
+    Cli("approve", cmd_approve, "RUN REQUEST", (
+        _RUN, _REQUEST, _RUNS_DIR, _JSON,
+        (("--comment",), {"metavar": "TEXT", "help": "what the asker is told besides"}),
+        (("--edit",), {"metavar": "TEXT", "help": "approve this instead; of a permission the changed input "
+                                                  "of the tool, as JSON"})),
+        "say yes to a request for approval", "approve 0192f3 5c1e"),
+    Cli("reject", cmd_reject, "RUN REQUEST", (
+        _RUN, _REQUEST, _RUNS_DIR, _JSON,
+        (("--reason",), {"metavar": "TEXT", "help": "why not"}),
+        (("--interrupt",), {"action": "store_true", "help": "with a permission, end the agent's turn"})),
+        "say no to a request for approval", "reject 0192f3 5c1e --reason 'not on a Friday'"),
+    Cli("policy", cmd_policy, "RUN [FILE]", (
+        (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one; or the word test"}),
+        (("file",), {"metavar": "FILE", "nargs": "?", "help": "with test: a TOML file with "
+                                                              "[[approval_policy]] tables"}),
+        _RUNS_DIR, _JSON,
+        (("--set",), {"metavar": "FILE", "help": "put the rules of this file in the place of the run's"}),
+        (("--actor",), {"metavar": "ACTOR", "help": "with test: who asks, its id or its path"}),
+        (("--category",), {"choices": CATEGORIES, "help": "with test: what kind of request (tool_use)"}),
+        (("--tool",), {"metavar": "TOOL", "help": "with test: the tool that it is about"}),
+        (("--cost",), {"metavar": "USD", "type": float, "help": "with test: what it will cost"})),
+        "show or replace a run's rules about approvals; `policy test FILE` tries rules",
+        "policy test rules.toml --actor worker-1 --tool Bash"),
     Cli("status", cmd_status, "RUN", (
         _RUN, _JSON, _RUNS_DIR,
         (("--rebuild",), {"action": "store_true", "help": "write summary.jsonl and summary.json anew from "

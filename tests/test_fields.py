@@ -233,7 +233,7 @@ def test_a_manifest_is_resolved_so_that_nothing_is_left_to_defaults():
     found = read(WHOLE)
     assert found.problems == () and found.warnings == ()
     assert found.rules == pitboss.Rules("x", 3, False, None, None, False, (), "on_success", False, 0, None,
-                                         False)
+                                         "block", False, False)
     defaults = {f.name: f.default for f in pitboss.ACTOR_FIELDS}
     a, b = found.tasks
     assert a == pitboss.Task("a", "<sub>", "Say hello.", None, "demo", defaults["model"], "high",

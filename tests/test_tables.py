@@ -138,6 +138,7 @@ KIND_SAMPLES = {
     "texts":  ([[], ["a", ""]],                 ["a", [1], [None], {}, ("a",)]),
     "env":    ([{}, {"A": ""}],                 [[], {"A": 1}, {"A": None}, "A=1"]),
     "table":  ([{}, {"a": 1}],                  [[], "a", 1, None]),
+    "tables": ([[], [{}]],                      [[1], {}, None]),
     "any":    (["", "a\0b", [], [1], {}, {"a": [None]}], [1, True, None, 1.5]),
 }
 JSON_TYPES = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
@@ -472,7 +473,7 @@ def test_agents_are_started_without_their_prompt_in_sight():
                 argv, goes_on = row.argv(make_deal(how, name)), how in ("resume", "again")
                 assert ("11111111-2222" in argv) == (goes_on or row.names_session)
                 assert argv != row.argv(make_deal("prompt" if goes_on else "resume", name))
-        assert set(row.ignores) <= {f.name for f in pitboss.ACTOR_FIELDS} | set(pitboss.TABLES)
+        assert set(row.ignores) <= {f.name for f in pitboss.LEAD_FIELDS} | set(pitboss.TABLES)
         assert (row.model_form[0] == "") == (row.model_form[1] == "") and bool(row.measured) == bool(row.version)
         said = pitboss.limits_of(row)
         assert all(f"{key}: no effect" in said or key in said for key in row.ignores)
@@ -515,13 +516,14 @@ LOG_SAMPLES = {
 def test_a_tool_is_shown_to_models(tool):
     """claude drops a tool whose arguments' schema has one of these at its top: the model never sees it."""
     row = pitboss.TOOLS[tool]
-    shown = next(t for t in pitboss.tools_of(row.roles[0]) if t["name"] == tool)["inputSchema"]
+    shown = next(t for t in pitboss.tools_of(row.roles[0], EVERY_FACT) if t["name"] == tool)["inputSchema"]
     assert shown["type"] == "object"
     assert not {"allOf", "anyOf", "oneOf", "not", "if"} & set(shown)
     assert set(shown["properties"]) == {f.name for f in row.fields}
     assert shown["required"] == [f.name for f in row.fields if f.default is pitboss.REQUIRED]
 
 
+EVERY_FACT = frozenset(t.needs for t in pitboss.TOOLS.values())        # of a run that has every tool
 SPEC_TOOLS = {
     # arguments, `?` for those that may be left out: keys of the result
     "spawn_worker": ("prompt directory? branch? tools? timeout_secs? model? agent? env?", "task_id worktree_path"),
@@ -534,6 +536,10 @@ SPEC_TOOLS = {
     "continue_worker": ("task_id prompt?", "ok"),
     "reprompt_worker": ("task_id prompt", "ok delivery"),
     "budget_status": ("", "budget_usd spent_usd reserved_usd workers_live max_workers"),
+    "request_approval": ("summary timeout_secs? ttl_secs? fallback? plan? tool_name? cost_estimate?",
+                         "approved comment edited_summary reason from_ttl"),
+    "propose_plan": ("plan timeout_secs? cost_estimate?", "approved comment edited_summary reason from_ttl"),
+    "permission_prompt": ("tool_name input tool_use_id?", ""),
     "kv_get": ("path", "entry"),
     "kv_set": ("path value override_flag?", "version"),
     "kv_cas": ("path expected_version new_value override_flag?", "version swapped"),
@@ -549,6 +555,7 @@ SPEC_TOOLS = {
 SPEC_OPS = {
     "list_workers": "", "cancel_worker": "task_id reason?", "cancel_run": "reason?", "pause_worker": "task_id mode?",
     "continue_worker": "task_id prompt?", "reprompt_worker": "task_id prompt",
+    "approve": "request_id approved comment? edited_summary? reason? interrupt?", "update_policy": "rules",
 }
 
 
@@ -558,9 +565,13 @@ def arguments_of(fields: tuple) -> str:
 
 def test_tools_are_whole_and_shown_to_those_who_may_call_them():
     assert set(SPEC_TOOLS) == set(pitboss.TOOLS)
-    shown = {role: {t["name"]: t for t in pitboss.tools_of(role)} for role in ("lead", "sublead", "worker", "task")}
+    shown = {role: {t["name"]: t for t in pitboss.tools_of(role, EVERY_FACT)}
+             for role in ("lead", "sublead", "worker", "task")}
+    plain = {role: {t["name"] for t in pitboss.tools_of(role)} for role in shown}
+    assert all(plain[role] == {n for n in shown[role] if not pitboss.TOOLS[n].needs} for role in shown)
+    assert {t.name for t in pitboss.TOOLS.values() if t.needs} == {"permission_prompt"}
     assert shown["task"] == {} and list(shown["lead"]) == list(pitboss.TOOLS)
-    assert set(shown["worker"]) == {name for name in SPEC_TOOLS if re.match("kv_|(run_)?lease_", name)}
+    assert set(shown["worker"]) == {name for name in SPEC_TOOLS if re.match("kv_|(run_)?lease_|permission_", name)}
     for name, row in pitboss.TOOLS.items():
         arguments, result = SPEC_TOOLS[name]
         assert row.name == name and re.fullmatch(r"[a-z]+(_[a-z]+)*", name) and row.roles and row.title
@@ -574,11 +585,12 @@ def test_tools_are_whole_and_shown_to_those_who_may_call_them():
         told = shown["lead"][name]
         assert told["description"].lower() == row.help.lower() + "." and told["title"] == row.title
         assert told["annotations"] == {"title": row.title, "readOnlyHint": row.read_only}
-        assert told["outputSchema"] == pitboss.result_schema(row.result)
+        assert told.get("outputSchema") == (pitboss.result_schema(row.result) if row.result else None)
+        assert bool(row.result) != bool(row.render), "what is no object has no schema"
         given, whole = told["inputSchema"], pitboss.schema_of(row.fields)
         assert given["additionalProperties"] is False
         assert given["properties"] == {f.name: whole["properties"][f.name] for f in row.fields}
-        for schema in (given, told["outputSchema"]):
+        for schema in filter(None, (given, told.get("outputSchema"))):
             assert list(schemas_in(schema)) and set(schema["required"]) <= set(schema["properties"]), name
     handlers_there = {n for n in functions() if n.startswith("tool_")}
     assert handlers_there == {row.run.__name__ for row in pitboss.TOOLS.values()}, "a handler without a row"
