@@ -908,6 +908,7 @@ MANY = {
 }
 
 MODES = {"flat": "task", "hierarchical": "lead"}   # of a run, and the one table that makes it so
+TABLE_MODES = {"approval_policy": "hierarchical"}  # tables that have no effect in the other mode
 
 NOT_YET = {
     # table ("" is the document): keys of it that are known, and what they belong to
@@ -1134,8 +1135,11 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     wrong, more = wrong + bad, more + check_ignored(tasks, doc, agents)
     notifications, bad, older = resolve_notifications(tables, doc, env)
     policy = resolve_policy(tables["approval_policy"])
-    more = more + check_policy(policy, mode, tasks)
     unwatched = check_unwatched(tables, rules, policy) if mode == "hierarchical" else []
+    more += check_policy(policy, tasks) if mode == "hierarchical" else []
+    more += [Problem(name, f"is for {own} runs only; beside {header_of(MODES[mode])} it has no "
+                           "effect", (name,))
+             for name, own in TABLE_MODES.items() if name in doc and own != mode]
     return Manifest(rules, mode, tuple(tasks), tuple(servers), own, tuple(problems + wrong + bad),
                     tuple(warnings + more + older), tuple(notifications),
                     bool(tables["lifecycle"][0].get("survive_parent")), policy,
@@ -1251,11 +1255,8 @@ SPAWNED_IDS = r"(worker|sublead)-[0-9]+"       # how a run calls the actors that
 PATH_ARROW = "→"                               # between the ids of an actor's path from the root lead
 
 
-def check_policy(policy: tuple[ApprovalRule, ...], mode: str, tasks: list[Task]) -> list[Problem]:
+def check_policy(policy: tuple[ApprovalRule, ...], tasks: list[Task]) -> list[Problem]:
     """A warning for each rule that can never decide anything."""
-    if policy and mode != "hierarchical":
-        return [Problem("approval_policy", "is for hierarchical runs only; beside [[task]] it has no effect",
-                        ("approval_policy",))]
     warnings, caught = [], None
     for n, rule in enumerate(policy):
         path, where = f"approval_policy[{n}]", ("approval_policy", n)
@@ -1772,6 +1773,9 @@ def render_starter(starter: Starter, with_schema: bool, notes: Mapping[str, Iter
         section = starter_section(head, values, own[name], starter.every, mode, told)
         if name in MODES.values() and name != MODES[mode]:
             about += comment_lines(f"This would stand instead of {header_of(MODES[mode])}:")
+        elif TABLE_MODES.get(name, mode) != mode:
+            about += comment_lines(f"This would stand beside {header_of(MODES[TABLE_MODES[name]])}:")
+        if TABLE_MODES.get(name, mode) != mode or name in MODES.values() and name != MODES[mode]:
             section = [f"# {line}".rstrip() for line in "\n".join(section).split("\n")]
         lines += ["", *about, *section]
     return "\n".join(lines) + "\n"
