@@ -26,7 +26,7 @@ WORKERS_TOOLS = {f"mcp__pitboss__{name}" for name in (
     "lease_list", "run_lease_acquire", "run_lease_release")}
 LEADS_TOOLS = WORKERS_TOOLS | {f"mcp__pitboss__{name}" for name in (
     "spawn_worker", "worker_status", "wait_for_worker", "wait_for_any", "list_workers", "cancel_worker",
-    "pause_worker", "continue_worker", "reprompt_worker", "budget_status")}
+    "pause_worker", "continue_worker", "reprompt_worker", "budget_status", "request_approval", "propose_plan")}
 REDIRECT_S = 15         # an agent that hangs in a command is told within this
 
 
