@@ -196,7 +196,41 @@ def heard(home: Home) -> None:
     home.pitboss("resume", home.run_dir().name, check=1)
 
 
-RUNS = (led, plain, crashed, stopped, cancelled, halted, limited, told, refused, heard)
+def approved(home: Home) -> None:
+    """Requests for approval: answered by an operator, by rules, by time, and by nobody."""
+    def call(tool: str, **arguments) -> str:
+        return f"$ call {tool} {json.dumps(arguments)}"
+
+    def prompt(tool: str) -> str:
+        return call("permission_prompt", tool_name=tool, input={"command": "ls"})
+
+    home.repo("repo")
+    script = [call("propose_plan", plan={"summary": "Do it", "risks": ["none"]}),
+              call("request_approval", summary="Wait", ttl_secs=0.1, fallback="block"),
+              call("spawn_worker", prompt=prompt("Bash")), call("wait_for_worker", task_id="<3.task_id>"),
+              call("spawn_worker", prompt=prompt("Write")), "$ sleep 2", call("cancel_worker", task_id="<5.task_id>"),
+              call("wait_for_worker", task_id="<5.task_id>"), call("request_approval", summary="Late", ttl_secs=0.1)]
+    manifest = home.manifest('[run]\nmax_workers = 2\nbudget_usd = 20\nrequire_plan_approval = true\n[defaults]\n'
+                             'agent = "demo"\nuse_worktree = false\n[lead]\nid = "boss"\ndirectory = "repo"\n'
+                             'permission_routing = "path_b"\nprompt = \'\'\'\n' + "\n".join(script) + "\n\'\'\'\n"
+                             '[[approval_policy]]\nmatch = { tool_name = "Bash" }\naction = "auto_approve"\n')
+    dispatch = home.start("dispatch", manifest)
+    wait_for(lambda: has_event(home, "approval_asked", "boss"))
+    run = home.run_dir()
+    rules = home.manifest('[[approval_policy]]\nmatch = { tool_name = "Ba*" }\naction = "auto_reject"\n', "rules.toml")
+    home.pitboss("policy", run.name, "--set", rules, check=0)
+
+    def answer() -> None:
+        [asked] = json.loads(home.pitboss("approvals", run.name, "--json", check=0).stdout)
+        home.pitboss("approve", run.name, asked["request_id"], check=0)
+
+    answer()
+    wait_for(lambda: has_event(home, "approval_kept", "boss"))
+    answer()
+    dispatch.wait(60)
+
+
+RUNS = (led, approved, plain, crashed, stopped, cancelled, halted, limited, told, refused, heard)
 
 
 def scrub(text: str, root: Path) -> str:

@@ -127,6 +127,20 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
             wrong.append(f"{lead}: {run.costs[lead]}")
         if run.actors[lead].status and any(pitboss.STATES[a.state].live and not a.stop for a in workers):
             wrong.append(f"{lead} has ended, and a worker of it goes on")
+    ended = {e["request_id"]: e for e in events if e["kind"] in ("approval_decided", "approval_withdrawn")}
+    begun = {e["request_id"]: e for e in events if e["kind"] in ("approval_asked", "approval_decided")}
+    if list(run.approvals) != [name for name in begun if name not in ended] or set(run.decided) != set(ended):
+        wrong.append(f"waiting: {list(run.approvals)}, decided: {list(run.decided)}")
+    for a in actors:
+        answers = [e["approved"] for e in ended.values() if e["actor"] == a.id and "approved" in e]
+        asked = sum(e["actor"] == a.id for e in begun.values())
+        if (a.asked, a.approved, a.rejected) != (asked, sum(answers), len(answers) - sum(answers)):
+            wrong.append(f"{a.id}: {a.asked} asked, {a.approved} approved, {a.rejected} rejected")
+        if bool(a.refusal) != (not answers[-1] if answers else False):
+            wrong.append(f"{a.id}: {a.refusal!r} after {answers}")
+        if a.id in run.layers and run.layers[a.id].planned != any(
+                e["actor"] == a.id and e.get("approved") and e["form"] == "plan" for e in ended.values()):
+            wrong.append(f"{a.id}: {run.layers[a.id]}")
     wrong += [f"{a.id}: a status {a.status!r} in state {a.state}" for a in actors
               if bool(a.status) != (a.state in ("closing", "settled"))]
     wrong += [f"{a.id}: {field} missing" for a in actors for field in ("started_at", "ended_at")
@@ -216,7 +230,7 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
            "halted": "failed", "limited": "ok", "told": "ok", "refused": "failed",
-           "led": "failed", "heard": "failed"}
+           "led": "failed", "heard": "failed", "approved": "failed"}
 
 
 @by_journal
