@@ -7,12 +7,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from stage import DEADLINE_S, Operator, Stage, value_of, words_of
-from tools import wait_for
+from tools import PYTHON, read_events, read_records, wait_for
+
+FAULTS = Path(__file__).resolve().parent / "faults.py"
 
 PLAN = {"summary": "Rewrite it", "risks": ["it may be late"], "resources": ["two workers"]}
 
@@ -541,3 +545,70 @@ def test_time_goes_on_while_nobody_is_there(stage):
     wait_for(lambda: run.events("approval_decided"), DEADLINE_S, "the decision")
     [decided] = run.events("approval_decided")
     assert (decided["approved"], decided["by"]) == (True, "time")
+
+
+MOMENTS = [f"journal:{kind}.{when}" for kind in ("approval_asked", "approval_decided")
+           for when in ("before", "half", "after")]
+
+
+@pytest.mark.parametrize("door", ["file", "command"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_death_around_a_request_or_its_answer_loses_and_doubles_nothing(home, moment, door):
+    """The dispatcher dies before, in and after the line of the journal; the lead's own bridge asks and is answered."""
+    home.repo("repo")
+    script = ('$ call request_approval {"summary": "x"}\n'
+              '$ call request_approval {"summary": "y", "ttl_secs": 0.05}')
+    path = home.manifest(f'[run]\nmax_workers = 1\nbudget_usd = 1\n[lead]\nid = "boss"\ndirectory = "repo"\n'
+                         f'agent = "demo"\nuse_worktree = false\nprompt = \'\'\'\n{script}\n\'\'\'\n')
+    process = subprocess.Popen([PYTHON, str(FAULTS), moment, "1", "--", "dispatch", str(path)], env=home.env,
+                               cwd=home.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def waits() -> list[dict]:
+        return wait_for(lambda: listed(home, run), DEADLINE_S, "the request")
+
+    def answer() -> None:
+        [waiting] = listed(home, run)
+        if door == "file":
+            drop(run, f"{waiting['request_id']}.json", '{"approved": true, "comment": "yes"}')
+        else:
+            home.start("approve", run.run.name, waiting["request_id"], "--comment", "yes")
+
+    wait_for(lambda: home.runs.exists() and list(home.runs.glob("*/sockets.json")), DEADLINE_S, "the run")
+    run = Found(home.run_dir())
+    if "decided" in moment:
+        waits()
+        answer()
+    wait_for(lambda: state_of(process.pid) in ("T", "Z", ""), DEADLINE_S, "the moment")
+    process.kill()
+    process.wait()
+    dispatcher = home.start("resume", run.run.name)
+    wait_for(lambda: listed(home, run) or [e for e in read_events(run.run) if e["kind"] == "approval_decided"],
+             DEADLINE_S, "the request, or its answer")
+    if not any(e["kind"] == "approval_decided" for e in read_events(run.run)) and not (
+            door == "file" and "decided" in moment):
+        answer()
+    out = dispatcher.communicate(timeout=DEADLINE_S)
+    [record] = read_records(run.run)
+    assert dispatcher.returncode == 1 and record["status"] == "ApprovalTimedOut", out
+    assert counters(record) == (2, 1, 1) and record["hands"] == 1
+    kinds = [e["kind"] for e in read_events(run.run)]
+    assert kinds.count("approval_asked") == kinds.count("approval_decided") == 2
+    assert list((run.run / "approvals").iterdir()) == []
+    results = [json.loads(line) for line in (run.run / "tasks/boss/stdout.log").read_text().splitlines()]
+    told = [block["content"] for e in results if e["type"] == "user" and not e.get("isReplay")
+            for block in e["message"]["content"]]
+    assert [json.loads(words) for words in told[:2]] == [
+        {"approved": True, "comment": "yes"}, {"approved": False, "from_ttl": True, "comment": "no operator available"}]
+
+
+class Found(NamedTuple):
+    """A run that a test started in its own way."""
+
+    run: Path
+
+
+def state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
