@@ -8714,7 +8714,7 @@ class Dispatcher:
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
                                 boot=boot_id(), version=VERSION, **self.told_of_run())
                     self.settle_leases()
-                    self.look_at_spool()       # an answer that came in time counts, though nobody was there
+                    self.look_at_spool()       # before time decides: an answer may have come while nobody was there
                     self.settle_approvals()
                     for key in owed:
                         self.act(key)

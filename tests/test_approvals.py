@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -406,18 +407,38 @@ def test_a_file_that_says_nothing_is_put_aside_and_one_that_grows_is_waited_for(
     assert value_of(lead.answer(call)) == {"approved": False, "reason": "no"}
 
 
+def test_half_a_file_is_not_there_yet(stage):
+    run = stage()
+    lead = run.lead()
+    slow, *others = [lead.start("request_approval", {"summary": str(n)}) for n in range(3)]
+    wait_for(lambda: len(told_all(run)) == 3, DEADLINE_S, "the requests")
+    name, *more = [e["request_id"] for e in told_all(run)]
+    half = drop(run, f"{name}.json", '{"approved": true, "comment"')
+    for other, call in zip(more, others):            # each of these was seen by another look at the folder
+        drop(run, f"{other}.json", '{"approved": true}')
+        assert value_of(lead.answer(call)) == {"approved": True}
+    assert half.exists()
+    with open(half, "a") as f:
+        f.write(': "whole"}')
+    assert value_of(lead.answer(slow)) == {"approved": True, "comment": "whole"}
+
+
 def test_a_file_that_came_in_time_counts_though_nobody_was_there(stage):
     run = stage()
     lead = run.lead()
-    lead.start("request_approval", {"summary": "x", "ttl_secs": 30})
-    wait_for(lambda: told_all(run), DEADLINE_S, "the request")
-    [event] = told_all(run)
+    lead.start("request_approval", {"summary": "x", "ttl_secs": 2})
+    lead.start("request_approval", {"summary": "y", "ttl_secs": 2})
+    wait_for(lambda: len(told_all(run)) == 2, DEADLINE_S, "the requests")
+    events = told_all(run)
     kill(run)
-    path = drop(run, f"{event['request_id']}.json", '{"approved": true}')
-    os.utime(path, (event["at"] + 1, event["at"] + 1))
+    for event, moment in zip(events, (1.9, 2.1)):
+        path = drop(run, f"{event['request_id']}.json", '{"approved": true}')
+        os.utime(path, (event["at"] + moment, event["at"] + moment))
+    wait_for(lambda: time.time() > events[-1]["at"] + 2.2, DEADLINE_S, "the end of their time")
     resume(run)
-    wait_for(lambda: run.events("approval_decided"), DEADLINE_S, "the decision")
-    assert [e["approved"] for e in run.events("approval_decided")] == [True]
+    wait_for(lambda: len(run.events("approval_decided")) == 2, DEADLINE_S, "the decisions")
+    decided = {e["request_id"]: (e["approved"], e["by"]) for e in run.events("approval_decided")}
+    assert [decided[e["request_id"]] for e in events] == [(True, "file"), (False, "time")]
 
 
 # ------------------------------------------------------------------ who ends soon after a no
