@@ -3868,6 +3868,9 @@ def on_approval_asked(run: RunState, event: dict) -> None:
         event.get("plan"), event.get("tool_name"), event.get("cost_usd"), event["fallback"], event["at"],
         None if ttl is None else event["at"] + ttl, event["call"])
     change(run, event["actor"], asked=run.actors[event["actor"]].asked + 1)
+    for kind in ("approval_request", *(() if event.get("watched") else ("approval_pending",))):
+        notify(run, event["at"], kind, event["request_id"], request_id=event["request_id"],
+               task_id=event["actor"], summary=preview(event["summary"]))
 
 
 def on_approval_decided(run: RunState, event: dict) -> None:
@@ -8611,9 +8614,12 @@ class Dispatcher:
         self.lease_timer = None if due is None else asyncio.get_running_loop().call_later(
             max(0.0, due - self.journal.now()), self.guard, self.settle_leases)
 
-    def settle_approvals(self) -> None:
-        """Record what has become of requests whose time is over, and look again when the next one is due."""
-        while (facts := decide_expiry(self.run, self.journal.now())) is not None:
+    def settle_approvals(self, at: float | None = None) -> None:
+        """Record what has become of requests whose time is over, and look again when the next one is due.
+
+        `at`: the moment that counts, unix seconds; None: now.
+        """
+        while (facts := decide_expiry(self.run, self.journal.now() if at is None else at)) is not None:
             if "approved" in facts:
                 self.record("approval_decided", **facts)
             else:
@@ -8630,10 +8636,7 @@ class Dispatcher:
 
         `at`: when the answer was given, unix seconds; None: now.
         """
-        asked = self.run.approvals.get(request_id)
-        if asked and asked.expires_at is not None and asked.expires_at <= (self.journal.now() if at is None
-                                                                           else at):
-            self.settle_approvals()
+        self.settle_approvals(at)      # what is too late is too late
         self.record("approval_decided", **decide_answer(self.run, request_id, given, by))
 
     def withdraw(self, why: str, *, actor: str = "", call: str = "") -> None:
@@ -8648,9 +8651,9 @@ class Dispatcher:
         One that says nothing may still be written to: after SPOOL_S without a change it is renamed to `.bad`.
         """
         folder = os.path.join(self.run_dir, "approvals")
-        for name in list_spool(folder):
+        found = [(*read_spool(os.path.join(folder, name)), name) for name in list_spool(folder)]
+        for given, mark, name in sorted(found, key=lambda row: row[1][1:]):      # in the order of their times
             path, request_id = os.path.join(folder, name), name.removesuffix(".json")
-            given, mark = read_spool(path)
             if given is None:
                 seen, since = self.spooled.get(name, (None, 0.0))
                 if seen != mark:
@@ -8714,7 +8717,7 @@ class Dispatcher:
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
                                 boot=boot_id(), version=VERSION, **self.told_of_run())
                     self.settle_leases()
-                    self.look_at_spool()       # before time decides: an answer may have come while nobody was there
+                    self.look_at_spool()       # before time decides: it may have come while nobody was there
                     self.settle_approvals()
                     for key in owed:
                         self.act(key)
@@ -10382,7 +10385,7 @@ def ask_operator(dispatcher: Dispatcher, actor: Actor, call: str, **facts: Any) 
         if "approved" in asked:
             dispatcher.record("approval_decided", **asked)
             return run.answers[call]
-        dispatcher.record("approval_asked", **asked)
+        dispatcher.record("approval_asked", **asked, watched=bool(dispatcher.listeners))
         dispatcher.settle_approvals()
     return await_approval(dispatcher, actor.id, name, call)
 

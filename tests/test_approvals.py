@@ -473,6 +473,28 @@ def test_the_state_is_told_in_the_words_of_the_wire(stage, home):
     assert "ApprovalRejected" in home.pitboss("status", run.run.name, check=0).stdout
 
 
+# ------------------------------------------------------------------ notifications
+
+def test_a_request_is_notified_of_and_it_is_said_that_nobody_watches(stage):
+    run = stage(more='[[notification]]\nkind = "log"\nevents = ["approval_request", "approval_pending"]\n')
+    lead = run.lead()
+    path = run.run / "notifications.jsonl"
+
+    def told() -> list[tuple]:
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        assert all(row["severity"] == "warning" and row["event"]["task_id"] == "boss" and row["dedup_key"].endswith(
+            f":{row['event']['kind']}:{row['event']['request_id']}") for row in rows)
+        return sorted((row["event"]["kind"], row["event"]["summary"]) for row in rows)
+
+    lead.start("request_approval", {"summary": "alone"})
+    wait_for(lambda: told() == [("approval_pending", "alone"), ("approval_request", "alone")], DEADLINE_S, "both")
+    operator = run.operator()
+    lead.start("request_approval", {"summary": "watched"})
+    asked(operator, summary="watched")
+    wait_for(lambda: len(told()) == 3, DEADLINE_S, "the third")
+    assert ("approval_request", "watched") in told()
+
+
 # ------------------------------------------------------------------ calls that nobody waits for
 
 def test_a_call_that_is_given_up_withdraws_its_request(stage, home):
@@ -603,6 +625,8 @@ def test_a_death_around_a_request_or_its_answer_loses_and_doubles_nothing(home, 
     process.kill()
     process.wait()
     dispatcher = home.start("resume", run.run.name)
+    wait_for(lambda: sum(e["kind"] == "dispatcher_started" for e in read_events(run.run)) == 2, DEADLINE_S,
+             "the next dispatcher")
     wait_for(lambda: listed(home, run) or [e for e in read_events(run.run) if e["kind"] == "approval_decided"],
              DEADLINE_S, "the request, or its answer")
     if not any(e["kind"] == "approval_decided" for e in read_events(run.run)) and not (
