@@ -283,7 +283,7 @@ class History:
 
     def disturb_spawn(self) -> None:
         with contextlib.suppress(pitboss.ToolRefusal):
-            estimate = pitboss.decide_spawn(self.run, "boss", "sonnet", 0.0)
+            estimate = pitboss.decide_spawn(self.run, "boss", "sonnet")
             self.record("actor_added", actor=f"w{len(self.run.actors)}", role="worker", agent="demo", model="m",
                         directory="/d", timeout_s=60, use_worktree=self.chance.random() < 0.5, branch=None,
                         layer="boss", parent="boss", estimate=estimate, call=f"boss/n/{len(self.events)}",
