@@ -11822,17 +11822,28 @@ def cmd_validate(options: Any) -> str:
     counts = count_tasks(manifest)
     if options.json:
         house = {"lead": manifest.tasks[0].id, "max_workers": manifest.rules.max_workers,
-                 "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s}
+                 "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s,
+                 **({"subleads": manifest.rules.subleads} if "allow_subleads" in manifest.rules.subleads else {})}
         print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks),
                           "max_parallel": manifest.rules.max_parallel,
                           **(house if manifest.mode == "hierarchical" else {})}))
     elif manifest.mode == "hierarchical":
         lead = manifest.tasks[0]
         print(f"OK: hierarchical, 1 lead ({lead.id}), max_workers={manifest.rules.max_workers}, budget_usd="
-              f"{manifest.rules.budget_usd:g}, lead_timeout_secs={lead.timeout_s}")
+              f"{manifest.rules.budget_usd:g}, lead_timeout_secs={lead.timeout_s}"
+              + render_sublead_rules(manifest.rules.subleads))
     else:
         print(f"OK: {manifest.mode}, {counts}, max_parallel={manifest.rules.max_parallel}")
     return "ok"
+
+
+def render_sublead_rules(rules: dict) -> str:
+    """What a manifest says of sub-leads, to follow its other house rules; empty where there are none."""
+    if "allow_subleads" not in rules:
+        return ""
+    flat = {key: value for key, value in rules.items() if not isinstance(value, dict)}
+    flat.update({f"sublead_defaults.{key}": value for key, value in rules["sublead_defaults"].items()})
+    return "".join(f", {key}" if value is True else f", {key}={value:g}" for key, value in flat.items())
 
 
 def cmd_dispatch(options: Any) -> str:
