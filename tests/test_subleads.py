@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stage import DEADLINE_S, Caller, Stage, gate, value_of, words_of
-from test_lead import ENDS, shape_faults, stage  # noqa: F401 (a fixture)
+from test_lead import shape_faults, stage  # noqa: F401 (a fixture)
 from tools import processes_with, read_events, read_records, wait_for
 
 MODEL = "claude-sonnet-4-6"
@@ -420,9 +420,8 @@ def test_a_killed_sublead_is_dealt_again_and_knows_its_workers(tree):
     lead = run.lead()
     name, sub = run.sublead(lead)
     worker = run.spawn(sub, "$ run sleep 600")
-    agent = next(p for p, c in processes_with(f"PITBOSS_TASK_ID={name}").items()
-                 if "demo-agent" in c or "agent" in c and "mcp-bridge" not in c and "sh -c" not in c and "/bin/sh" not in c)
-    os.kill(agent, signal.SIGKILL)
+    for pid in processes_with(f"{run.run.name}:{name}:"):
+        os.kill(pid, signal.SIGKILL)
     wait_for(lambda: len(run.events("hand_started", actor=name)) == 2, DEADLINE_S, "the next hand")
     heard = wait_for(lambda: run.heard(name)[1:], DEADLINE_S, "what it was told")[0]
     assert "You were started again" in heard and f"- {worker}: Running" in heard
@@ -526,7 +525,7 @@ def tree_script(home, gates: Path) -> str:
     def sublead(letter: str) -> str:
         workers = [f"$ print 4000 500\n{gate(gates / f'{letter}{n}')}\n$ say done" for n in range(3)]
         return "\n".join([*(call("spawn_worker", prompt=w) for w in workers),
-                          *(call("wait_for_worker", task_id=f"<{n + 1}.task_id>") for n in range(3)),
+                          *(call("wait_for_worker", task_id=f"<<{n + 1}.task_id>>") for n in range(3)),
                           call("kv_set", path="/shared/done", value=letter), "$ say all three"])
 
     return "\n".join([
@@ -591,19 +590,20 @@ def test_a_tree_whose_dispatcher_dies_twice_ends_with_exact_books(tree, home):
 
 
 def test_a_finished_run_tells_its_lead_the_sessions_of_its_subleads(tree, home):
-    run = tree(lead="use_worktree = true", script=call(
-        "spawn_sublead", prompt="$ write s.txt draft\n$ fail not yet", model=MODEL, budget_usd=1, max_workers=1)
-        + "\n" + call("wait_actor", actor_id="<1.sublead_id>") + "\n$ fail no")
-    records = run.settle(1)
-    session, place = records["sublead-1"]["claude_session_id"], records["sublead-1"]["worktree_path"]
-    log = open(home.root / "again.out", "w")
-    resumed = home.start("resume", run.run.name, stdout=log, stderr=log)
-    assert resumed.wait(DEADLINE_S) == 1
+    run = tree(script="\n".join([
+        call("kv_get", path="/ref/resume/subleads"),
+        call("spawn_sublead", prompt="$ fail not yet", model=MODEL, budget_usd=1, max_workers=1),
+        call("wait_actor", actor_id="<2.sublead_id>"), "$ fail no"]))
+    session = run.settle(1)["sublead-1"]["claude_session_id"]
+    assert session and not run.events("kv_written")
+    home.pitboss("resume", run.run.name, check=1)
     again = home.run_dir()
     written = [e for e in read_events(again) if e["kind"] == "kv_written"]
     assert [(e["layer"], e["path"]) for e in written] == [("boss", "/ref/resume/subleads")]
     assert json.loads(written[0]["value"]) == {"sublead-1": session}
-    assert [r["task_id"] for r in read_records(again)] == ["boss"] and place and os.path.isdir(place)
+    assert "actor_added" not in [e["kind"] for e in read_events(again) if e["seq"] <= written[0]["seq"]]
+    assert session in (again / "tasks/boss/stdout.log").read_text()            # it read it there
+    assert [r["role"] for r in read_records(again)] == ["sublead", "lead"]     # only the lead was dealt; it spawned
 
 
 def test_a_sublead_goes_on_in_a_session_and_in_its_worktree(tree, home):
