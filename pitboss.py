@@ -9460,7 +9460,8 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                meta.get("max_parallel") or rules.max_parallel,
                halt_on_failure=rules.halt_on_failure, keep_children=rules.keep_children,
                worktree_cleanup=rules.worktree_cleanup, worktree_dir=rules.worktree_dir,
-               **({"dump_shared_store": True} if rules.dump_shared_store else {}), **rules.subleads)
+               **({"dump_shared_store": True} if rules.dump_shared_store else {}),
+               **{key: value for key, value in rules.subleads.items() if value})
     with contextlib.suppress(HouseFault):          # the dispatcher will say so
         health = read_health(house_path(env))
         for account in dict.fromkeys(accounts.values()):
@@ -11819,11 +11820,11 @@ def cmd_validate(options: Any) -> str:
             say_error(f"pitboss: warning: {e}" + (f" ({e.hint})" if e.hint else ""))
         if limits_of(row) and row.program:
             say_error(f"pitboss: note: agent {name}: {limits_of(row)}")
-    counts = count_tasks(manifest)
+    counts, rules = count_tasks(manifest), manifest.rules.subleads
     if options.json:
         house = {"lead": manifest.tasks[0].id, "max_workers": manifest.rules.max_workers,
                  "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s,
-                 **({"subleads": manifest.rules.subleads} if "allow_subleads" in manifest.rules.subleads else {})}
+                 **({"subleads": rules} if "allow_subleads" in rules else {})}
         print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks),
                           "max_parallel": manifest.rules.max_parallel,
                           **(house if manifest.mode == "hierarchical" else {})}))
@@ -11831,7 +11832,7 @@ def cmd_validate(options: Any) -> str:
         lead = manifest.tasks[0]
         print(f"OK: hierarchical, 1 lead ({lead.id}), max_workers={manifest.rules.max_workers}, budget_usd="
               f"{manifest.rules.budget_usd:g}, lead_timeout_secs={lead.timeout_s}"
-              + render_sublead_rules(manifest.rules.subleads))
+              + render_sublead_rules(rules))
     else:
         print(f"OK: {manifest.mode}, {counts}, max_parallel={manifest.rules.max_parallel}")
     return "ok"

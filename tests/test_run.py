@@ -253,7 +253,7 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
            "halted": "failed", "limited": "ok", "told": "ok", "refused": "failed",
-           "led": "failed", "heard": "failed"}
+           "led": "failed", "tree": "failed", "heard": "failed"}
 
 
 @by_journal
