@@ -9,14 +9,16 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
 from stage import DEADLINE_S, Caller, Stage, gate, value_of, words_of
+from test_crash import FAULTS, state_of
 from test_lead import shape_faults, stage  # noqa: F401 (a fixture)
-from tools import processes_with, read_events, read_records, wait_for
+from tools import PYTHON, processes_with, read_events, read_records, wait_for
 
 MODEL = "claude-sonnet-4-6"
 ALLOWED = "allow_subleads = true\n"
@@ -445,10 +447,12 @@ def test_operators_are_told_of_subleads(tree, home):
     failed = operator.told("worker_failed")
     assert failed["task_id"] == worker and failed["parent_task_id"] == name and shape_faults(failed) == []
     assert failed["actor_path"] == ["boss", name, worker]
+    hangs = run.spawn(sub, "$ ignore\n$ run sleep 600")
     late = run.operator()                                   # who comes later is told which live
     assert [late.told("sublead_spawned")["sublead_id"] for _ in range(2)] == [name, down]
     shown = operator.op("list_workers")["workers"]
-    assert {w["task_id"]: w.get("parent_task_id") for w in shown} == {"boss": None, name: "boss", down: "boss", worker: name}
+    assert {w["task_id"]: w.get("parent_task_id") for w in shown} == {
+        "boss": None, name: "boss", down: "boss", worker: name, hangs: name}
     assert operator.op("pause_worker", task_id=down)["event"] == "op_acked"
     assert operator.op("continue_worker", task_id=down)["event"] == "op_acked"
     (home.root / "s").touch()
@@ -587,6 +591,34 @@ def test_a_tree_whose_dispatcher_dies_twice_ends_with_exact_books(tree, home):
     keys = [e["call"] for e in run.events("actor_added") if "call" in e]
     assert len(keys) == len(set(keys)) == 8
     assert not processes_with(f"PITBOSS_RUN_ID={run.run.name}")
+
+
+@pytest.mark.parametrize("moment", ['journal:"path":"/ref/two".before', 'journal:"path":"/ref/two".after',
+                                    'journal:"role":"sublead".half', 'journal:"role":"sublead".after'])
+def test_a_spawn_that_a_dispatcher_did_not_finish_happens_once_and_whole(home, moment):
+    """Where the first one died before the spawn was written, nobody finds what it had written for it."""
+    home.repo("repo", 1)
+    sub = [call("kv_get", path="/ref/one"), call("kv_get", path="/ref/two"), "$ say I have both"]
+    script = [call("spawn_sublead", prompt="\n".join(sub), model=MODEL, budget_usd=1, max_workers=1,
+                   initial_ref={"one": "first", "two": "second"}),
+              call("wait_actor", actor_id="<1.sublead_id>"), "$ say done"]
+    manifest = home.manifest(HOUSE + LEAD.replace('"."', '"repo"').replace('"x"', json.dumps("\n".join(script))) + ALLOWED)
+    process = subprocess.Popen([PYTHON, str(FAULTS), moment, "1", "--", "dispatch", str(manifest)], env=home.env,
+                               cwd=home.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: state_of(process.pid) == "T", DEADLINE_S, "the moment")
+    process.kill()
+    process.wait()
+    run = home.run_dir()
+    home.pitboss("resume", run.name, check=0)
+    added = [e["actor"] for e in read_events(run) if e["kind"] == "actor_added" and e["role"] == "sublead"]
+    records = {r["task_id"]: r for r in read_records(run)}
+    assert len(added) == 1 and set(records) == {"l", *added} and (run / "tasks" / added[0]).is_dir()
+    assert {r["status"] for r in records.values()} == {"Success"}
+    written = [(e["path"], e["value"], e["version"]) for e in read_events(run)
+               if e["kind"] == "kv_written" and e["layer"] == added[0]]
+    assert written == [("/ref/one", "first", 1), ("/ref/two", "second", 1)]
+    log = (run / "tasks" / added[0] / "stdout.log").read_text()
+    assert "first" in log and "second" in log
 
 
 def test_a_finished_run_tells_its_lead_the_sessions_of_its_subleads(tree, home):
