@@ -10391,7 +10391,7 @@ class ControlSession:
         if self.link.choked:
             return self.link.close()       # it does not read: it may come again
         run = self.dispatcher.run
-        if event["kind"] == "actor_added" and event["actor"] in run.layers:
+        if event["kind"] == "actor_added" and event["actor"] in run.layers and event.get("parent"):
             self.tell_sublead(event["actor"])
         elif event["kind"] == "closed":
             actor = run.actors[event["actor"]]

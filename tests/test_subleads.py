@@ -278,7 +278,9 @@ def test_one_hundred_racing_spawns_exceed_no_cap_and_no_purse(tree):
     books = lead.call("budget_status")
     assert books["spent_usd"] + books["reserved_usd"] <= 12.0 and books["workers_live"] == per_layer.get("boss", 0)
     run.operator().op("cancel_run")
-    run.settle(1)
+    records = run.settle(1)
+    assert len(records) == len(run.events("actor_added")) and {r["status"] for r in records.values()} == {"Cancelled"}
+    assert not processes_with(f"PITBOSS_RUN_ID={run.run.name}")
 
 
 # ------------------------------------------------------------------ what a sub-lead has
@@ -405,6 +407,50 @@ def test_a_sublead_that_succeeds_needs_its_workers_no_more_and_one_that_fails_lo
     assert run.summary()["tasks_failed"] == 2
 
 
+def test_a_run_that_is_cancelled_takes_all_that_is_spawned_meanwhile(tree):
+    run = tree()
+    lead = run.lead()
+    name, sub = run.sublead(lead, "$ ignore\n$ run sleep 600", budget_usd=50, max_workers=16)
+    for _ in range(3):
+        sub.start("spawn_worker", {"prompt": "$ ignore\n$ run sleep 600"})
+    operator = run.operator()
+    operator.say({"op": "cancel_run", "reason": "all off"})
+    late = [sub.start("spawn_worker", {"prompt": "$ ignore\n$ run sleep 600"}) for _ in range(3)]
+    late.append(lead.start("spawn_sublead", {"prompt": "$ ignore\n$ hang", "model": MODEL, "budget_usd": 1, "max_workers": 1}))
+    records = run.settle(1)
+    added = {e["actor"] for e in run.events("actor_added")}
+    assert set(records) == added and {r["status"] for r in records.values()} == {"Cancelled"} and len(late) == 4
+    assert not processes_with(f"PITBOSS_RUN_ID={run.run.name}")
+
+
+def test_a_draining_run_takes_no_subleads(tree):
+    run = tree()
+    lead = run.lead()
+    name, sub = run.sublead(lead)
+    run.process.send_signal(signal.SIGINT)
+    wait_for(lambda: run.events("drained"), DEADLINE_S, "the drain")
+    words = lead.refused("spawn_sublead", prompt="$ say x", model=MODEL, budget_usd=1, max_workers=1)
+    assert words.startswith("run is draining: no new workers accepted")
+    assert sub.refused("spawn_worker", prompt="$ say x").startswith("run is draining: no new workers accepted")
+    run.finish(130)
+
+
+def test_a_paused_sublead_has_not_ended_and_its_workers_go_on(tree, home):
+    run = tree()
+    lead = run.lead()
+    name, sub = run.sublead(lead)
+    worker = run.spawn(sub, gate(home.root / "w"))
+    lead.call("pause_worker", task_id=name)
+    assert lead.call("wait_actor", actor_id=name, timeout_secs=0) == {"settled": False, "state": "Paused"}
+    (home.root / "w").touch()
+    assert lead.call("wait_actor", actor_id=worker)["Worker"]["status"] == "Success"
+    assert lead.call("budget_status")["reserved_usd"] == 10
+    lead.call("continue_worker", task_id=name)
+    heard = wait_for(lambda: run.heard(name)[1:], DEADLINE_S, "its next hand")[0]
+    assert f"- {worker}: Completed" in heard            # what settled meanwhile is told
+    run.finish(0)
+
+
 def test_leases_of_a_sublead_and_its_workers_are_free_when_they_end(tree):
     run = tree()
     lead = run.lead()
@@ -421,16 +467,18 @@ def test_leases_of_a_sublead_and_its_workers_are_free_when_they_end(tree):
     run.finish(1)
 
 
-def test_a_killed_sublead_is_dealt_again_and_knows_its_workers(tree):
+@pytest.mark.parametrize("who", ["boss", "sublead-1"])
+def test_a_killed_lead_is_dealt_again_and_knows_whom_it_spawned(tree, who):
     run = tree()
     lead = run.lead()
     name, sub = run.sublead(lead)
     worker = run.spawn(sub, "$ run sleep 600")
+    known, name = {"boss": f"- {name} (sub-lead): Running", name: f"- {worker}: Running"}[who], who
     for pid in processes_with(f"{run.run.name}:{name}:"):
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: len(run.events("hand_started", actor=name)) == 2, DEADLINE_S, "the next hand")
     heard = wait_for(lambda: run.heard(name)[1:], DEADLINE_S, "what it was told")[0]
-    assert "You were started again" in heard and f"- {worker}: Running" in heard
+    assert "You were started again" in heard and known in heard and heard.count("\n- ") == 1
     assert lead.call("worker_status", task_id=worker)["state"] == "Running"
     run.finish(0)
 
