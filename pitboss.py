@@ -9678,7 +9678,7 @@ async def spawn_looking(dispatcher: Dispatcher, actor: Actor, task: Task, row: A
 
 
 def decide_to_add(dispatcher: Dispatcher, lead: str, decide: Callable, *asked: Any) -> float:
-    """What `decide` says is to be reserved in a lead's purse, by its present spending.  Raises ToolRefusal."""
+    """What `decide` says is to be reserved in a lead's purse as it stands now.  Raises ToolRefusal."""
     dispatcher.note_spending(lead)
     try:
         return decide(dispatcher.run, lead, *asked)
