@@ -367,9 +367,7 @@ def test_cancelling_a_sublead_takes_its_workers_and_what_is_spawned_meanwhile(tr
     assert added <= set(records) and {records[n]["status"] for n in (*added, name)} == {"Cancelled"}
     assert all(records[n]["failure_reason"]["message"].startswith("the lead ended") for n in added)
     assert records[name]["failure_reason"]["message"].startswith("enough")
-    left = {p: c for p, c in processes_with(f"PITBOSS_RUN_ID={run.run.name}").items()
-            if any(f"PITBOSS_TASK_ID={n}\0".encode() in Path(f"/proc/{p}/environ").read_bytes() for n in (*added, name))}
-    assert left == {}
+    assert not [n for n in (*added, name) if processes_with(f"{run.run.name}:{n}:")]
     assert lead.call("worker_status", task_id=bystander)["state"] == "Running"
     assert lead.call("budget_status")["reserved_usd"] == 0.5                  # the bystander's
     (home.root / "b").touch()
