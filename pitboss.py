@@ -172,18 +172,19 @@ class Status(NamedTuple):
     tool: str                  # its state in the answers of tools
     wire: str                  # its state on the control socket
     meaning: str
+    outcome: str = "error"     # of a sub-lead, as its root and control clients are told
 
 
 STATUSES = {s.name: s for s in (
     #      name          glyph  colour    good   tool           wire                 meaning
     Status("Success",     "✓", "green",   True,  "Completed",   "done_success",      "a result that is not "
-           "an error, exit status 0, and nobody stopped it"),
+           "an error, exit status 0, and nobody stopped it", outcome="success"),
     Status("Failed",      "✗", "red",     False, "Failed",      "done_failed",       "the agent ended "
            "otherwise; failure_reason says how"),
     Status("TimedOut",    "⧗", "yellow",  False, "TimedOut",    "done_timed_out",    "stopped when its "
-           "timeout_secs had passed"),
+           "timeout_secs had passed", outcome="timeout"),
     Status("Cancelled",   "⊘", "yellow",  False, "Cancelled",   "done_cancelled",    "stopped by an operator "
-           "or its lead, or because its lead ended"),
+           "or its lead, or because its lead ended", outcome="cancel"),
     Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
            "process could not be made"),
     Status("ApprovalRejected", "⊝", "yellow", False, "ApprovalRejected", "done_approval_rejected", "it ended "
@@ -523,16 +524,14 @@ class Problem(NamedTuple):
     where: tuple = ()         # the same path as keys and indexes, to find its line
 
 
-def check_fields(fields: tuple[Field, ...], given: dict, path: str, where: tuple,
-                 not_yet: Mapping[str, str] = {}) -> tuple[dict, list[Problem]]:
+def check_fields(fields: tuple[Field, ...], given: dict, path: str,
+                 where: tuple) -> tuple[dict, list[Problem]]:
     """(`given` completed with defaults, everything wrong with it).
 
     A value that is wrong is replaced by its default, so that later checks can go on.
-    `not_yet`: other keys, and what they belong to.
     """
     spelled = [name for f in fields for name in (f.name, *f.also)]
-    problems = [Problem(path + k, f"{not_yet[k]} are not supported by this version" if k in not_yet
-                        else f"unknown key{did_you_mean(k, spelled)}", (*where, k))
+    problems = [Problem(path + k, f"unknown key{did_you_mean(k, spelled)}", (*where, k))
                 for k in given if k not in spelled]
     values = {}
     for f in fields:
@@ -641,7 +640,7 @@ def schema_of(fields: tuple[Field, ...]) -> dict:
 def value_schema(f: Field) -> dict:
     """The JSON schema of a field's value."""
     return {
-        **KINDS[f.kind].schema,
+        **KINDS[f.kind].schema, **(schema_of(f.fields) if f.fields else {}),
         **({"enum": list(f.choices)} if f.choices else {}),
         **({"minimum": f.low} if f.low is not None else {}),
         **({"exclusiveMinimum": f.above} if f.above is not None else {}),
@@ -802,6 +801,17 @@ TASK_FIELDS = (
     *WORK_FIELDS,
 )
 
+_SUBLEADS = {"mode": "hierarchical"}
+SUBLEAD_FIELDS = (         # what spawn_sublead has where the lead does not say
+    Field("budget_usd", "number", None, "envelope of a sub-lead, reserved in the root lead's purse",
+          above=0, example=2.0, **_SUBLEADS),
+    Field("max_workers", "count", None, "live workers of a sub-lead", low=1, high=16, example=2, **_SUBLEADS),
+    Field("lead_timeout_secs", "count", None, "seconds until a sub-lead is stopped", low=1, example=3600,
+          shown="the root lead's", **_SUBLEADS),
+    Field("read_down", "flag", False, "a sub-lead has no envelope and no pool of its own but shares the root "
+                                      "lead's, which may read its store", **_SUBLEADS),
+)
+
 LEAD_FIELDS = (
     Field("id", "text", REQUIRED, "name of the lead", pattern=r"[A-Za-z0-9_-]{1,64}"),
     Field("directory", "path", REQUIRED, "where it works, and its workers unless it says otherwise",
@@ -811,6 +821,16 @@ LEAD_FIELDS = (
     Field("permission_routing", "text", "path_a", "path_a: agents run with their own permission gate off; "
                                                   "path_b: it stays on and asks through approvals",
           choices=ROUTES),
+    Field("allow_subleads", "flag", False, "the lead may spawn sub-leads, each with workers, an envelope and "
+                                           "a store of its own"),
+    Field("max_subleads", "count", None, "sub-leads in the whole run, ended ones count", low=1,
+          shown="no limit"),
+    Field("max_sublead_budget_usd", "number", None, "what one sub-lead may be given", above=0, example=2.0,
+          shown="no limit"),
+    Field("max_workers_across_tree", "count", None, "live workers in the whole tree, leads not counted",
+          also=("max_total_workers",), low=1, example=8, shown="no limit"),
+    Field("sublead_defaults", "table", None, "the same as `[sublead_defaults]`",
+          fields=SUBLEAD_FIELDS, example={"budget_usd": 2.0, "max_workers": 2}),
 )
 
 MATCH_FIELDS = (           # what a rule looks at; what is left out matches everything
@@ -891,6 +911,8 @@ TABLES = {
                                             "written `[[lead]]`, never beside `[[task]]`"),
     "approval_policy": (RULE_FIELDS, "list", "a rule about requests for approval; the first that matches "
                                              "counts"),
+    "sublead_defaults": (SUBLEAD_FIELDS, "one", "what a sub-lead has unless its root lead says otherwise; "
+                                                "also written `[lead.sublead_defaults]`"),
     "template":   (TEMPLATE_FIELDS, "list", "a prompt that several tasks share"),
     "mcp_server": (SERVER_FIELDS,   "list", "a further MCP server for every actor"),
     "agent":      (COMMAND_FIELDS,  "named", "a program of your own as agent"),
@@ -909,13 +931,6 @@ MANY = {
 
 MODES = {"flat": "task", "hierarchical": "lead"}   # of a run, and the one table that makes it so
 TABLE_MODES = {"approval_policy": "hierarchical"}  # tables that have no effect in the other mode
-
-NOT_YET = {
-    # table ("" is the document): keys of it that are known, and what they belong to
-    "": {"sublead_defaults": "sub-leads"},
-    "lead": {**dict.fromkeys(("allow_subleads", "max_subleads", "max_sublead_budget_usd", "sublead_defaults",
-                              "max_workers_across_tree", "max_total_workers"), "sub-leads")},
-}
 
 NOT_HERE = {
     "container": "containers are not supported here; the table is ignored",
@@ -939,6 +954,7 @@ class Rules(NamedTuple):
     approval_policy: str       # an action of ACTIONS
     require_plan_approval: bool
     dump_shared_store: bool
+    subleads: dict = {}        # the keys of SUBLEAD_KEYS that are given, and the defaults of sub-leads
 
 
 class ApprovalRule(NamedTuple):
@@ -966,8 +982,8 @@ class Task(NamedTuple):
     use_worktree: bool
     env: dict
     index: int = -1            # place in the manifest, counted from 0; -1: it is the lead, or a worker
-    role: str = "task"         # task lead worker
-    worker_timeout_s: int = 0  # of a lead: that of its workers, unless a spawn says otherwise
+    role: str = "task"         # task lead sublead worker
+    worker_timeout_s: int = 0  # of a lead or sub-lead: that of its workers, unless a spawn says otherwise
 
 
 class Server(NamedTuple):
@@ -1115,8 +1131,6 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     for name, value in doc.items():
         if name in NOT_HERE:
             warnings.append(Problem(name, NOT_HERE[name], (name,)))
-        elif name in NOT_YET[""]:
-            problems.append(Problem(name, f"{NOT_YET[''][name]} are not supported by this version", (name,)))
         elif name not in TABLES:
             problems.append(Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)))
     for name, (fields, many, _) in TABLES.items():
@@ -1127,6 +1141,8 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     problems += wrong
     rules, wrong, more = resolve_rules(tables, mode, house, stem, env, expand)
     problems, warnings = problems + wrong, warnings + more
+    subleads, wrong, more = resolve_subleads(tables, mode)
+    rules, problems, warnings = rules._replace(subleads=subleads), problems + wrong, warnings + more
     servers, wrong = resolve_servers(tables["mcp_server"])
     own = {name: Command(tuple(t["command"] or ()), t["format"]) for name, t in tables["agent"]}
     problems += wrong + check_commands(tables["agent"], agents)
@@ -1184,7 +1200,7 @@ def read_table(name: str, given: Any, fields: tuple[Field, ...], many: str) -> t
                                       (name,))]
         if given is None and many == "sole":
             return ({}, {}), []
-        values, problems = check_fields(fields, given or {}, f"{name}.", (name,), NOT_YET.get(name, {}))
+        values, problems = check_fields(fields, given or {}, f"{name}.", (name,))
         return (values, given or {}), problems
     if many == "list":
         if given is not None and not (isinstance(given, list) and all(isinstance(t, dict) for t in given)):
@@ -1320,6 +1336,52 @@ def resolve_house(tables: dict) -> tuple[dict, list[Problem]]:
                                                        f"which means the same, is {show_value(was)}; "
                                                        "allowed: one of them", (table, name)))
     return house, problems
+
+
+SUBLEAD_KEYS = ("allow_subleads", "max_subleads", "max_sublead_budget_usd", "max_workers_across_tree")
+
+
+def resolve_subleads(tables: dict, mode: str) -> tuple[dict, list[Problem], list[Problem]]:
+    """What is said of sub-leads: the rules that are given and, as `sublead_defaults`, the defaults.
+
+    Also what is wrong with them, and warnings.
+    """
+    (values, given), (lead, lead_given) = tables["sublead_defaults"], tables["lead"]
+    if mode != "hierarchical":
+        return {}, [], [Problem(f"sublead_defaults.{key}", f"is for hierarchical runs only; beside "
+                                f"{header_of(MODES[mode])} it has no effect", ("sublead_defaults", key))
+                        for key in given if key in values]
+    inner = lead.get("sublead_defaults") or {}
+    inner_given = lead_given.get("sublead_defaults") if inner else {}
+    problems = [Problem(f"lead.sublead_defaults.{key}", f"found {show_value(inner_given[key])}, but "
+                        f"sublead_defaults.{key}, which means the same, is {show_value(given[key])}; "
+                        "allowed: one of them", ("lead", "sublead_defaults", key))
+                for key in inner_given if key in given and given[key] != inner_given[key]]
+    defaults = {f.name: (inner if f.name in inner_given else values).get(f.name) for f in SUBLEAD_FIELDS}
+    rules = {key: lead[key] for key in SUBLEAD_KEYS if lead.get(key)}
+    rules["sublead_defaults"] = {key: value for key, value in defaults.items() if value}
+    return rules, problems, warn_of_subleads(rules, lead_given)
+
+
+def warn_of_subleads(rules: dict, given: dict) -> list[Problem]:
+    """What is said of sub-leads and cannot have an effect, or not the one that was meant."""
+    defaults, allowed = rules["sublead_defaults"], "allow_subleads" in rules
+    told = [key for key in SUBLEAD_KEYS[1:3] if key in rules]
+    if not allowed:
+        told += ["sublead_defaults"] if defaults else []
+        return [Problem(f"lead.{key}", "it has no effect without allow_subleads = true", ("lead", key))
+                for key in told]
+    where, warnings = ("lead", "allow_subleads"), []
+    missing = [key for key in ("budget_usd", "max_workers") if key not in defaults]
+    if missing and not defaults.get("read_down"):
+        warnings.append(Problem("lead.allow_subleads", f"there is no sublead_defaults.{missing[0]}, so the "
+                                "lead must give it with each spawn_sublead that is not read_down", where))
+    cap = rules.get("max_sublead_budget_usd")
+    if cap is not None and defaults.get("budget_usd", 0.0) > cap:
+        warnings.append(Problem("lead.max_sublead_budget_usd", "it is less than sublead_defaults.budget_usd, "
+                                f"{defaults['budget_usd']:g}: each sub-lead that does not ask for less will "
+                                "be refused", ("lead", "max_sublead_budget_usd")))
+    return warnings
 
 
 def resolve_servers(rows: list[dict]) -> tuple[list[Server], list[Problem]]:
@@ -3328,7 +3390,7 @@ class Actor(NamedTuple):
     branch: str | None             # wanted; None: one of the run's own
     parent: str | None = None
     layer: str = ""                # the lead whose layer it works in: a lead its own; empty in a flat run
-    estimate: float = 0.0          # reserved in its layer's budget while it lives, USD
+    estimate: float = 0.0          # reserved in its lead's purse, USD: of a sub-lead its envelope
     prompt_preview: str = ""
     format: str = "claude"
     resumes: bool = True           # its agent can go on in a session
@@ -3366,6 +3428,7 @@ class Actor(NamedTuple):
     stop: str = ""
     stop_reason: str = ""
     stop_done: bool = False        # its work was done before that
+    needless: bool = False         # it is stopped because a lead above it succeeded without it
     started_at: float | None = None
     ended_at: float | None = None
     status: str = ""               # a key of STATUSES once it has ended
@@ -3390,13 +3453,15 @@ class Message(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A lead's purse and pool.  Money in USD; a worker counts as live until it has ended."""
+    """A lead's purse and pool, and its workers.  Money in USD; a worker counts as live until it has ended."""
 
-    budget_usd: float | None = None
+    budget_usd: float | None = None    # None: it has no purse of its own
     max_workers: int = 0
     live: int = 0
-    reserved: float = 0.0          # the estimates of live workers
-    spent: float = 0.0             # by workers that have ended; the lead's own is not in it
+    reserved: float = 0.0          # the estimates of its live workers
+    spent: float = 0.0             # by its workers that have ended; the lead's own is not in it
+    purse: str = ""                # the lead whose purse and pool it uses: itself, or with read_down the root
+    read_down: bool = False        # a sub-lead's, whose store the root reads
     planned: bool = False          # a plan of it was approved
 
 
@@ -3544,8 +3609,10 @@ def on_actor_added(run: RunState, event: dict) -> None:
     facts = {k: event[k] for k in event.keys() & Actor._fields}
     before = Usage(*((event.get("former") or {}).get("session_usage") or ()))
     actor = run.actors[event["actor"]] = Actor(id=event["actor"], **{**facts, "session_usage": before})
-    if actor.role == "lead":
-        run.layers[actor.id] = Layer(event["budget_usd"], event["max_workers"])
+    if actor.role in LEADERS:
+        down = event.get("read_down", False)
+        run.layers[actor.id] = Layer(event["budget_usd"], event["max_workers"], read_down=down,
+                                     purse=actor.parent if down else actor.id)
         run.costs[actor.id] = []
     elif actor.layer:
         layer = run.layers[actor.layer]
@@ -3797,7 +3864,7 @@ def on_closed(run: RunState, event: dict) -> None:
     run.closing -= 1
     run.settled.append(event["actor"])
     actor = run.actors[event["actor"]]
-    if not STATUSES[actor.status].good and not is_needless(run, actor):
+    if not STATUSES[actor.status].good and not actor.needless:
         parent = {"parent_task_id": actor.parent} if actor.parent else {}
         notify(run, event["at"], "worker_failed", actor.id, task_id=actor.id, **parent,
                reason={"kind": "unknown", **(public_reason(actor.reason) or {})})
@@ -4056,7 +4123,8 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
         book_worker(run, run.actors[actor])
     if old.layer == actor:
         end_layer(run, actor, at)
-    if not STATUSES[status].good and not is_needless(run, old):
+    # what a lead that succeeded did not need any more is no failure
+    if not STATUSES[status].good and not old.needless:
         run.failed += 1
         run.halted = run.halted or bool(run.facts.get("halt_on_failure"))
     owe(run, "close", actor)
@@ -4065,17 +4133,11 @@ def end_actor(run: RunState, actor: str, status: str, at: float, reason: dict | 
     fill_slots(run)
 
 
-def is_needless(run: RunState, actor: Actor) -> bool:
-    """What a lead that succeeded did not need any more is no failure."""
-    return actor.stop == "lead_ended" and STATUSES[run.actors[actor.layer].status].good
-
-
 def watch_budget(run: RunState, lead: str, at: float) -> None:
     """Notify when a layer has spent more than its budget; `lead` may be any actor."""
-    layer, actor = run.layers.get(lead), run.actors[lead]
-    spent = layer.spent + (actor.cost_usd or 0.0) + actor.hand_usd if layer else 0.0
-    if layer and layer.budget_usd is not None and spent > layer.budget_usd:
-        tell_budget(run, lead, spent, at)
+    books = books_of(run, lead) if lead in run.layers else None
+    if books and books.budget_usd is not None and books.spent_usd > books.budget_usd:
+        tell_budget(run, run.layers[lead].purse, books.spent_usd, at)
 
 
 def book_worker(run: RunState, actor: Actor) -> None:
@@ -4091,12 +4153,22 @@ def book_worker(run: RunState, actor: Actor) -> None:
 
 
 def end_layer(run: RunState, lead: str, at: float) -> None:
-    """A lead has ended: everything below it is stopped."""
-    for actor in list(run.actors.values()):
+    """A lead has ended: everything below it is stopped, sub-leads before their workers."""
+    needless = STATUSES[run.actors[lead].status].good or run.actors[lead].needless
+    below = [a for a in run.actors.values() if lead in path_of(run, a.id)[:-1]]
+    for actor in sorted(below, key=lambda a: a.role not in LEADERS):
         present = run.actors[actor.id]
-        if actor.layer == lead != actor.id and not present.status:
-            if present.stop in ("", "pause", "redirect"):
-                stop_actor(run, present, "lead_ended", "the lead ended", False, at)
+        if not present.status and present.stop in ("", "pause", "redirect"):
+            present = change(run, actor.id, needless=needless)
+            stop_actor(run, present, "lead_ended", "the lead ended", False, at)
+
+
+def path_of(run: RunState, name: str) -> list[str]:
+    """The ids from the root lead down to an actor."""
+    path = [name]
+    while parent := run.actors[path[0]].parent:
+        path.insert(0, parent)
+    return path
 
 
 def finish_when_done(run: RunState) -> None:
@@ -4358,21 +4430,13 @@ DECIDERS = {
 }
 
 
-def path_of(run: RunState, actor: str) -> tuple[str, ...]:
-    """The ids from the root lead down to an actor."""
-    path: tuple = (actor,)
-    while (parent := run.actors[path[0]].parent) in run.actors:
-        path = (parent, *path)
-    return path
-
-
 def decide_approval(run: RunState, actor: Actor, facts: dict, default_s: float) -> dict:
     """The facts of an `approval_asked`, or, where they have `approved`, of an `approval_decided`.
 
     `facts`: request_id, form, category, summary, plan, tool_name, cost_usd, fallback, ttl_s (None:
     `default_s`), call.
     """
-    ask = Ask(path_of(run, actor.id), facts["category"], facts.get("tool_name"), facts.get("cost_usd"))
+    ask = Ask(tuple(path_of(run, actor.id)), facts["category"], facts.get("tool_name"), facts.get("cost_usd"))
     action, rule = decide_policy(run.policy, run.facts.get("approval_policy", "block"), ask)
     shown = {k: v for k, v in facts.items() if v is not None or k == "ttl_s"}
     if action == "block":
@@ -4459,19 +4523,48 @@ def decide_refused_end(actor: Actor, facts: dict, left_at: float) -> dict:
 
 
 class Books(NamedTuple):
-    """What a layer may spend and has, USD, and its workers."""
+    """What may be spent from a purse and is, USD, and the workers of its pool."""
 
     budget_usd: float | None
-    spent_usd: float               # by ended workers, and by the lead so far
-    reserved_usd: float
+    spent_usd: float               # by ended workers, its leads so far, sub-leads beyond their envelopes
+    reserved_usd: float            # for live workers, and the envelopes of sub-leads
     workers_live: int
     max_workers: int
 
 
-def books_of(run: RunState, lead: str, lead_usd: float) -> Books:
-    """The books of a lead's layer; `lead_usd`: what the lead itself has spent so far."""
-    layer = run.layers[lead]
-    return Books(layer.budget_usd, layer.spent + lead_usd, layer.reserved, layer.live, layer.max_workers)
+def books_of(run: RunState, lead: str) -> Books:
+    """The books of the purse and pool that a lead uses.
+
+    A sub-lead's envelope is reserved until the last of its layer has ended; then what was spent is.
+    """
+    purse = run.layers[lead].purse
+    spent, reserved, live = 0.0, 0.0, 0
+    for name, layer in run.layers.items():
+        if layer.purse == purse:
+            spent, reserved, live = spent + spent_in(run, name), reserved + layer.reserved, live + layer.live
+        elif run.actors[name].parent == purse:
+            envelope = 0.0 if run.actors[name].status and not layer.live else run.actors[name].estimate
+            spent, reserved = spent + max(0.0, spent_in(run, name) - envelope), reserved + envelope
+    return Books(run.layers[purse].budget_usd, spent, reserved, live, run.layers[purse].max_workers)
+
+
+def spent_in(run: RunState, lead: str) -> float:
+    """What a lead and its workers that have ended have spent so far, USD."""
+    actor = run.actors[lead]
+    return run.layers[lead].spent + (actor.cost_usd or 0.0) + actor.hand_usd
+
+
+def is_over(run: RunState, lead: str) -> bool:
+    """Whether a lead and all its workers have settled."""
+    return (run.actors[lead].state == "settled" and not run.layers[lead].live
+            and all(a.state == "settled" for a in run.actors.values() if a.layer == lead))
+
+
+def sum_up_sublead(run: RunState, name: str) -> dict:
+    """What became of a sub-lead and its envelope; final once its layer is over."""
+    spent, envelope = spent_in(run, name), run.layers[name].budget_usd
+    return {"sublead_id": name, "outcome": STATUSES[run.actors[name].status].outcome,
+            "spent_usd": round(spent, 10), "unspent_usd": round(max(0.0, (envelope or 0.0) - spent), 10)}
 
 
 ESTIMATES_USD = {"opus": 2.00, "sonnet": 0.50}     # of a worker, before one of its layer has ended
@@ -4492,8 +4585,8 @@ def check_planned(run: RunState, lead: str) -> None:
                           "spawn when it was approved")
 
 
-def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float, account: str = "") -> float:
-    """What is reserved for a new worker of a layer, USD.  Raises ToolRefusal."""
+def refuse_to_add(run: RunState, lead: str, account: str) -> None:
+    """Raise ToolRefusal where nothing of an account can start below a lead."""
     hold = run.holds.get(account)
     if hold and not may_start(run, account):
         final = HOLDS[hold.kind].final
@@ -4505,16 +4598,45 @@ def decide_spawn(run: RunState, lead: str, model: str, lead_usd: float, account:
     if run.draining or run.cancelled or run.actors[lead].stop or run.actors[lead].status:
         raise ToolRefusal("run is draining: no new workers accepted; finish with what the workers have done")
     check_planned(run, lead)
-    books = books_of(run, lead, lead_usd)
+
+
+def refuse_to_reserve(books: Books, usd: float) -> None:
+    """Raise ToolRefusal where a purse has no room for so much more."""
+    if books.budget_usd is not None and books.spent_usd + books.reserved_usd + usd > books.budget_usd:
+        raise BudgetExceeded(f"budget exceeded: ${books.spent_usd:.4f} spent + ${books.reserved_usd:.4f} "
+                          f"reserved + ${usd:.4f} estimated > ${books.budget_usd:.4f} budget; wait for "
+                          "workers to end, which releases what they do not use, or go on with what you have")
+
+
+def decide_spawn(run: RunState, lead: str, model: str, account: str = "") -> float:
+    """What is reserved for a new worker of a lead, USD.  Raises ToolRefusal."""
+    refuse_to_add(run, lead, account)
+    books = books_of(run, lead)
     if books.workers_live >= books.max_workers:
         raise ToolRefusal(f"worker cap reached: {books.workers_live} active (max {books.max_workers}); "
                           "wait for one with wait_for_any, or cancel one")
+    live, most = sum(layer.live for layer in run.layers.values()), run.facts.get("max_workers_across_tree")
+    if most is not None and live >= most:
+        raise ToolRefusal(f"tree worker cap reached: {live} live (max {most}); wait for a worker to end and "
+                          "try again")
     estimate = estimate_usd(run.costs[lead], model)
-    if books.budget_usd is not None and books.spent_usd + books.reserved_usd + estimate > books.budget_usd:
-        raise BudgetExceeded(f"budget exceeded: ${books.spent_usd:.4f} spent + ${books.reserved_usd:.4f} "
-                          f"reserved + ${estimate:.4f} estimated > ${books.budget_usd:.4f} budget; wait for "
-                          "workers to end, which releases what they do not use, or go on with what you have")
+    refuse_to_reserve(books, estimate)
     return estimate
+
+
+def decide_sublead(run: RunState, lead: str, budget_usd: float | None, account: str = "") -> float:
+    """What is reserved for a new sub-lead, USD; without an envelope nothing.  Raises ToolRefusal."""
+    refuse_to_add(run, lead, account)
+    spawned, most = len(run.layers) - 1, run.facts.get("max_subleads")
+    if most is not None and spawned >= most:
+        raise ToolRefusal(f"sublead cap reached: {spawned} spawned (max {most}); give the work to workers, "
+                          "or to a sub-lead that runs, with reprompt_worker")
+    envelope, cap = budget_usd or 0.0, run.facts.get("max_sublead_budget_usd")
+    if cap is not None and envelope > cap:
+        raise ToolRefusal(f"spawn_sublead: budget_usd ${envelope:.4f} exceeds per-sublead cap ${cap:.4f}; "
+                          "ask for less")
+    refuse_to_reserve(books_of(run, lead), envelope)
+    return envelope
 
 
 def state_word(actor: Actor, wire: bool = False) -> str:
@@ -8473,9 +8595,9 @@ def show_approval(run_dir: str, run: RunState, asked: Approval) -> dict:
 
 
 def digest_workers(run: RunState, lead: str) -> str:
-    """What a lead that is dealt again must know of its workers."""
-    lines = [f"- {a.id}: {state_word(a)}; asked: {' '.join((a.prompt_preview or '').split())}"
-             for a in run.actors.values() if a.layer == lead != a.id]
+    """What a lead that is dealt again must know of its workers and sub-leads."""
+    lines = [f"- {a.id}{' (sub-lead)' if a.role in LEADERS else ''}: {state_word(a)}; asked: "
+             f"{' '.join((a.prompt_preview or '').split())}" for a in run.actors.values() if a.parent == lead]
     return "continue\n\n[SYSTEM] You were started again. " + (
         "Your workers now:\n" + "\n".join(lines) + "\nCalls that were open are gone: wait for workers anew."
         if lines else "No worker was spawned.")
@@ -8594,15 +8716,19 @@ class Dispatcher:
                     self.news.pop(topic, None)
         return True
 
-    def spent_by(self, name: str) -> float:
-        """What a lead itself has spent so far, USD; a usage event says so before a budget decision."""
-        actor, live = self.run.actors[name], self.hands.get(name)
-        if live and live.talk.usage() != actor.hand_usage:
-            live.told_at = time.monotonic()
-            self.record("usage", actor=name, hand=actor.hand, usage=list(live.talk.usage()),
-                        cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
-        actor = self.run.actors[name]
-        return (actor.cost_usd or 0.0) + actor.hand_usd
+    def note_spending(self, name: str) -> None:
+        """Record what the leads on whose spending a lead's budget depends have spent so far.
+
+        Those are the ones that share its purse, and of the root its sub-leads, that may have overspent.
+        """
+        layers, actors = self.run.layers, self.run.actors
+        for lead in layers:
+            live = self.hands.get(lead)
+            concerned = layers[lead].purse == layers[name].purse or actors[lead].parent == layers[name].purse
+            if concerned and live and live.talk.usage() != actors[lead].hand_usage:
+                live.told_at = time.monotonic()
+                self.record("usage", actor=lead, hand=actors[lead].hand, usage=list(live.talk.usage()),
+                            cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
 
     def settle_leases(self) -> None:
         """Record what has become of leases, and look again when the next one is due."""
@@ -9154,7 +9280,7 @@ class Dispatcher:
         task = self.plan_of(actor.id)._replace(directory=actor.directory, model=actor.model)
         prompt_file = os.path.join(folder, "prompt.txt")
         told = tuple(read_message(folder, m) for m in actor.inbox[:actor.carried])
-        if actor.how == "resume" and actor.role == "lead":
+        if actor.how == "resume" and actor.role in LEADERS:
             told = (digest_workers(self.run, actor.id), *told)
         config = ""
         servers = [*self.manifest.servers, *self.own_server(actor, folder)]
@@ -9171,7 +9297,7 @@ class Dispatcher:
                     place.get("path") or actor.directory, place.get("cwd") or actor.directory, prompt_file,
                     config, os.path.join(os.path.dirname(self.run_dir), ".sessions"), os.geteuid() == 0,
                     tuple(servers), told=told,
-                    max_workers=self.run.layers[actor.layer].max_workers if actor.layer else 0,
+                    max_workers=books_of(self.run, actor.layer).max_workers if actor.layer else 0,
                     asks=bool(self.run.facts.get("path_b")))
         deal = deal._replace(memory=read_memory(row.reads, deal.root, deal.cwd))
         files = {**row.files(deal), **({"input.txt": first_words(deal)} if row.input == "prompt" else {})}
@@ -9508,8 +9634,7 @@ class Dispatcher:
         """A spawn was refused for the budget: say so, once, where somebody is told."""
         if self.run.sinks and lead not in self.refused_budgets:
             self.refused_budgets.add(lead)
-            self.record("budget_exceeded", layer=lead, spent_usd=books_of(self.run, lead,
-                                                                          self.spent_by(lead)).spent_usd)
+            self.record("budget_exceeded", layer=lead, spent_usd=books_of(self.run, lead).spent_usd)
 
     async def end_strangers(self) -> None:
         """End children that nothing could be told of: every hand is gone, so they are leftovers."""
@@ -9761,6 +9886,12 @@ def render_resolved(order: Order, run_id: str) -> dict:
                                                           for s in order.manifest.servers]}
 
 
+def former_of(actor: Actor) -> dict:
+    """What an actor leaves to the one that goes on with its work: its session and its worktree."""
+    return {"session_id": actor.session_id if actor.hands else "", "session_usage": list(actor.session_usage),
+            **(actor.place or {}), "rescue_ref": (actor.closed or {}).get("rescue_ref")}
+
+
 class Taken(NamedTuple):
     """A run that this process holds."""
 
@@ -9853,7 +9984,8 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                **({"policy": [list(rule) for rule in manifest.policy]} if manifest.policy else {}),
                **({"require_plan_approval": True} if rules.require_plan_approval else {}),
                **({"path_b": True} if manifest.routing == "path_b" else {}),
-               **({"dump_shared_store": True} if rules.dump_shared_store else {}))
+               **({"dump_shared_store": True} if rules.dump_shared_store else {}),
+               **{key: value for key, value in rules.subleads.items() if value})
     with contextlib.suppress(HouseFault):          # the dispatcher will say so
         health = read_health(house_path(env))
         for account in dict.fromkeys(accounts.values()):
@@ -9869,7 +10001,11 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
         if known or (meta.get("only") is not None and task.id not in meta["only"]):
             continue
         row, former = agent_row(task.agent, manifest.agents), (meta.get("former") or {}).get(task.id)
+        former, left = split_former(former)
         session = (former or {}).get("session_id")
+        if left and task.id not in run.shared.stores:
+            for ref in decide_refs(run.shared, task.id, {LEFT_REF: json.dumps(left)}, task.id):
+                append(**ref)
         append("actor_added", actor=task.id, role=task.role, agent=task.agent, model=task.model,
                **({"layer": task.id, **house} if task.role == "lead" else {}),
                directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
@@ -9880,6 +10016,17 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
     stream = os.path.join(journal.run_dir, "events.jsonl")
     if rules.emit_event_stream and not os.path.lexists(stream):
         os.link(journal.path, stream)
+
+
+LEFT_REF = "resume/subleads"       # below /ref/: the sessions of the run that is dealt again
+
+
+def split_former(former: dict | None) -> tuple[dict | None, dict]:
+    """(what a resumed actor itself had, the sessions of its sub-leads by their ids)."""
+    if former is None:
+        return None, {}
+    left = {name: had["session_id"] for name, had in former.get("subleads", {}).items() if had["session_id"]}
+    return {k: v for k, v in former.items() if k != "subleads"}, left
 
 
 def mask_for(manifest: Manifest, env: Mapping[str, str]) -> Mask:
@@ -9936,7 +10083,7 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 # carries the key, so that a call that is sent again is answered and not done again.
 # To add a tool: one handler, one row in TOOLS.
 
-LEADS, EVERYBODY = ("lead", "sublead"), ("lead", "sublead", "worker")
+ROOT, LEADS, EVERYBODY = ("lead",), ("lead", "sublead"), ("lead", "sublead", "worker")
 TARGET = Field("task_id", "word", REQUIRED, "the worker", also=("actor_id", "target"))
 WAIT = Field("timeout_secs", "number", None, "how long to wait; without it, until it has happened", low=0)
 RECORD = {"task_id": "text", "status": "text?", "settled": "flag?", "state": "text?", "...": ""}
@@ -9984,7 +10131,10 @@ class Peers(NamedTuple):
 
 def sharer(dispatcher: Dispatcher, actor: Actor) -> Caller:
     """An actor as SHARED knows it."""
-    return Caller(actor.id, actor.role, actor.layer, Peers(dispatcher.run, actor.layer))
+    run = dispatcher.run
+    subs = tuple(name for name, layer in run.layers.items()
+                 if layer.read_down and run.actors[name].parent == actor.id)
+    return Caller(actor.id, actor.role, actor.layer, Peers(run, actor.layer), subs)
 
 
 def find_target(dispatcher: Dispatcher, actor: Actor, name: str) -> Actor:
@@ -9993,7 +10143,7 @@ def find_target(dispatcher: Dispatcher, actor: Actor, name: str) -> Actor:
     if found is None:
         shown = clip_cells(clean_text(name), 80)
         raise ToolRefusal(f"unknown task_id: {shown}; list_workers names those there are")
-    if found.id == actor.id or found.layer != actor.id:
+    if actor.id not in path_of(dispatcher.run, found.id)[:-1]:
         raise ToolRefusal(f"forbidden: {name} is not a worker of {actor.id}")
     return found
 
@@ -10009,11 +10159,7 @@ def tool_spawn(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> A
     wrong = wrong_branch(args["branch"]) if args["branch"] is not None else ""
     if wrong:
         raise ToolRefusal(f"branch: found {show_value(args['branch'])}; allowed: {wrong}")
-    if not args["prompt"].strip():
-        raise ToolRefusal("prompt: found an empty text; allowed: what the worker is to do")
-    bad = check_env(args["env"], args["env"], "", ())
-    if bad:
-        raise ToolRefusal(f"{bad[0].path}: {bad[0].message}")
+    check_asked(args)
     task = plan._replace(directory=directory, prompt=args["prompt"], branch=args["branch"], agent=agent,
                          tools=plan.tools if args["tools"] is None else tuple(args["tools"]),
                          timeout_s=args["timeout_secs"] or plan.worker_timeout_s or plan.timeout_s,
@@ -10022,6 +10168,15 @@ def tool_spawn(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> A
     if task.use_worktree and directory not in dispatcher.git.repos:
         return spawn_looking(dispatcher, actor, task, row, call)
     return spawn_now(dispatcher, actor, task, row, call)
+
+
+def check_asked(args: dict) -> None:
+    """Raise ToolRefusal where the prompt or the environment of a spawn cannot be."""
+    if not args["prompt"].strip():
+        raise ToolRefusal("prompt: found an empty text; allowed: what it is to do")
+    bad = check_env(args["env"], args["env"], "", ())
+    if bad:
+        raise ToolRefusal(f"{bad[0].path}: {bad[0].message}")
 
 
 def known_agent(dispatcher: Dispatcher, name: str) -> Agent:
@@ -10046,29 +10201,85 @@ async def spawn_looking(dispatcher: Dispatcher, actor: Actor, task: Task, row: A
     return dispatcher.run.answers.get(call) or spawn_now(dispatcher, actor, task, row, call)
 
 
+def decide_to_add(dispatcher: Dispatcher, lead: str, decide: Callable, *asked: Any) -> float:
+    """What `decide` says is to be reserved in a lead's purse as it stands now.  Raises ToolRefusal."""
+    dispatcher.note_spending(lead)
+    try:
+        return decide(dispatcher.run, lead, *asked)
+    except BudgetExceeded:
+        dispatcher.note_budget(lead)
+        raise
+
+
 def spawn_now(dispatcher: Dispatcher, actor: Actor, task: Task, row: Agent, call: str) -> dict:
     """Decide and record, in one go: no other spawn can come between."""
     run = dispatcher.run
     account = account_of(row, {**dispatcher.env, **task.env})
-    try:
-        estimate = decide_spawn(run, actor.id, task.model, dispatcher.spent_by(actor.id), account)
-    except BudgetExceeded:
-        dispatcher.note_budget(actor.id)
-        raise
-    number = sum(1 for a in run.actors.values() if a.layer == actor.id)
+    estimate = decide_to_add(dispatcher, actor.id, decide_spawn, task.model, account)
+    number = 1 + sum(1 for a in run.actors.values() if a.role == "worker")
     while (name := f"worker-{number}") in run.actors:
         number += 1
-    task = task._replace(id=name)
-    dispatcher.sync_before.append(write_plan(dispatcher.task_dir(name), task))
-    dispatcher.plans[name], dispatcher.accounts[name] = task, account
     path = dispatcher.worktree_path(name) if task.use_worktree else None
     answer = {"task_id": name, "worktree_path": path}
-    dispatcher.record("actor_added", actor=name, role="worker", agent=task.agent, model=task.model,
-                      directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
-                      branch=task.branch, format=row.format, resumes=row.resumes, parent=actor.id,
-                      layer=actor.id, estimate=estimate, account=account, prompt_preview=preview(task.prompt),
-                      call=call, answer=answer)
+    add_actor(dispatcher, actor, task._replace(id=name), row, account, layer=actor.id, estimate=estimate,
+              call=call, answer=answer)
     return answer
+
+
+def add_actor(dispatcher: Dispatcher, lead: Actor, task: Task, row: Agent, account: str,
+              **facts: Any) -> None:
+    """Record a new actor below a lead, as it was decided."""
+    dispatcher.sync_before.append(write_plan(dispatcher.task_dir(task.id), task))
+    dispatcher.plans[task.id], dispatcher.accounts[task.id] = task, account
+    dispatcher.record("actor_added", actor=task.id, role=task.role, agent=task.agent, model=task.model,
+                      directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
+                      branch=task.branch, format=row.format, resumes=row.resumes, parent=lead.id,
+                      account=account, prompt_preview=preview(task.prompt), **facts)
+
+
+def tool_spawn_sublead(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """Spawn a sub-lead: decide and record, in one go."""
+    run, plan = dispatcher.run, dispatcher.plan_of(actor.id)
+    defaults = run.facts.get("sublead_defaults") or {}
+    asked = {f.name: defaults.get(f.name) if args[f.name] is None else args[f.name] for f in SUBLEAD_FIELDS}
+    house = {name: None if asked["read_down"] else asked[name] for name in ("budget_usd", "max_workers")}
+    for name, value in house.items():
+        if value is None and not asked["read_down"]:
+            raise ToolRefusal(f"{name}: is required: there is no default for it; or set read_down, which "
+                              "shares your own purse and pool")
+    check_asked(args)
+    row, session = known_agent(dispatcher, plan.agent), args["resume_session_id"]
+    if session and not row.resumes:
+        raise ToolRefusal(f"resume_session_id: {plan.agent} does not go on in a session; leave it out")
+    task = plan._replace(prompt=args["prompt"], branch=None, model=args["model"], role="sublead", index=-1,
+                         tools=plan.tools if args["tools"] is None else tuple(args["tools"]),
+                         timeout_s=asked["lead_timeout_secs"] or plan.timeout_s,
+                         env={**plan.env, **args["env"]})
+    account = account_of(row, {**dispatcher.env, **task.env})
+    envelope = decide_to_add(dispatcher, actor.id, decide_sublead, house["budget_usd"], account)
+    number = len(run.layers)
+    while (name := f"sublead-{number}") in run.actors or name in run.shared.stores:
+        number += 1
+    for ref in decide_refs(run.shared, name, args["initial_ref"], actor.id):
+        dispatcher.record(**ref)
+    answer = {"sublead_id": name}
+    add_actor(dispatcher, actor, task._replace(id=name), row, account, layer=name, estimate=envelope,
+              read_down=bool(asked["read_down"]), budget_usd=house["budget_usd"],
+              max_workers=house["max_workers"] or 0, call=call, answer=answer,
+              **(take_up_session(dispatcher, actor.id, session) if session else {}))
+    return answer
+
+
+def take_up_session(dispatcher: Dispatcher, lead: str, session: str) -> dict:
+    """The facts of an actor that goes on in a session, in the worktree of the sub-lead that had it."""
+    run = dispatcher.run
+    left = ((dispatcher.meta.get("former") or {}).get(lead) or {}).get("subleads") or {}
+    had = [former_of(a) for a in run.actors.values() if a.role in LEADERS and a.state == "settled"]
+    had = [former for former in (*left.values(), *had) if former["session_id"] == session]
+    taken = {path for a in run.actors.values() if a.state != "settled" for path in (
+        (a.place or {}).get("path"), (a.former or {}).get("path"))}
+    free = [former for former in had if former.get("path") not in taken]
+    return {"session_id": session, "how": "again", **({"former": free[-1]} if free else {})}
 
 
 def tool_status(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
@@ -10093,6 +10304,17 @@ async def tool_wait(dispatcher: Dispatcher, actor: Actor, args: dict, call: str)
     return {"settled": False, "state": state_word(dispatcher.run.actors[found.id])}
 
 
+async def tool_wait_actor(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
+    """Wait until a worker has settled, or a sub-lead and all its workers."""
+    found = await tool_wait(dispatcher, actor, {**args, "task_id": args["actor_id"]}, call)
+    name = args["actor_id"]
+    if found.get("settled") is False:
+        return found
+    if name in dispatcher.run.layers:
+        return {"Sublead": {**sum_up_sublead(dispatcher.run, name), "record": found}}
+    return {"Worker": found}
+
+
 async def tool_wait_any(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
     """Wait until one of several workers has settled."""
     names = [find_target(dispatcher, actor, name).id for name in args["task_ids"]]
@@ -10105,20 +10327,26 @@ async def tool_wait_any(dispatcher: Dispatcher, actor: Actor, args: dict, call: 
 
 
 async def wait_settled(dispatcher: Dispatcher, names: list[str], timeout_s: float | None) -> str:
-    """The first of some actors that has settled; empty when the time ran out."""
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    """The first of some actors that has settled, a sub-lead with its workers; empty: the time ran out."""
+    deadline, run = None if timeout_s is None else time.monotonic() + timeout_s, dispatcher.run
     while True:
-        done = next((name for name in names if dispatcher.run.actors[name].state == "settled"), "")
-        if done or not await dispatcher.hear(*[("actor", name) for name in names], deadline=deadline):
+        done = next((name for name in names if run.actors[name].state == "settled"
+                     and (name not in run.layers or is_over(run, name))), "")
+        below = [a.id for a in run.actors.values() if a.layer in names] if run.layers.keys() & names else ()
+        if done or not await dispatcher.hear(*[("actor", n) for n in (*names, *below)], deadline=deadline):
             return done
 
 
 def tool_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
-    """All workers of the caller's layer."""
+    """All workers of the caller's layer, and its sub-leads."""
+    run = dispatcher.run
     workers = [{"task_id": a.id, "state": state_word(a), "prompt_preview": a.prompt_preview,
                 "started_at": render_time(a.started_at)}
-               for a in dispatcher.run.actors.values() if a.layer == actor.id != a.id]
-    return {"workers": workers, "subleads": []}
+               for a in run.actors.values() if a.layer == actor.id != a.id]
+    subleads = [{"sublead_id": name, "state": state_word(run.actors[name]),
+                 "spent_usd": round(spent_in(run, name), 10), "budget_usd": layer.budget_usd}
+                for name, layer in run.layers.items() if run.actors[name].parent == actor.id]
+    return {"workers": workers, "subleads": subleads}
 
 
 def tool_cancel(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
@@ -10214,7 +10442,8 @@ async def stay(dispatcher: Dispatcher, name: str, there: Callable[[Actor], Any])
 
 def tool_budget(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
     """The books of the caller's layer."""
-    books = books_of(dispatcher.run, actor.id, dispatcher.spent_by(actor.id))
+    dispatcher.note_spending(actor.id)
+    books = books_of(dispatcher.run, actor.id)
     return {**books._asdict(), "spent_usd": round(books.spent_usd, 10),
             "reserved_usd": round(books.reserved_usd, 10)}
 
@@ -10455,6 +10684,17 @@ TOOLS = {t.name: t for t in (
         Field("env", "env", {}, "variables of its environment, over the lead's")),
         {"task_id": "text", "worktree_path": "text?"}, tool_spawn,
         "start a worker in a worktree of its own; returns at once, wait for it with wait_for_worker"),
+    Tool("spawn_sublead", "Spawn a sub-lead", ROOT, True, (
+        Field("prompt", "text", REQUIRED, "what the sub-lead is to do; it knows nothing else"),
+        Field("model", "word", REQUIRED, "its model"),
+        *(f._replace(default=None, shown=f.shown or "that of the manifest", mode="") for f in SUBLEAD_FIELDS),
+        Field("initial_ref", "table", {}, "what it finds under /ref/ in its store, by name"),
+        Field("env", "env", {}, "variables of its environment, over yours"),
+        Field("tools", "texts", None, "built-in tools that it may use", shown="yours"),
+        Field("resume_session_id", "word", None, "a session that it goes on in", shown="a new one")),
+        {"sublead_id": "text"}, tool_spawn_sublead,
+        "start a lead below you, with workers, a budget and a store of its own; returns at once, wait for it "
+        "with wait_actor", needs="allow_subleads"),
     Tool("worker_status", "Look at a worker", LEADS, True, (TARGET,),
          {"state": "text", "started_at": "text?", "partial_usage": "object", "cost_usd": "number?",
           "last_text_preview": "text", "prompt_preview": "text"}, tool_status, "how a worker stands, and "
@@ -10462,6 +10702,11 @@ TOOLS = {t.name: t for t in (
     Tool("wait_for_worker", "Wait for a worker", LEADS, True, (TARGET, WAIT),
          {"settled": "flag?", "state": "text?", "...": ""}, tool_wait,
          "wait until a worker has settled; gives its record, or its state when the time ran out"),
+    Tool("wait_actor", "Wait for a worker or sub-lead", LEADS, True, (
+        Field("actor_id", "word", REQUIRED, "the worker or sub-lead", also=("task_id", "target")), WAIT),
+        {"Worker": "object?", "Sublead": "object?", "settled": "flag?", "state": "text?"}, tool_wait_actor,
+        "wait until a worker has settled, or a sub-lead with all its workers; gives its record, and of a "
+        "sub-lead what it spent, or its state when the time ran out"),
     Tool("wait_for_any", "Wait for any of several workers", LEADS, True, (
         Field("task_ids", "texts", REQUIRED, "the workers"), WAIT),
         {"task_id": "text?", "record": "object?", "settled": "flag?", "states": "object?"}, tool_wait_any,
@@ -10749,6 +10994,9 @@ class ControlSession:
                   workers=[*run.actors], policy_rules=public_rules(run.policy), **extra)
         for asked in run.approvals.values():
             self.tell_asked(asked)
+        for name in run.layers:
+            if run.actors[name].parent and not run.actors[name].status:
+                self.tell_sublead(name)
 
     def tell_asked(self, asked: Approval) -> None:
         """Tell the client of a request that waits for an operator."""
@@ -10793,16 +11041,30 @@ class ControlSession:
         told = {k: v for k, v in (told or {}).items() if k != "ok"}
         self.send(event="op_acked", op=op, task_id=task_id, **told, **extra)
 
+    def tell_sublead(self, name: str) -> None:
+        """Tell the client of a sub-lead that is there."""
+        run = self.dispatcher.run
+        layer = run.layers[name]
+        self.send(event="sublead_spawned", sublead_id=name, budget_usd=layer.budget_usd,
+                  max_workers=layer.max_workers or None, read_down=layer.read_down,
+                  actor_path=path_of(run, name))
+
     def tell(self, event: dict) -> None:
         """Tell the client of an event that people want to know."""
         if self.link.choked:
             return self.link.close()       # it does not read: it may come again
         run = self.dispatcher.run
-        if event["kind"] == "closed":
+        if event["kind"] == "actor_added" and event["actor"] in run.layers and event.get("parent"):
+            self.tell_sublead(event["actor"])
+        elif event["kind"] == "closed":
             actor = run.actors[event["actor"]]
             if not STATUSES[actor.status].good:
                 reason = {"kind": "unknown", **(public_reason(actor.reason) or {})}
-                self.send(event="worker_failed", task_id=actor.id, parent_task_id=actor.parent, reason=reason)
+                self.send(event="worker_failed", task_id=actor.id, parent_task_id=actor.parent, reason=reason,
+                          actor_path=path_of(run, actor.id))
+            if actor.layer != path_of(run, actor.id)[0] and actor.layer and is_over(run, actor.layer):
+                self.send(event="sublead_terminated", **sum_up_sublead(run, actor.layer),
+                          actor_path=path_of(run, actor.layer))
         elif event["kind"] == "approval_asked":
             self.tell_asked(run.approvals[event["request_id"]])
         elif event["kind"] in ("approval_decided", "approval_withdrawn"):
@@ -11015,10 +11277,10 @@ def render_hold_change(run: RunState, event: dict) -> str:
 def render_status(head: dict, actors: list[dict], now: float, colour: bool, width: int) -> list[str]:
     """The lines of `status`: one about the run, a table of its actors, then what was kept where.
 
-    A lead stands above its workers, which stand in the order in which they began.
+    A lead stands above those that it spawned, which stand in the order in which they began.
     """
     if head["mode"] == "hierarchical":
-        actors = sorted(actors, key=lambda a: (bool(a.get("parent_task_id")), a.get("started_at") or "~"))
+        actors = sort_tree(actors)
     done = sum(1 for a in actors if a["status"])
     title = (f"{head['run_id']}  {head['name']}  {head['mode']}  {head['state']}  {done} of "
              f"{head['tasks_total']} settled, "
@@ -11057,6 +11319,21 @@ def render_rule(rule: dict) -> str:
     """A rule as public_rules gives it, in one line."""
     wants = ", ".join(f"{name} {value}" for name, value in rule["match"].items()) or "everything"
     return clean_text(f"{rule['action']}  {wants}")
+
+
+def sort_tree(actors: list[dict]) -> list[dict]:
+    """Records in the order of the tree: each lead, then what it spawned, in the order in which that began."""
+    rows = {a["task_id"]: a for a in actors}
+
+    def place(record: dict) -> list:
+        path, seen = [], set()
+        while record and record["task_id"] not in seen:
+            seen.add(record["task_id"])
+            path.insert(0, (record.get("started_at") or "~", record["task_id"]))
+            record = rows.get(record.get("parent_task_id"))
+        return path
+
+    return sorted(actors, key=place)
 
 
 def actor_row(record: dict, now: float) -> list[str]:
@@ -12236,20 +12513,31 @@ def cmd_validate(options: Any) -> str:
             say_error(f"pitboss: warning: {e}" + (f" ({e.hint})" if e.hint else ""))
         if limits_of(row) and row.program:
             say_error(f"pitboss: note: agent {name}: {limits_of(row)}")
-    counts = count_tasks(manifest)
+    counts, rules = count_tasks(manifest), manifest.rules.subleads
     if options.json:
         house = {"lead": manifest.tasks[0].id, "max_workers": manifest.rules.max_workers,
-                 "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s}
+                 "budget_usd": manifest.rules.budget_usd, "lead_timeout_secs": manifest.tasks[0].timeout_s,
+                 **({"subleads": rules} if "allow_subleads" in rules else {})}
         print(json.dumps({"ok": True, "mode": manifest.mode, "tasks": len(manifest.tasks),
                           "max_parallel": manifest.rules.max_parallel,
                           **(house if manifest.mode == "hierarchical" else {})}))
     elif manifest.mode == "hierarchical":
         lead = manifest.tasks[0]
         print(f"OK: hierarchical, 1 lead ({lead.id}), max_workers={manifest.rules.max_workers}, budget_usd="
-              f"{manifest.rules.budget_usd:g}, lead_timeout_secs={lead.timeout_s}")
+              f"{manifest.rules.budget_usd:g}, lead_timeout_secs={lead.timeout_s}"
+              + render_sublead_rules(rules))
     else:
         print(f"OK: {manifest.mode}, {counts}, max_parallel={manifest.rules.max_parallel}")
     return "ok"
+
+
+def render_sublead_rules(rules: dict) -> str:
+    """What a manifest says of sub-leads, to follow its other house rules; empty where there are none."""
+    if "allow_subleads" not in rules:
+        return ""
+    flat = {key: value for key, value in rules.items() if not isinstance(value, dict)}
+    flat.update({f"sublead_defaults.{key}": value for key, value in rules["sublead_defaults"].items()})
+    return "".join(f", {key}" if value is True else f", {key}={value:g}" for key, value in flat.items())
 
 
 def cmd_dispatch(options: Any) -> str:
@@ -12406,9 +12694,10 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
     for name in wanted:
         actor = old.actors[name]
         if actor.hands or actor.place:
-            former[name] = {"session_id": actor.session_id if actor.hands else "",
-                            "session_usage": list(actor.session_usage), **(actor.place or {}),
-                            "rescue_ref": (actor.closed or {}).get("rescue_ref")}
+            former[name] = former_of(actor)
+            left = {a.id: former_of(a) for a in old.actors.values() if a.parent == name and a.role in LEADERS
+                    and a.hands}
+            former[name].update({"subleads": left} if left else {})
             check_free(former[name].get("path"))
             warn_of_loss(name, former[name])
     label = meta.get("manifest_path") or "stdin"
@@ -12708,7 +12997,7 @@ def read_policy(path: str) -> tuple[tuple[ApprovalRule, ...], str]:
     fields, many, _ = TABLES["approval_policy"]
     rows, problems = read_table("approval_policy", doc.get("approval_policy"), fields, many)
     problems += [Problem(name, f"unknown table{did_you_mean(name, TABLES)}", (name,)) for name in doc
-                 if name not in (*TABLES, *NOT_HERE, *NOT_YET[""])]
+                 if name not in (*TABLES, *NOT_HERE)]
     if "approval_policy" not in doc:
         problems.append(Problem("approval_policy", "there is none; allowed: tables [[approval_policy]], or "
                                                    "approval_policy = [] for no rules"))
@@ -14391,7 +14680,7 @@ def cmd_reference(options: Any) -> str:
     return "ok"
 
 
-TOLD_ROLES = {"lead": "leads", "worker": "workers"}
+TOLD_ROLES = {ROOT: "the root lead", LEADS: "leads", EVERYBODY: "leads and workers"}
 
 
 def argument_names(fields: tuple[Field, ...]) -> str:
@@ -14415,7 +14704,7 @@ def render_reference() -> str:
               "Server `pitboss`, so `mcp__pitboss__NAME`; `?`: it may be left out.", "",
               "| tool | arguments | what it does | for |", "|---|---|---|---|"]
     parts += [f"| `{t.name}` | {argument_names(t.fields)} | {t.help} | "
-              f"{' and '.join(TOLD_ROLES[r] for r in t.roles if r in TOLD_ROLES)} |" for t in TOOLS.values()]
+              f"{TOLD_ROLES[t.roles]} |" for t in TOOLS.values()]
     parts += ["", "#### Operations of the control socket", "",
               'JSON lines, the first `{"op": "hello"}`; `sockets.json` of a run names the place.', "",
               "| op | fields | what it does |", "|---|---|---|"]

@@ -148,6 +148,31 @@ def led(home: Home) -> None:
     home.pitboss("dispatch", manifest, check=1)
 
 
+def tree(home: Home) -> None:
+    """Two sub-leads, one with an envelope and one that shares the root's purse; one of them is cancelled."""
+    home.repo("repo")
+
+    def call(tool: str, /, **arguments) -> str:
+        return f"$ call {tool} {json.dumps(arguments)}"
+
+    given = {"model": "claude-sonnet-4-6"}
+    works = [call("spawn_worker", prompt="$ print 3000\n$ say done"), call("wait_for_worker", task_id="<<1.task_id>>"),
+             call("lease_acquire", name="x", ttl_secs=60), "$ say done"]
+    hangs = [call("spawn_worker", prompt="$ hang"), call("kv_set", path="/shared/up", value="x"), "$ hang"]
+    script = [
+        call("spawn_sublead", **given, prompt="\n".join(works), budget_usd=2, max_workers=2,
+             initial_ref={"plan": {"steps": 2}}),
+        call("spawn_sublead", **given, prompt="\n".join(hangs), read_down=True),
+        call("kv_wait", path="/sub/<2.sublead_id>/shared/up", timeout_secs=60), call("budget_status"),
+        call("wait_actor", actor_id="<1.sublead_id>"),
+        call("cancel_worker", task_id="<2.sublead_id>", reason="not needed"),
+        call("wait_actor", actor_id="<2.sublead_id>"), call("budget_status"), "$ say done"]
+    manifest = home.manifest('[run]\nmax_workers = 4\nbudget_usd = 20\n[defaults]\nagent = "demo"\n[lead]\n'
+                             'allow_subleads = true\nmax_subleads = 2\n'
+                             + f'id = "boss"\ndirectory = "repo"\nprompt = {json.dumps(chr(10).join(script))}\n')
+    home.pitboss("dispatch", manifest, check=1)
+
+
 def limited(home: Home) -> None:
     """A limit holds its account; the dispatcher dies in the hold; the next one has other credentials and meets another."""
     home.repo("repo")
@@ -230,7 +255,7 @@ def approved(home: Home) -> None:
     dispatch.wait(60)
 
 
-RUNS = (led, approved, plain, crashed, stopped, cancelled, halted, limited, told, refused, heard)
+RUNS = (led, tree, approved, plain, crashed, stopped, cancelled, halted, limited, told, refused, heard)
 
 
 def scrub(text: str, root: Path) -> str:

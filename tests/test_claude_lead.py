@@ -25,7 +25,7 @@ WORKERS_TOOLS = {f"mcp__pitboss__{name}" for name in (
     "kv_get", "kv_set", "kv_cas", "kv_delete", "kv_list", "kv_wait", "lease_acquire", "lease_release",
     "lease_list", "run_lease_acquire", "run_lease_release")}
 LEADS_TOOLS = WORKERS_TOOLS | {f"mcp__pitboss__{name}" for name in (
-    "spawn_worker", "worker_status", "wait_for_worker", "wait_for_any", "list_workers", "cancel_worker",
+    "spawn_worker", "worker_status", "wait_for_worker", "wait_actor", "wait_for_any", "list_workers", "cancel_worker",
     "pause_worker", "continue_worker", "reprompt_worker", "budget_status", "request_approval", "propose_plan")}
 REDIRECT_S = 15         # an agent that hangs in a command is told within this
 
@@ -741,3 +741,31 @@ def test_what_is_taken_up_at_the_very_end_is_told_again(home):
     record = Run(home.run_dir()).record()
     assert (record["status"], record["hands"]) == ("Success", 2)
     assert "do something else" in record["final_message"]
+
+
+@real
+def test_a_sublead_leads_its_own_workers(tree):
+    """The root sees spawn_sublead, its sub-lead everything else of a lead; each knows its own layer only."""
+    sub = prompt(ask("kv_get", path="/ref/plan"), spawn(ask("kv_set", path="/shared/found", value="gold"), say("found it")),
+                 wait("$2.task_id"), ask("spawn_sublead", prompt="deeper", model=MODEL), say("the sub-lead is done"))
+    text = prompt(
+        together(ask("spawn_sublead", prompt=sub, model=MODEL, budget_usd=2, max_workers=2,
+                     initial_ref={"plan": {"steps": 1}}),
+                 ask("spawn_sublead", prompt=prompt(say("nothing to do")), model=MODEL, read_down=True)),
+        together(ask("wait_actor", actor_id="$1.sublead_id"), ask("wait_actor", actor_id="$1#1.sublead_id")),
+        ask("budget_status"), say("all is done"))
+    run = tree.dispatch(text, lead={"allow_subleads": True})
+    first, second = [e["actor"] for e in read_events(run.folder) if e["kind"] == "actor_added" and e["role"] == "sublead"]
+    record, other = run.record(first), run.record(second)
+    assert (record["status"], other["status"], record["final_message"]) == ("Success", "Success", "the sub-lead is done")
+    worker, = [e["actor"] for e in read_events(run.folder) if e["kind"] == "actor_added" and e["role"] == "worker"]
+    assert run.record(worker)["parent_task_id"] == first and run.record(first)["parent_task_id"] == "boss"
+    assert json.loads(answer_of(run, "kv_get", actor=first)["entry"]["value"]) == {"steps": 1}
+    assert "No such tool" in answer_of(run, "spawn_sublead", actor=first)
+    spent = record["cost_usd"] + run.record(worker)["cost_usd"]
+    told = {a["Sublead"]["sublead_id"]: a["Sublead"] for a in (answer_of(run, "wait_actor", n) for n in (0, 1))}
+    assert told[first]["spent_usd"] == pytest.approx(spent) and told[first]["unspent_usd"] == pytest.approx(2 - spent)
+    assert answer_of(run, "budget_status")["reserved_usd"] == 0
+    for actor, tools in (("boss", LEADS_TOOLS | {"mcp__pitboss__spawn_sublead"}), (first, LEADS_TOOLS), (second, LEADS_TOOLS)):
+        bodies = tree.requests(run, actor)
+        assert bodies and [offered(body) for body in bodies] == [{"Bash", "Read"} | tools] * len(bodies)

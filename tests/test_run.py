@@ -125,8 +125,12 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
             wrong.append(f"{lead}: {layer} is not {books}")
         if run.costs[lead] != sorted(a.cost_usd or 0.0 for a in ended if a.hands):
             wrong.append(f"{lead}: {run.costs[lead]}")
-        if run.actors[lead].status and any(pitboss.STATES[a.state].live and not a.stop for a in workers):
-            wrong.append(f"{lead} has ended, and a worker of it goes on")
+        below = [a for a in actors if lead in parents_of(run, a)]
+        if run.actors[lead].status and any(pitboss.STATES[a.state].live and not a.stop for a in below):
+            wrong.append(f"{lead} has ended, and what is below it goes on")
+        found_books, books = pitboss.books_of(run, lead), books_from_scratch(run, lead, events)
+        if any(abs(x - y) > 1e-9 for x, y in zip(found_books, books)):
+            wrong.append(f"{lead}: {found_books} is not {books}")
     ended = {e["request_id"]: e for e in events if e["kind"] in ("approval_decided", "approval_withdrawn")}
     begun = {e["request_id"]: e for e in events if e["kind"] in ("approval_asked", "approval_decided")}
     if list(run.approvals) != [name for name in begun if name not in ended] or set(run.decided) != set(ended):
@@ -148,9 +152,42 @@ def wrong_books(run: pitboss.RunState, events: list[dict]) -> list[str]:
     return wrong
 
 
+def parents_of(run: pitboss.RunState, actor: pitboss.Actor) -> list[str]:
+    """The leads above an actor, the root last."""
+    return [actor.parent, *parents_of(run, run.actors[actor.parent])] if actor.parent else []
+
+
 def is_needless(run: pitboss.RunState, actor: pitboss.Actor) -> bool:
-    """Whether an actor was cancelled because its lead had succeeded without it."""
-    return actor.stop == "lead_ended" and run.actors[actor.layer].status == "Success"
+    """Whether an actor was cancelled because a lead above it had succeeded without it: the first that ended."""
+    ended = [a for a in map(run.actors.get, reversed(parents_of(run, actor))) if a.status]
+    return actor.stop == "lead_ended" and min(ended, key=lambda a: a.ended_at).status == "Success"
+
+
+def books_from_scratch(run: pitboss.RunState, lead: str, events: list[dict]) -> tuple:
+    """What a purse has, from what each actor was given and has used: budget, spent, reserved, live, most."""
+    given = {e["actor"]: e for e in events if e["kind"] == "actor_added"}
+    root = next(iter(run.layers))
+
+    def purse_of(name: str) -> str:
+        name = name if name in run.layers else run.actors[name].parent
+        return root if given[name].get("read_down") else name
+
+    purse, spent, reserved, live = purse_of(lead), 0.0, 0.0, 0
+    for name, actor in run.actors.items():
+        workers = [a for a in run.actors.values() if a.parent == name and a.role == "worker"]
+        used = (actor.cost_usd or 0.0) + actor.hand_usd
+        if purse_of(name) == purse and actor.role == "worker":
+            spent, reserved = spent + (used if actor.status else 0.0), reserved + (0.0 if actor.status else actor.estimate)
+            live += not actor.status
+        elif purse_of(name) == purse:
+            spent += used
+        elif purse == root and actor.role == "sublead":
+            used += sum(a.cost_usd or 0.0 for a in workers if a.status)
+            envelope = given[name]["budget_usd"]
+            over = bool(actor.status) and all(a.status for a in workers)
+            reserved += 0.0 if over else envelope
+            spent += used if over else max(0.0, used - envelope)
+    return given[purse]["budget_usd"], spent, reserved, live, given[purse]["max_workers"]
 
 
 @by_journal
@@ -230,7 +267,7 @@ def test_records_and_summaries_of_a_journal_are_whole(path):
 
 EXIT_OF = {"plain": "failed", "crashed": "ok", "stopped": "interrupted", "cancelled": "failed",
            "halted": "failed", "limited": "ok", "told": "ok", "refused": "failed",
-           "led": "failed", "heard": "failed", "approved": "failed"}
+           "led": "failed", "tree": "failed", "heard": "failed", "approved": "failed"}
 
 
 @by_journal
@@ -250,10 +287,11 @@ class History:
         self.record("run_opened", format=1, run_id="r", name="n", mode="hierarchical" if self.led else "flat",
                     max_parallel=99 if self.led else self.chance.randrange(1, 4),
                     halt_on_failure=self.chance.random() < 0.2, worktree_cleanup="on_success",
-                    keep_children=False)
+                    keep_children=False, **({"max_subleads": 3, "max_sublead_budget_usd": 1.5,
+                                             "max_workers_across_tree": 5} if self.led else {}))
         if self.led:
             self.record("actor_added", actor="boss", role="lead", agent="demo", model="m", directory="/d",
-                        timeout_s=60, use_worktree=False, branch=None, layer="boss", budget_usd=2.0, max_workers=3)
+                        timeout_s=60, use_worktree=False, branch=None, layer="boss", budget_usd=4.0, max_workers=3)
         for n in range(0 if self.led else self.chance.randrange(1, 7)):
             self.record("actor_added", actor=f"t{n}", role="task", agent="demo", model="m", directory="/d",
                         timeout_s=60,
@@ -277,7 +315,8 @@ class History:
             verb, actor = self.chance.choice(list(self.run.owed))
             getattr(self, f"do_{verb}")(actor)
         else:
-            led = (self.disturb_spawn, self.disturb_worker, self.disturb_worker) if self.led else ()
+            led = (self.disturb_spawn, self.disturb_spawn, self.disturb_worker, self.disturb_worker,
+                   self.disturb_sublead) if self.led else ()
             self.chance.choice((self.disturb_restart, self.disturb_usage, self.disturb_time,
                                 self.disturb_drain,
                                 self.disturb_cancel, self.disturb_usage, self.disturb_hold,
@@ -296,12 +335,34 @@ class History:
         self.record("delivered", actor=name, ids=[m.id for m in actor.inbox])
 
     def disturb_spawn(self) -> None:
+        lead = self.chance.choice(list(self.run.layers))
         with contextlib.suppress(pitboss.ToolRefusal):
-            estimate = pitboss.decide_spawn(self.run, "boss", "sonnet", 0.0)
+            estimate = pitboss.decide_spawn(self.run, lead, "sonnet")
             self.record("actor_added", actor=f"w{len(self.run.actors)}", role="worker", agent="demo", model="m",
                         directory="/d", timeout_s=60, use_worktree=self.chance.random() < 0.5, branch=None,
-                        layer="boss", parent="boss", estimate=estimate, call=f"boss/n/{len(self.events)}",
+                        layer=lead, parent=lead, estimate=estimate, call=f"{lead}/n/{len(self.events)}",
                         answer={"task_id": "w"})
+            self.check_caps()
+
+    def disturb_sublead(self) -> None:
+        down, budget = self.chance.random() < 0.4, self.chance.choice((0.3, 1.0, 1.5, 1.6))
+        with contextlib.suppress(pitboss.ToolRefusal):
+            envelope = pitboss.decide_sublead(self.run, "boss", None if down else budget)
+            name = f"s{len(self.run.actors)}"
+            self.record("actor_added", actor=name, role="sublead", agent="demo", model="m", directory="/d",
+                        timeout_s=60, use_worktree=self.chance.random() < 0.5, branch=None, layer=name, parent="boss",
+                        estimate=envelope, read_down=down, budget_usd=None if down else budget,
+                        max_workers=0 if down else 2, call=f"boss/n/{len(self.events)}", answer={"sublead_id": name})
+            self.check_caps()
+
+    def check_caps(self) -> None:
+        """What was just added had room."""
+        live = [a for a in self.run.actors.values() if a.role == "worker" and not a.status]
+        assert len(live) <= 5 and len(self.run.layers) <= 4
+        for lead in self.run.layers:
+            budget, spent, reserved, there, most = books_from_scratch(self.run, lead, self.events)
+            assert there <= most and (there == 0 or lead != self.run.actors[self.events[-1]["actor"]].parent
+                                      or spent + reserved <= budget + 1e-9)
 
     def disturb_worker(self) -> None:
         """A lead or an operator wants something of an actor: refused, or recorded."""
@@ -435,6 +496,10 @@ def test_random_histories_keep_their_books(seed):
         else:
             raise AssertionError(f"{history.run.owed} is still owed after 400 events")
         assert history.run.owed == {}
+        if history.led:                # all that was spent is booked on the root, and nothing is reserved
+            books, actors = pitboss.books_of(history.run, "boss"), history.run.actors.values()
+            assert books.reserved_usd == books.workers_live == 0
+            assert abs(books.spent_usd - sum(a.cost_usd or 0.0 for a in actors)) < 1e-9
         assert tables_of(pitboss.fold(history.events)) == tables_of(history.run)
 
 

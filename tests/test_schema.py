@@ -215,16 +215,20 @@ def test_every_key_that_a_starter_offers_can_be_taken(repo, starter):
     The example offers keys of other runs, too, and says so; taken, they get a warning.
     """
     lines = pitboss.render_template(starter).splitlines()
-    offered = [n for n, line in enumerate(lines) if re.match(r"#\w+ = ", line)]
+    offered = {n: re.match(r"#(\w+) = ", line)[1] for n, line in enumerate(lines) if re.match(r"#\w+ = ", line)}
+    tables = {n: [line.strip("[]") for line in lines[:n] if line.startswith("[")][-1] for n in offered}
     assert offered
     for some in ([n] for n in offered), [offered]:
         for taken in some:
             text = "\n".join(line[1:] if n in taken else line for n, line in enumerate(lines))
             assert len(tomllib.loads(text)) >= 3
             manifest, problems = check(text, repo)
-            elsewhere = [f.name for f in pitboss.TABLES["run"][0] if f.mode not in ("", manifest.mode)
-                         and starter.every and any(lines[n].startswith(f"#{f.name} = ") for n in taken)]
-            assert problems == [] and [w.path for w in manifest.warnings] == [f"run.{name}" for name in elsewhere], text
+            elsewhere = [f"{table}.{f.name}" for table in ("run", "sublead_defaults") for f in pitboss.TABLES[table][0]
+                         if f.mode not in ("", manifest.mode) and starter.every
+                         and any((tables[n], offered[n]) == (table, f.name) for n in taken)]
+            alone = [f"lead.{key}" for key in ("max_subleads", "max_sublead_budget_usd", "sublead_defaults")
+                     if any((tables[n], offered[n]) == ("lead", key) for n in taken)]     # and no allow_subleads
+            assert problems == [] and [w.path for w in manifest.warnings] == elsewhere + alone, text
 
 
 @pytest.mark.parametrize("starter", STARTERS, ids=lambda s: s.name)
@@ -265,26 +269,6 @@ def test_a_starter_with_a_lead_tells_its_tools():
         told = [t.name for t in pitboss.TOOLS.values() if f" {t.name}: {t.help}" in prose]
         wanted = [t.name for t in pitboss.TOOLS.values() if "lead" in t.roles]
         assert told == (wanted if any(head == "lead" for head, _ in starter.sections) else [])
-
-
-def test_what_is_not_there_yet_is_refused_by_name_and_offered_nowhere(repo):
-    views = [pitboss.render_map(), pitboss.render_reference(), *map(pitboss.render_template, STARTERS),
-             json.dumps(SCHEMA)]
-    whole = {"flat": WHOLE.replace('"sub"', '"."').replace('"/abs"', '"."'), "lead": WHOLE_LEAD}
-    seen = 0
-    for table, keys in pitboss.NOT_YET.items():
-        for key, what in keys.items():
-            for mode, text in whole.items():
-                if table == "lead" and mode == "flat":
-                    continue
-                head = f"[[{table}]]" if f"[[{table}]]" in text else f"[{table}]"
-                text = text.replace(head, f"{head}\n{key} = true") if table else f"{key} = true\n{text}"
-                found = [(p.path, p.message) for p in check(text, repo)[0].problems]
-                assert found == [(f"{table}.{key}".strip("."), f"{what} are not supported by this version")]
-                assert faults(SCHEMA, tomllib.loads(text))
-                seen += 1
-            assert not [v for v in views if re.search(rf"(?<![\w ]){key}\b", v)], key
-    assert seen >= 9
 
 
 def test_samples_are_values_that_their_fields_take():

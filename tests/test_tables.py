@@ -137,7 +137,7 @@ KIND_SAMPLES = {
     "flag":   ([True, False],                   [0, 1, "true", None]),
     "texts":  ([[], ["a", ""]],                 ["a", [1], [None], {}, ("a",)]),
     "env":    ([{}, {"A": ""}],                 [[], {"A": 1}, {"A": None}, "A=1"]),
-    "table":  ([{}, {"a": 1}],                  [[], "a", 1, None]),
+    "table":  ([{}, {"a": [None]}],             [[], "a", None, True]),
     "tables": ([[], [{}]],                      [[1], {}, None]),
     "any":    (["", "a\0b", [], [1], {}, {"a": [None]}], [1, True, None, 1.5]),
 }
@@ -173,10 +173,7 @@ def test_fields_are_whole():
         assert len(set(spelled)) == len(spelled), table
         assert many in pitboss.MANY and is_sentence_part(what)
     assert {many for _, many, _ in pitboss.TABLES.values()} == set(pitboss.MANY)
-    assert set(pitboss.MODES.values()) <= set(pitboss.TABLES) and not set(pitboss.NOT_YET[""]) & set(pitboss.TABLES)
-    for table, keys in pitboss.NOT_YET.items():
-        fields = pitboss.TABLES[table][0] if table else ()
-        assert not set(keys) & {name for f in fields for name in (f.name, *f.also)}, f"{table} has a key that is not there"
+    assert set(pitboss.MODES.values()) <= set(pitboss.TABLES)
     for table, f in all_fields():
         where = f"{table}.{f.name}"
         assert re.fullmatch(r"[a-z_]+",
@@ -216,7 +213,8 @@ def test_house_rules_are_keys_of_run_and_of_the_lead():
 def test_what_a_field_declares_arrives_in_its_record():
     rules = [f.name for f in pitboss.RUN_FIELDS + pitboss.HOUSE_FIELDS]
     rules.remove("lead_timeout_secs")             # becomes timeout_s of the lead
-    assert list(pitboss.Rules._fields) == rules
+    assert list(pitboss.Rules._fields) == [*rules, "subleads"]
+    assert set(pitboss.SUBLEAD_KEYS) < {f.name for f in pitboss.LEAD_FIELDS}
     for record, fields in ((pitboss.Server, pitboss.SERVER_FIELDS), (pitboss.Command, pitboss.COMMAND_FIELDS)):
         assert list(record._fields) == [f.name for f in fields]
     renamed = {"timeout_secs": "timeout_s"}
@@ -336,7 +334,7 @@ def test_events_are_exactly_what_is_recorded():
     assert shared == set(pitboss.SHARED_EVENTS) and not shared & written
     passing = {name for name, f in functions().items() for call in calls_of(f, "record")
                if any(word.arg is None for word in call.keywords) and not call.args}
-    assert passing == {"record_verdict", "Dispatcher.settle_leases", "drop_wait"}, "they record what SHARED decided"
+    assert passing == {"record_verdict", "Dispatcher.settle_leases", "drop_wait", "tool_spawn_sublead"}, "they record what SHARED decided"
     assert written | shared == set(pitboss.EVENTS)
     for kind, row in pitboss.EVENTS.items():
         assert row.handler is (pitboss.on_shared if kind in shared else getattr(pitboss, f"on_{kind}"))
@@ -527,8 +525,11 @@ EVERY_FACT = frozenset(t.needs for t in pitboss.TOOLS.values())        # of a ru
 SPEC_TOOLS = {
     # arguments, `?` for those that may be left out: keys of the result
     "spawn_worker": ("prompt directory? branch? tools? timeout_secs? model? agent? env?", "task_id worktree_path"),
+    "spawn_sublead": ("prompt model budget_usd? max_workers? lead_timeout_secs? read_down? initial_ref? env? tools? "
+                      "resume_session_id?", "sublead_id"),
     "worker_status": ("task_id", "state started_at partial_usage cost_usd last_text_preview prompt_preview"),
     "wait_for_worker": ("task_id timeout_secs?", "settled state ..."),
+    "wait_actor": ("actor_id timeout_secs?", "Worker Sublead settled state"),
     "wait_for_any": ("task_ids timeout_secs?", "task_id record settled states"),
     "list_workers": ("", "workers subleads"),
     "cancel_worker": ("task_id reason?", "ok"),
@@ -569,7 +570,7 @@ def test_tools_are_whole_and_shown_to_those_who_may_call_them():
              for role in ("lead", "sublead", "worker", "task")}
     plain = {role: {t["name"] for t in pitboss.tools_of(role)} for role in shown}
     assert all(plain[role] == {n for n in shown[role] if not pitboss.TOOLS[n].needs} for role in shown)
-    assert {t.name for t in pitboss.TOOLS.values() if t.needs} == {"permission_prompt"}
+    assert {t.name for t in pitboss.TOOLS.values() if t.needs} == {"permission_prompt", "spawn_sublead"}
     assert shown["task"] == {} and list(shown["lead"]) == list(pitboss.TOOLS)
     assert set(shown["worker"]) == {name for name in SPEC_TOOLS if re.match("kv_|(run_)?lease_|permission_", name)}
     for name, row in pitboss.TOOLS.items():
