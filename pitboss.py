@@ -14804,7 +14804,7 @@ COMMANDS = {c.name: c for c in (
         (("--category",), {"choices": CATEGORIES, "help": "with test: what kind of request (tool_use)"}),
         (("--tool",), {"metavar": "TOOL", "help": "with test: the tool that it is about"}),
         (("--cost",), {"metavar": "USD", "type": float, "help": "with test: what it will cost"})),
-        "show or replace a run's rules about approvals; `policy test FILE` tries rules",
+        "show or replace a run's rules about approvals, or try some",
         "policy test rules.toml --actor worker-1 --tool Bash"),
     Cli("status", cmd_status, "RUN", (
         _RUN, _JSON, _RUNS_DIR,
