@@ -642,7 +642,7 @@ for name, (steps, env, _) in FAILURES.items():
     before = [bash("echo before")] if steps else []
     # each has a key of its own: one that is refused holds every hand of its account
     crowd_task(f"fails_{name}", prompt(*before, *steps, say("never")),
-               env={"ANTHROPIC_API_KEY": f"{KEY}-{name}", **FEW_RETRIES, **env})
+               env={"ANTHROPIC_API_KEY": f"sk-ant-api03-another-{name}-0123456789", **FEW_RETRIES, **env})
 
 
 @real
