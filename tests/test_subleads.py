@@ -5,6 +5,7 @@ scripts call through bridges of their own.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -473,7 +474,8 @@ def test_a_killed_lead_is_dealt_again_and_knows_whom_it_spawned(tree, who):
     worker = run.spawn(sub, "$ run sleep 600")
     known, name = {"boss": f"- {name} (sub-lead): Running", name: f"- {worker}: Running"}[who], who
     for pid in processes_with(f"{run.run.name}:{name}:"):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):          # it went with its parent
+            os.kill(pid, signal.SIGKILL)
     wait_for(lambda: len(run.events("hand_started", actor=name)) == 2, DEADLINE_S, "the next hand")
     heard = wait_for(lambda: run.heard(name)[1:], DEADLINE_S, "what it was told")[0]
     assert "You were started again" in heard and known in heard and heard.count("\n- ") == 1
