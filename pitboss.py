@@ -2035,8 +2035,13 @@ def fold_claude(talk: Talk, line: bytes) -> None:
     if tool_result or not line.startswith(b"{"):
         return                     # most of a log's bytes, or no event
     talk.catch_up()
+    fold_event(talk, line, _CLAUDE_EVENTS)
+
+
+def fold_event(talk: Talk, line: bytes, handlers: Mapping[str, Callable]) -> None:
+    """Fold a line, a JSON object with a `type`, by the handler of that; another type changes nothing."""
     event = json.loads(line.decode())
-    handler = _CLAUDE_EVENTS.get(event.get("type"))
+    handler = handlers.get(event.get("type"))
     if handler:
         handler(talk, event)
 
@@ -2254,10 +2259,7 @@ def fold_step(talk: Talk, words: Any, answers: int = 1) -> None:
 
 def fold_codex(talk: Talk, line: bytes) -> None:
     """One line of `codex exec --json` (measured with codex-cli 0.169.0)."""
-    event = json.loads(line.decode())
-    handler = _CODEX_EVENTS.get(event.get("type"))
-    if handler:
-        handler(talk, event)
+    fold_event(talk, line, _CODEX_EVENTS)
 
 
 def _codex_thread(talk: Talk, event: dict) -> None:
@@ -2364,10 +2366,7 @@ _OPENCODE_EVENTS = {
 
 def fold_gemini(talk: Talk, line: bytes) -> None:
     """One line of `gemini --output-format stream-json` (measured with 0.61.0)."""
-    event = json.loads(line.decode())
-    handler = _GEMINI_EVENTS.get(event.get("type"))
-    if handler:
-        handler(talk, event)
+    fold_event(talk, line, _GEMINI_EVENTS)
 
 
 def _gemini_init(talk: Talk, event: dict) -> None:
@@ -10086,7 +10085,6 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 ROOT, LEADS, EVERYBODY = ("lead",), ("lead", "sublead"), ("lead", "sublead", "worker")
 TARGET = Field("task_id", "word", REQUIRED, "the worker", also=("actor_id", "target"))
 WAIT = Field("timeout_secs", "number", None, "how long to wait; without it, until it has happened", low=0)
-RECORD = {"task_id": "text", "status": "text?", "settled": "flag?", "state": "text?", "...": ""}
 
 
 def result_schema(keys: Mapping[str, str]) -> dict:
@@ -12817,7 +12815,6 @@ def cmd_cancel(options: Any) -> str:
                       hint="cancel it there")
     if options.actor:
         find_actor(run_dir, options.actor)
-    if options.actor:
         ask_dispatcher(run_dir, "cancel_worker", task_id=options.actor, reason=options.reason)
     else:
         ask_dispatcher(run_dir, "cancel_run", reason=options.reason)
@@ -12842,7 +12839,7 @@ def ask_dispatcher(run_dir: str, op: str, wait: bool = True, **fields: Any) -> d
         while True:
             if not is_locked(run_dir):
                 raise Refused(f"the dispatcher of run {run_id} died",
-                              hint=f"pitboss resume {run_id}, or cancel " "the whole run")
+                              hint=f"pitboss resume {run_id}, or cancel the whole run")
             try:
                 client.connect((read_sockets(run_dir) or {}).get("control",
                                                                  os.path.join(run_dir, "control.sock")))
