@@ -11883,14 +11883,17 @@ class Tmux:
     async def ensure_session(self, name: str) -> str:
         """The id of a session, which is made where there is none: with a window that keeps it alive."""
         width, height = map(str, WINDOW_SIZE)
+        os.makedirs(os.path.dirname(self.socket), mode=0o700, exist_ok=True)
         for attempt in range(TMUX_AGAIN):
             if found := await self.session_of(name):
                 return found
             try:
                 out = await self.run("new-session", "-d", "-s", quote_end(quote_format(name)), "-n", "home",
                                      "-x", width, "-y", height, "-c", quote_end(quote_format(self.project)),
-                                     "-P", "-F", "#{session_id} #{window_id} #{pane_id}")
-                session_id, window_id, _ = out.split()
+                                     "-P", "-F", "#{session_id} #{window_id}")
+                if not out.strip():      # a server that cannot make its socket says so with status 0
+                    raise TmuxFailed(f"tmux could not start a server at {self.socket}")
+                session_id, window_id = out.split()
                 await self.run("set-option", "-w", "-t", window_id, "@pit-home", self.key)
                 return session_id
             except TmuxFailed as e:      # somebody else was faster, or the last server is just ending
