@@ -23,6 +23,7 @@ Street map.  Each section may name only the sections above it.
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    LOOP       the ticket loop's state and its one reducer                         [pure]
     DEMO       a scripted agent and a demonstration run                            [cli]
     COMMANDS   command table, handlers, completions, main                          [cli]
 
@@ -44,6 +45,7 @@ Where do I add ...
     a shell             one script and one row in SHELLS
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
+    an event of pit     one handler and one row in PIT_EVENTS; a reason to pause one row in PAUSES
 """
 from __future__ import annotations
 
@@ -11547,6 +11549,686 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
     return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
             f"  branch  {branch}" if task.use_worktree
             else "  branch  none: it works in its directory itself", f"  limit   {task.timeout_s:g} s"]
+
+
+# ======================================================================================
+# LOOP: the ticket loop's state and its one reducer                               [pure]
+# ======================================================================================
+# An epic's agent is given one ticket after another.  What happens arrives here as an event; an
+# epic is in one phase, and where a phase is a row of PIT_EFFECTS that is what must now be done
+# for it, until an event says that it was.  A daemon that takes over does the same from there.
+# To add an event: one handler, one row in PIT_EVENTS; a reason to pause: one row in PAUSES.
+
+PIT_FORMAT = 1             # what pit_opened carries; a newer one is refused
+PIT_BUSY = ("starting", "running")       # states that hold a place
+EPIC_ID = r"(?!-)(?!.*\.\.)[^\s/\x00-\x1f\x7f]+"
+
+_MS = 600_000
+PIT_FIELDS = (
+    Field("agent", "word", "auto", "the program that works: auto is opencode, else claude-code; demo is "
+          "scripted", choices=("auto", "opencode", "claude-code", "demo")),
+    Field("model", "word", None, "given on to the agent", shown="the agent's own"),
+    Field("beadsBinary", "word", "auto", "where the tickets are", choices=("auto", "bd", "br", "embedded")),
+    Field("worktreeDir", "path", ".worktrees", "where worktrees go, from the project"),
+    Field("baseBranch", "word", "main", "the branch or commit that new branches begin at"),
+    Field("tmuxSession", "word", "pit", "the tmux session of the windows", pattern=r"[^.:\x00-\x1f\x7f]+"),
+    Field("clearDelay", "count", 2000, "ms between a ticket's last turn and the clearing", low=0, high=_MS),
+    Field("initDelay", "count", 5000, "ms; an agent has six times as long, and 5 s at least, to begin",
+          low=0, high=_MS),
+    Field("ticketTimeout", "number", None, "minutes that a ticket may take, fractions allowed", above=0,
+          shown="no limit"),
+    Field("promptTemplate", "path", None, "a text file: what an agent is told with a ticket"),
+    Field("instructionsTemplate", "path", None, "a text file: what an agent is told once"),
+    Field("maxConcurrent", "count", None, "epics at work at once, the rest waits", low=1, shown="no limit"),
+)
+PIT_FLAGS = {"agent": "--agent", "model": "--model", "beadsBinary": "--beads-binary",
+             "worktreeDir": "--worktree-dir", "baseBranch": "--base-branch", "tmuxSession": "--tmux-session",
+             "clearDelay": "--clear-delay", "initDelay": "--init-delay", "ticketTimeout": "--ticket-timeout",
+             "promptTemplate": "--prompt-template", "instructionsTemplate": "--instructions-template",
+             "maxConcurrent": "--max"}
+
+
+class PauseKind(NamedTuple):
+    """One reason why an epic is paused."""
+
+    name: str
+    ends: str                  # by: resume; agent, a sign of life of it; look, the tracker is asked again
+    when: str
+
+
+PAUSES = {p.name: p for p in (
+    PauseKind("MANUAL",            "resume", "`pause`"),
+    PauseKind("NEEDS_HUMAN_INPUT", "agent",  "the agent is idle and the ticket is not closed; its last words "
+                                             "follow"),
+    PauseKind("PERMISSION",        "agent",  "it asks for a permission, a plan or an answer; tool and input "
+                                             "follow"),
+    PauseKind("TIMEOUT",           "resume", "`ticketTimeout` passed (paused time does not count); the turn "
+                                             "was interrupted"),
+    PauseKind("BLOCKED",           "look",   "tickets are left and none is ready; each is named with what it "
+                                             "waits for"),
+    PauseKind("AGENT_START",       "agent",  "no sign of life after its start; the screen follows"),
+    PauseKind("AGENT_EXITED",      "agent",  "its process ended; status and last lines follow"),
+    PauseKind("API_ERROR",         "agent",  "the turn ended in an API error, which follows"),
+    PauseKind("DELIVERY",          "agent",  "a prompt was sent three times and never confirmed"),
+    PauseKind("WINDOW_GONE",       "resume", "the window or the tmux server is gone"),
+    PauseKind("TRACKER",           "look",   "the tracker fails; what it said follows"),
+    PauseKind("WORKTREE",          "resume", "the worktree is missing, or the agent is not in it"),
+)}
+
+
+class Epic(NamedTuple):
+    """One epic: what it is, how it stands, what was done."""
+
+    id: str                        # as it was typed
+    epic_id: str                   # in full
+    title: str
+    agent: str
+    model: str | None
+    headless: bool
+    branch: str
+    base: str                      # commit or branch that the branch begins at
+    worktree: str
+    state: str = "queued"          # queued starting running paused done
+    reason: str = ""               # a key of PAUSES; STOPPED
+    detail: str = ""               # what is known beyond that
+    since: float = 0.0             # of the state, unix seconds
+    phase: str = "rest"            # a key of PIT_EFFECTS, or rest, or work: the agent is in a turn
+    todo: dict = {}                # the phase's facts
+    stint: int = 0                 # of the phase: one that began anew has another
+    wants: tuple | None = None     # (phase, facts) that a place is waited for
+    ticket: str | None = None
+    ticket_title: str | None = None
+    tickets: tuple = ()            # (id, title, status) of all below it when they were last looked at
+    worked: dict = {}              # ticket to {startedAt, endedAt, usage, sessionId}, moments in unix seconds
+    worked_s: float = 0.0          # on this ticket, before clock_at
+    clock_at: float | None = None  # since when it is at work on its ticket
+    window: str | None = None
+    pane: str | None = None
+    pid: int | None = None
+    session: str = ""              # the agent's conversation
+    messages: tuple = ()           # for its agent, oldest first: texts, or {"blob": sha256}
+    spooled: str = ""              # name of the hook's file that was recorded last
+    run_id: str | None = None      # of a headless one
+
+
+class PitState:
+    """The tables of a project's session.  Only the handlers of PIT_EVENTS change them."""
+
+    def __init__(self) -> None:
+        self.settings: dict = {}                  # of PIT_FIELDS; empty: there is no session
+        self.facts: dict = {}                     # of pit_opened
+        self.epics: dict[str, Epic] = {}
+        self.stopped_by_hand = False              # `daemon stop`: no hook and no reading command starts one
+        self.seq = 0
+        self.last_at = 0.0
+
+
+def step_pit(state: PitState, event: dict) -> list[dict]:
+    """Fold one event into the session; returns what watchers are told of it."""
+    state.seq, state.last_at = event["seq"], event["at"]
+    row = PIT_EVENTS.get(event["kind"])
+    if row is None:
+        return []
+    before = dict(state.epics)
+    row(state, event)
+    fill_places(state)
+    return list(tell_changes(before, state, event))
+
+
+def fold_pit(events: Iterable[dict]) -> PitState:
+    """The session that a journal's events make."""
+    state = PitState()
+    for event in events:
+        step_pit(state, event)
+    return state
+
+
+def tell_changes(before: dict[str, Epic], state: PitState, event: dict) -> Iterator[dict]:
+    """The lines of `watch` that an event is worth."""
+    head = {"seq": event["seq"], "at": render_time(event["at"])}
+    for name, epic in state.epics.items():
+        old = before.get(name)
+        if old is epic:
+            continue
+        if epic.ticket and (old is None or old.ticket != epic.ticket):
+            yield {"event": "ticket_started", **head, "epic": name, "ticket": epic.ticket}
+        if event["kind"] == "ticket_closed" and event["epic"] == name:
+            yield {"event": "ticket_closed", **head, "epic": name, "ticket": event["ticket"],
+                   "usage": event.get("usage")}
+        if old is not None and len(epic.messages) > len(old.messages):
+            yield {"event": "message", **head, "epic": name, "ticket": epic.ticket}
+        if old is None or (old.state, old.reason, old.detail) != (epic.state, epic.reason, epic.detail):
+            yield {"event": "state", **head, "epic": name, "from": old.state if old else None,
+                   "state": epic.state, "reason": reason_of(epic), "ticket": epic.ticket,
+                   "progress": progress_of(epic)}
+    for name in before.keys() - state.epics.keys():
+        yield {"event": "state", **head, "epic": name, "from": before[name].state, "state": None,
+               "reason": "TORN_DOWN", "ticket": None, "progress": progress_of(before[name])}
+
+
+def alter(book: PitState, name: str, /, **facts: Any) -> Epic:
+    """Exchange an epic's record for one with other facts; its clock runs while it is running on a ticket."""
+    old = book.epics[name]
+    new = old._replace(**facts)
+    if new.state != old.state:
+        new = new._replace(since=book.last_at)
+    if new.ticket != old.ticket:
+        new = new._replace(worked_s=0.0, clock_at=None)
+    ticks = new.state == "running" and new.ticket is not None
+    if ticks and new.clock_at is None:
+        new = new._replace(clock_at=book.last_at)
+    elif not ticks and new.clock_at is not None:
+        new = new._replace(worked_s=new.worked_s + book.last_at - new.clock_at, clock_at=None)
+    book.epics[name] = new
+    return new
+
+
+def set_phase(state: PitState, name: str, phase: str, /, **todo: Any) -> Epic:
+    """Let an epic enter a phase, anew where it is in it."""
+    return alter(state, name, phase=phase, todo=todo, stint=state.epics[name].stint + 1)
+
+
+def free_places(state: PitState) -> int:
+    """How many more epics may be at work."""
+    most = state.settings.get("maxConcurrent")
+    busy = sum(e.state in PIT_BUSY for e in state.epics.values())
+    return 1 << 20 if most is None else most - busy
+
+
+def take_place(state: PitState, name: str, phase: str, /, **todo: Any) -> None:
+    """Let an epic go on in a phase, as soon as there is a place for it."""
+    epic = state.epics[name]
+    if epic.state in PIT_BUSY or free_places(state) > 0:
+        alter(state, name, wants=None, reason="", detail="",
+              state="starting" if phase in ("open", "greet") else "running")
+        set_phase(state, name, phase, **todo)
+    else:
+        alter(state, name, wants=(phase, todo), state="queued", reason="", detail="")
+        set_phase(state, name, "rest")
+
+
+def fill_places(state: PitState) -> None:
+    """Give each free place to the epic that waits longest."""
+    line = sorted((e for e in state.epics.values() if e.state == "queued" and e.wants), key=lambda e: e.since)
+    for epic in line[:max(0, free_places(state))]:
+        take_place(state, epic.id, epic.wants[0], **epic.wants[1])
+
+
+def rows_of(event: dict) -> tuple:
+    """The tickets that an event carries, as an Epic keeps them."""
+    return tuple(tuple(row) for row in event["tickets"])
+
+
+def note_started(epic: Epic, at: float) -> dict:
+    """`worked` once the epic's ticket was given to its agent."""
+    fresh = {"startedAt": at, "endedAt": None, "usage": None, "sessionId": None}
+    return {**epic.worked, epic.ticket: {**epic.worked.get(epic.ticket, fresh),
+                                         "sessionId": epic.session or None}}
+
+
+def on_pit_opened(state: PitState, event: dict) -> None:
+    """A session begins.  Raises JournalError for a journal of a newer version."""
+    if event.get("format", 0) > PIT_FORMAT:
+        raise JournalError(f"the journal has format {event['format']}; this pitboss knows formats up to "
+                           f"{PIT_FORMAT}", hint="use the version of pitboss that began the session")
+    state.settings, state.facts = event["settings"], event
+
+
+def on_daemon_began(state: PitState, event: dict) -> None:
+    """A daemon took the session over."""
+    state.stopped_by_hand = False
+
+
+def on_daemon_left(state: PitState, event: dict) -> None:
+    """The daemon ended by itself or because it was told to."""
+    state.stopped_by_hand = event["why"] == "stop"
+
+
+def on_epic_added(state: PitState, event: dict) -> None:
+    """An epic joins the session, or one that was done goes on."""
+    known = state.epics.get(event["epic"])
+    facts = {k: event[k] for k in event.keys() & set(Epic._fields) - {"tickets"}}
+    epic = known._replace(**facts) if known else Epic(id=event["epic"], since=event["at"], **facts)
+    state.epics[epic.id] = epic._replace(tickets=rows_of(event))
+    if is_complete(state.epics[epic.id]):
+        alter(state, epic.id, state="done", reason="", detail="")
+    else:
+        alter(state, epic.id, state="queued", wants=("open", {}), reason="", detail="")
+
+
+def on_epic_opened(state: PitState, event: dict) -> None:
+    """Its worktree and its window are there."""
+    facts = {k: event[k] for k in event.keys() & {"window", "pane", "pid", "worktree", "branch", "run_id"}}
+    alter(state, event["epic"], session="", **facts)
+    set_phase(state, event["epic"], "greet", **({"adopted": True} if event.get("adopted") else {}))
+
+
+def on_session_began(state: PitState, event: dict) -> None:
+    """The agent began a conversation: it can be given something."""
+    epic = alter(state, event["epic"], session=event["session"], spooled=event.get("spool", ""))
+    may_wake = epic.state == "paused" and epic.reason in ("AGENT_START", "AGENT_EXITED")
+    if epic.phase in ("greet", "clear") or may_wake:
+        take_place(state, epic.id, "pick")
+
+
+def on_epic_looked(state: PitState, event: dict) -> None:
+    """The tracker was asked."""
+    alter(state, event["epic"], tickets=rows_of(event))
+
+
+def on_epic_picked(state: PitState, event: dict) -> None:
+    """A ticket is claimed for it."""
+    epic = alter(state, event["epic"], ticket=event["ticket"], ticket_title=event["title"],
+                 tickets=rows_of(event))
+    alter(state, epic.id, worked=note_started(epic, event["at"]))
+    set_phase(state, epic.id, "send")
+
+
+def on_send_begun(state: PitState, event: dict) -> None:
+    """Something is about to be pasted."""
+    epic = state.epics[event["epic"]]
+    alter(state, epic.id, todo={**epic.todo, "begun": True})
+
+
+def on_prompted(state: PitState, event: dict) -> None:
+    """The agent took something up: what it was sent, or what somebody typed into its window."""
+    epic = alter(state, event["epic"], spooled=event.get("spool", ""))
+    if epic.state == "running":
+        set_phase(state, epic.id, "work")
+    elif epic.state == "paused" and PAUSES[epic.reason].ends == "agent":
+        alter(state, epic.id, state="running", reason="", detail="")
+        set_phase(state, epic.id, "work")
+
+
+def on_turn_ended(state: PitState, event: dict) -> None:
+    """The agent is idle."""
+    epic = alter(state, event["epic"], spooled=event.get("spool", ""))
+    woken = epic.state == "paused" and PAUSES[epic.reason].ends == "agent"
+    if epic.phase == "work" or woken:
+        alter(state, epic.id, state="running", reason="", detail="")
+        set_phase(state, epic.id, "ask", last=event.get("last", ""))
+
+
+def on_ticket_closed(state: PitState, event: dict) -> None:
+    """Its ticket is closed: the context goes, then the next one comes."""
+    epic = state.epics[event["epic"]]
+    done = {**epic.worked.get(event["ticket"], {"startedAt": None, "sessionId": None}),
+            "endedAt": event["at"], "usage": event.get("usage")}
+    alter(state, epic.id, worked={**epic.worked, event["ticket"]: done}, ticket=None, ticket_title=None,
+          tickets=rows_of(event))
+    if is_complete(state.epics[epic.id]):
+        finish_epic(state, epic.id)
+    else:
+        set_phase(state, epic.id, "clear")
+
+
+def on_epic_finished(state: PitState, event: dict) -> None:
+    """No ticket is left."""
+    alter(state, event["epic"], tickets=rows_of(event))
+    finish_epic(state, event["epic"])
+
+
+def finish_epic(state: PitState, name: str) -> None:
+    """All tickets of an epic are closed: its agent is ended."""
+    alter(state, name, state="done", reason="", detail="", ticket=None, ticket_title=None, messages=())
+    set_phase(state, name, "end")
+
+
+def on_epic_paused(state: PitState, event: dict) -> None:
+    """It goes on when the pause's cause has ended, or by resume."""
+    epic = state.epics[event["epic"]]
+    row = PAUSES[event["reason"]]
+    in_turn = epic.phase in ("send", "work", "ask", "interrupt")
+    alter(state, epic.id, state="paused", reason=row.name, detail=event.get("detail", ""), wants=None,
+          spooled=event.get("spool", epic.spooled),
+          **({"tickets": rows_of(event)} if "tickets" in event else {}))
+    if row.name in ("MANUAL", "TIMEOUT") and in_turn:
+        set_phase(state, epic.id, "interrupt")
+    elif row.ends == "look":
+        set_phase(state, epic.id, "recheck", then=event.get("then", "pick"), last=epic.todo.get("last", ""))
+    else:
+        set_phase(state, epic.id, "rest")
+
+
+def on_epic_rested(state: PitState, event: dict) -> None:
+    """What had to be done for it is done: its turn is interrupted, its agent ended."""
+    alter(state, event["epic"], **({"ticket": None, "ticket_title": None} if event.get("gave_back") else {}))
+    set_phase(state, event["epic"], "rest")
+
+
+def on_epic_rechecked(state: PitState, event: dict) -> None:
+    """The tracker answers, or a ticket is ready."""
+    epic = state.epics[event["epic"]]
+    take_place(state, epic.id, epic.todo.get("then", "pick"), last=epic.todo.get("last", ""))
+
+
+def on_epic_resumed(state: PitState, event: dict) -> None:
+    """Somebody lets it go on."""
+    epic = state.epics[event["epic"]]
+    if event.get("message") is not None:
+        alter(state, epic.id, messages=(*epic.messages, event["message"]))
+    take_place(state, epic.id, "go_on")
+
+
+def on_epic_messaged(state: PitState, event: dict) -> None:
+    """Somebody has a message for its agent while it is at work."""
+    epic = state.epics[event["epic"]]
+    alter(state, epic.id, messages=(*epic.messages, event["message"]))
+    if epic.phase == "work":
+        set_phase(state, epic.id, "work")
+
+
+def on_epic_told(state: PitState, event: dict) -> None:
+    """Its agent has the oldest message."""
+    epic = state.epics[event["epic"]]
+    alter(state, epic.id, messages=epic.messages[1:])
+    if epic.phase == "work":
+        set_phase(state, epic.id, "work")
+
+
+def on_epic_went_on(state: PitState, event: dict) -> None:
+    """What resuming it needs is known; a message that it then sends is taken from the line."""
+    epic = state.epics[event["epic"]]
+    todo = event.get("todo", {})
+    if "message" in todo:
+        alter(state, epic.id, messages=epic.messages[1:])
+    alter(state, epic.id, state="starting" if event["phase"] == "open" else "running")
+    set_phase(state, epic.id, event["phase"], **todo)
+
+
+def on_epic_stopped(state: PitState, event: dict) -> None:
+    """Somebody stops it: its agent is ended, its ticket given back."""
+    alter(state, event["epic"], state="done", reason="STOPPED", detail="", wants=None, messages=())
+    set_phase(state, event["epic"], "end")
+
+
+def on_tear_decided(state: PitState, event: dict) -> None:
+    """All that was made for an epic goes, as far as it holds nothing of its own."""
+    alter(state, event["epic"], state="done", wants=None)
+    set_phase(state, event["epic"], "tear", keep=event["keep"], force=event["force"])
+
+
+def on_epic_torn(state: PitState, event: dict) -> None:
+    """Nothing of it is left but what is named."""
+    del state.epics[event["epic"]]
+
+
+def on_pit_closed(state: PitState, event: dict) -> None:
+    """The session is over."""
+    state.settings, state.facts = {}, {}
+    state.epics.clear()
+
+
+PIT_EVENTS: dict[str, Callable] = {
+    "pit_opened": on_pit_opened, "pit_closed": on_pit_closed,
+    "daemon_began": on_daemon_began, "daemon_left": on_daemon_left,
+    "epic_added": on_epic_added, "epic_opened": on_epic_opened, "epic_looked": on_epic_looked,
+    "epic_picked": on_epic_picked, "send_begun": on_send_begun, "ticket_closed": on_ticket_closed,
+    "session_began": on_session_began, "prompted": on_prompted, "turn_ended": on_turn_ended,
+    "epic_paused": on_epic_paused, "epic_rested": on_epic_rested, "epic_rechecked": on_epic_rechecked,
+    "epic_resumed": on_epic_resumed, "epic_messaged": on_epic_messaged, "epic_told": on_epic_told,
+    "epic_went_on": on_epic_went_on, "epic_finished": on_epic_finished, "epic_stopped": on_epic_stopped,
+    "tear_decided": on_tear_decided, "epic_torn": on_epic_torn,
+}
+
+
+def verb_of(epic: Epic) -> str:
+    """What must be done for an epic now: a key of PIT_EFFECTS, or nothing."""
+    if epic.phase == "work":
+        return "tell" if epic.messages else ""
+    return "" if epic.phase == "rest" else epic.phase
+
+
+def is_complete(epic: Epic) -> bool:
+    """Whether all tickets below it were closed when they were last looked at."""
+    return bool(epic.tickets) and all(status == "closed" for _, _, status in epic.tickets)
+
+
+def progress_of(epic: Epic) -> str:
+    """`3/7`: closed of all."""
+    return f"{sum(status == 'closed' for _, _, status in epic.tickets)}/{len(epic.tickets)}"
+
+
+def reason_of(epic: Epic) -> str | None:
+    """Why it is as it is: a word, and what is known beyond that."""
+    return (f"{epic.reason}: {epic.detail}" if epic.detail else epic.reason) or None
+
+
+def decide_agent_event(epic: Epic, told: Mapping[str, Any]) -> tuple[str, dict] | None:
+    """What something that an agent's hook told means for its epic: an event's kind and facts; None: nothing.
+
+    What comes late from an earlier conversation means nothing.
+    """
+    kind, session = told.get("event"), str(told.get("session") or "")
+    if kind in ("started", "cleared"):
+        # a start that is told late, after the clearing that followed it, would bring the old one back
+        known = session and session == epic.session
+        return None if known else ("session_began", {"epic": epic.id, "session": session})
+    if epic.session and session and session != epic.session:
+        return None
+    last = str(told.get("last") or told.get("message") or "")
+    if kind == "prompt":
+        return "prompted", {"epic": epic.id}
+    if kind in ("turn_ended", "notice"):
+        waits = kind == "notice" and epic.phase != "work" or told.get("background")
+        return None if waits else ("turn_ended", {"epic": epic.id, "last": last,
+                                                  **({"usage": told["usage"]} if told.get("usage") else {})})
+    may_pause = epic.state == "running" and epic.phase in ("send", "work", "ask")
+    if kind == "turn_failed" and may_pause:
+        return "epic_paused", {"epic": epic.id, "reason": "API_ERROR",
+                               "detail": str(told.get("error") or last or "the agent did not say which")}
+    if kind == "permission" and may_pause:
+        return "epic_paused", {"epic": epic.id, "reason": "PERMISSION", "detail": permission_words(told)}
+    return None
+
+
+def permission_words(told: Mapping[str, Any]) -> str:
+    """What an agent asks a permission for, in one line."""
+    given = told.get("input")
+    words = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False) if given else ""
+    return clip_cells(clean_text(f"{told.get('tool') or 'a tool'} {words}".strip()), 500)
+
+
+def decide_pick(epic: Epic, tickets: Iterable[Any], lost: Container[str] = ()) -> tuple[str, Any]:
+    """("done", None); ("ticket", the one to work on now); ("blocked", what is left waits for, in words).
+
+    `tickets` are in the order in which they are to be worked; `lost` are those that somebody else claimed
+    just now.  One that this epic's agent holds comes first.
+    """
+    rows, actor = list(tickets), pit_actor(epic.id)
+    left = [t for t in rows if t.status != "closed"]
+    if rows and not left:
+        return "done", None
+    mine = [t for t in left if t.status == "in_progress" and t.assignee == actor]
+    ready = [t for t in left if t.status == "open" and t.is_ready and t.id not in lost]
+    if mine or ready:
+        return "ticket", (mine or ready)[0]
+    return "blocked", "; ".join(map(waiting_words, left)) or "there are no tickets below it"
+
+
+def waiting_words(ticket: Any) -> str:
+    """What an open ticket waits for."""
+    if ticket.waits_for:
+        return f"{ticket.id} waits for {', '.join(ticket.waits_for)}"
+    holder = f" by {ticket.assignee}" if ticket.assignee else ""
+    return f"{ticket.id} is {ticket.status}{holder if ticket.status == 'in_progress' else ''}"
+
+
+def pit_actor(name: str) -> str:
+    """Who claims the tickets of an epic."""
+    return f"pit/{name}"
+
+
+def is_overdue(settings: Mapping[str, Any], epic: Epic, now: float) -> bool:
+    """Whether an epic has been at work on its ticket for longer than it may."""
+    limit = settings.get("ticketTimeout")
+    if limit is None or epic.clock_at is None:
+        return False
+    return epic.worked_s + now - epic.clock_at > limit * 60
+
+
+def decide_epic_pause(epic: Epic) -> dict | None:
+    """The facts of a manual pause; None: it is paused so already.  Raises Refused."""
+    if epic.state == "done":
+        raise Refused(f"{epic.id} is done: there is nothing to pause", hint=f"pit resume {epic.id}")
+    if epic.state == "paused" and epic.reason == "MANUAL":
+        return None
+    return {"epic": epic.id, "reason": "MANUAL"}
+
+
+def decide_epic_resume(epic: Epic, message: str | None) -> tuple[str, dict] | None:
+    """(kind, facts) of what lets an epic go on; None: it does.  Raises Refused for one that is done."""
+    if epic.state == "done" and is_complete(epic):
+        raise Refused(f"{epic.id} is done: all its tickets are closed",
+                      hint="reopen a ticket or add one, then resume it")
+    if epic.state in ("paused", "done"):
+        return "epic_resumed", {"epic": epic.id, **({"message": message} if message else {})}
+    return ("epic_messaged", {"epic": epic.id, "message": message}) if message else None
+
+
+def decide_tear(epic: Epic, found: Mapping[str, Any], force: bool) -> dict | None:
+    """What tearing an epic down would lose: `files`, `commits`, `ticket`, `state`; None: nothing, or forced.
+
+    `found` has what its worktree holds: files, commits, doubt.
+    """
+    lost: dict = {k: found[k] for k in ("files", "commits") if found.get(k)}
+    if found.get("doubt"):
+        lost["why"] = found["doubt"]
+    if epic.state in ("queued", *PIT_BUSY):
+        lost["state"] = epic.state
+        if epic.ticket:
+            lost["ticket"] = epic.ticket
+    return None if force or not lost else lost
+
+
+# ---- what agents are told
+
+TEMPLATE_NAMES = ("EPIC_ID", "EPIC_NAME", "TICKET_ID", "TICKET_TITLE", "TICKET_BODY", "BRANCH", "BASE_BRANCH",
+                  "WORKTREE", "TRACKER", "TICKET_SHOW", "TICKET_CLOSE")
+DEFAULT_PROMPT = """Work on ticket {{TICKET_ID}} ({{TICKET_TITLE}}) of epic {{EPIC_ID}} ({{EPIC_NAME}}). \
+It is claimed for you.
+Read it with `{{TICKET_SHOW}}`. Do only this; commit; push the branch if the repository has a remote and \
+AGENTS.md does not forbid it; close it with `{{TICKET_CLOSE}}`; then stop: the next comes by itself. If you \
+are stuck, say what you need and stop."""
+DEFAULT_INSTRUCTIONS = """You are working through epic {{EPIC_ID}} ({{EPIC_NAME}}), one ticket at a time.
+
+- Your folder is {{WORKTREE}}, a git worktree on the branch {{BRANCH}}, which began at {{BASE_BRANCH}}. \
+Work there and nowhere else; leave the main checkout and other worktrees alone.
+- Tickets are kept by `{{TRACKER}}`. Each one is claimed for you before you are told of it: do not look for \
+others, and do not start one that you were not given.
+- Read the whole ticket first. It holds what you need to know; your memory is cleared before the next one.
+- Do what it asks and no more. Follow AGENTS.md: run the checks that it names, and repair what fails.
+- Commit your work on this branch, with the ticket's id in the message. Push the branch if the repository \
+has a remote and AGENTS.md does not forbid it. Do not merge it.
+- Close the ticket when, and only when, it is done. Then stop and wait: the next one comes by itself.
+- When you are stuck, or something must be decided, do not guess and do not close the ticket: say in a few \
+sentences what you need, and stop. Somebody will answer here.
+"""
+MESSAGE_HEAD = "Message from the orchestrator:\n"
+
+
+def render_pit_template(text: str, values: Mapping[str, str]) -> str:
+    """A template with its places filled in, once; other braces stay.
+
+    Agents take some first characters for commands of their own, so what is filled in never comes first.
+    """
+    names = "|".join(TEMPLATE_NAMES)
+    told = re.sub(r"\{\{(" + names + r")\}\}", lambda m: values.get(m[1], ""), text)
+    return f"Ticket:\n{told}" if text.lstrip()[:2] == "{{" or told.lstrip()[:1] in tuple("/!#@$&") else told
+
+
+# ---- configuration
+
+def strip_json(text: str) -> str:
+    """JSON without comments and trailing commas; what is left stands where it stood."""
+    def blank(found: re.Match) -> str:
+        return found[0] if found[0].startswith('"') else re.sub(r"[^\n]", " ", found[0])
+
+    quoted = r'"(?:\\.|[^"\\\n])*"'
+    plain = re.sub(quoted + r"|//[^\n]*|/\*.*?\*/", blank, text, flags=re.S)
+    return re.sub(quoted + r"|,(?=\s*[\]}])", blank, plain, flags=re.S)
+
+
+def read_pit_config(text: str) -> tuple[dict, list[dict]]:
+    """(what `.pit.json` gives, all that is wrong with it as {key, found, allowed, line})."""
+    plain = strip_json(text)
+    try:
+        given = json.loads(plain)
+    except (ValueError, RecursionError) as e:
+        line = getattr(e, "lineno", 1)
+        return {}, [{"key": None, "found": clean_text(str(e)), "allowed": "a JSON object", "line": line}]
+    if not isinstance(given, dict):
+        return {}, [{"key": None, "found": show_value(given), "allowed": "a JSON object", "line": 1}]
+    kept = {k: v for k, v in given.items() if v is not None
+            or not any(f.name == k and f.default is None for f in PIT_FIELDS)}
+    values, problems = check_pit_settings(kept)
+    for problem in problems:
+        found = re.search(re.escape(json.dumps(problem["key"], ensure_ascii=False)) + r"\s*:", plain)
+        problem["line"] = plain.count("\n", 0, found.start()) + 1 if found else 1
+    return {k: values[k] for k in kept if k in values}, problems
+
+
+def check_pit_settings(given: dict) -> tuple[dict, list[dict]]:
+    """(settings completed with defaults, all that is wrong as {key, found, allowed})."""
+    values, problems = check_fields(PIT_FIELDS, given, "", ())
+    known = ", ".join(f.name for f in PIT_FIELDS)
+    return values, [{"key": p.path, "found": show_value(given.get(p.path)),
+                     "allowed": p.message.partition("allowed: ")[2] or f"{p.message}; known keys: {known}"}
+                    for p in problems]
+
+
+# ---- what callers see
+
+def show_epic(state: PitState, epic: Epic, with_tickets: bool = False) -> dict:
+    """An epic as `status` shows it."""
+    shown = {"state": epic.state, "progress": progress_of(epic), "reason": reason_of(epic),
+             "ticket": epic.ticket, "ticketTitle": epic.ticket_title, "since": render_time(epic.since),
+             "epicId": epic.epic_id, "title": epic.title, "branch": epic.branch, "worktree": epic.worktree,
+             "window": epic.window, "pane": epic.pane, "agent": epic.agent, "model": epic.model,
+             "headless": epic.headless, "usage": sum_usage(epic),
+             **({"runId": epic.run_id} if epic.headless else {})}
+    return {**shown, "tickets": [show_ticket_work(epic, *row) for row in epic.tickets]} if with_tickets \
+        else shown
+
+
+def show_ticket_work(epic: Epic, name: str, title: str, status: str) -> dict:
+    """A ticket of an epic, and what the loop did with it."""
+    done = epic.worked.get(name, {})
+    word = "closed" if status == "closed" else "working" if name == epic.ticket else "todo"
+    return {"id": name, "title": title, "state": word, "startedAt": render_time(done.get("startedAt")),
+            "endedAt": render_time(done.get("endedAt")), "usage": done.get("usage"),
+            "sessionId": done.get("sessionId")}
+
+
+USAGE_KEYS = ("input", "output", "cache_read", "cache_creation")
+
+
+def sum_usage(epic: Epic) -> dict | None:
+    """What an epic's agent used as far as it is known; None: nothing is."""
+    told = [w["usage"] for w in epic.worked.values() if w.get("usage")]
+    if not told:
+        return None
+    costs = [u["cost_usd"] for u in told if u.get("cost_usd") is not None]
+    return {**{key: sum(u.get(key) or 0 for u in told) for key in USAGE_KEYS},
+            "cost_usd": sum(costs) if costs else None}
+
+
+def status_words(state: PitState) -> str:
+    """`pit 2 running 1 paused`, for the status bar of tmux."""
+    counts: dict[str, int] = {}
+    for epic in state.epics.values():
+        counts[epic.state] = counts.get(epic.state, 0) + 1
+    parts = [f"{counts[s]} {s}" for s in (*PIT_BUSY, "queued", "paused", "done") if s in counts]
+    return " ".join(["pit", *parts]) if parts else ""
+
+
+UNTIL = {
+    # condition: (the epics' states, whether a change was seen) -> whether it holds
+    "paused":  lambda states, changed: "paused" in states,
+    "done":    lambda states, changed: all(s == "done" for s in states),
+    "settled": lambda states, changed: all(s in ("paused", "done") for s in states),
+    "change":  lambda states, changed: changed,
+}
 
 
 # ======================================================================================
