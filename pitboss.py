@@ -23,6 +23,7 @@ Street map.  Each section may name only the sections above it.
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    TMUX       windows, keys and pastes of one tmux server; TUI agents' hooks      [async]
     LOOP       the ticket loop's state and its one reducer                         [pure]
     DEMO       a scripted agent and a demonstration run                            [cli]
     COMMANDS   command table, handlers, completions, main                          [cli]
@@ -40,6 +41,7 @@ Where do I add ...
     a sink of them      one name in SINK_KINDS and one row in SINKS
     a method of MCP     one method of McpSession and one row in METHODS or NOTIFICATIONS
     an agent            one row in AGENTS; a new output format is one row in FORMATS
+    one in a terminal   one row in TUI_AGENTS
     a command           one handler and one row in COMMANDS
     a completed value   one row in TYPED, under the metavar of the argument
     a shell             one script and one row in SHELLS
@@ -11549,6 +11551,752 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
     return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
             f"  branch  {branch}" if task.use_worktree
             else "  branch  none: it works in its directory itself", f"  limit   {task.timeout_s:g} s"]
+
+
+# ======================================================================================
+# TMUX: windows, keys and pastes of one tmux server; TUI agents' hooks           [async]
+# ======================================================================================
+# An agent of the ticket loop is a terminal program in a tmux window of its own.  It is told
+# things by paste and keys, and tells things by hooks: each leaves a file in its epic's spool
+# and then pokes the daemon, so that nothing is lost while no daemon lives.  The screen is
+# never read to find out how an agent stands, only to show people why one is silent.
+# Measured with tmux 3.3a, Claude Code 2.1.197 and opencode 1.18.33.
+# To add an agent: a prepare_ and a read_ function and one row in TUI_AGENTS.
+
+# ---- the hook: up to its end only the standard library is named, for pin_hook takes this text alone
+
+HOOK_INPUT_S = 2.0             # how long a hook waits for what its agent has to say
+HOOK_INPUT_BYTES = 64 << 20
+LAUNCH_S = 20.0                # how long a new window waits for what it shall run
+# variables of a window that the terminal's own program knows better than the caller of `start`
+TERMINAL_VARIABLES = ("TERM", "COLORTERM", "TERM_PROGRAM", "TERM_PROGRAM_VERSION", "TMUX", "TMUX_PANE")
+
+
+def read_hook_input() -> bytes:
+    """What the agent says on standard input, to its end; what has come until then when it has none."""
+    import select
+
+    parts, deadline = [], time.monotonic() + HOOK_INPUT_S
+    while sum(map(len, parts)) < HOOK_INPUT_BYTES:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([0], [], [], left)[0]:
+            break
+        data = os.read(0, 1 << 20)
+        if not data:
+            break
+        parts.append(data)
+    return b"".join(parts)
+
+
+def spool_name(spool: str) -> str:
+    """The name of the next event: nanoseconds, later than those that lie there though the clock was set."""
+    names = [n for n in os.listdir(spool) if not n.startswith(".")]
+    last = max((int(n.partition("-")[0]) for n in names if n.partition("-")[0].isdigit()), default=0)
+    return f"{max(time.time_ns(), last + 1):020d}-{os.getpid()}.json"
+
+
+def leave_event(folder: str, agent: str, epic: str, raw: bytes) -> str:
+    """Put one event into the spool of an epic's folder; returns its name there.  Raises OSError."""
+    try:
+        event = json.loads(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        event = {"broken": raw[:2000].decode("utf-8", "replace")}
+    spool = os.path.join(folder, "spool")
+    os.makedirs(spool, mode=0o700, exist_ok=True)
+    beside = os.path.join(spool, f".{os.getpid()}.new")
+    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as f:
+        json.dump({"agent": agent, "epic": epic, "at": time.time(), "raw": event}, f)
+    name = spool_name(spool)
+    os.rename(beside, os.path.join(spool, name))
+    return name
+
+
+def poke_daemon(socket_path: str, epic: str, name: str) -> bool:
+    """Tell the daemon that an event lies in the spool, without waiting.  False: nobody is there."""
+    import socket
+
+    line = json.dumps({"method": "agent-event", "params": {"epicId": epic, "event": name}}) + "\n"
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    link.setblocking(False)
+    try:
+        link.connect(socket_path)
+        link.send(line.encode())
+        return True
+    except BlockingIOError:
+        return True                # it lives and has much to do; it reads the spool anyway
+    except OSError:
+        return False
+    finally:
+        link.close()
+
+
+def start_daemon(session: str) -> None:
+    """Start the next daemon, as the session's restart.json says; without that file nobody wants one."""
+    import subprocess
+
+    try:
+        with open(os.path.join(session, "restart.json"), "rb") as f:
+            order = json.loads(f.read())
+    except (OSError, ValueError):
+        return
+    subprocess.Popen(order["argv"], env=order.get("env"), cwd=order.get("cwd"), stdin=subprocess.DEVNULL,
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def hook_main(argv: list) -> int:
+    """One event of an agent: FOLDER AGENT EPIC SOCKET SESSION.  Prints nothing and always exits 0.
+
+    What a hook prints would go into the agent's conversation, and its failure onto the agent's screen.
+    """
+    try:
+        folder, agent, epic, socket_path, session = argv[:5]
+        name = "" if argv[5:] == ["poke"] else leave_event(folder, agent, epic, read_hook_input())
+        if not poke_daemon(socket_path, epic, name):
+            start_daemon(session)
+    except Exception:  # boundary: an agent's turn must not suffer from what goes wrong here
+        pass
+    return 0
+
+
+def launch_main(argv: list) -> int:
+    """Become the program that a file tells: argv, environment, folder.  The file is gone when it was read.
+
+    The file comes after the window was marked and told to stay when its program ends; neither what it runs
+    nor its environment ever stands in a command line of tmux.
+    """
+    import signal
+
+    deadline = time.monotonic() + LAUNCH_S
+    while not os.path.exists(argv[0]):
+        if time.monotonic() > deadline:
+            sys.stderr.write("nobody said what to run in this window\n")
+            return 1
+        time.sleep(0.01)
+    with open(argv[0], encoding="ascii") as f:
+        order = json.load(f)
+    os.unlink(argv[0])
+    env = {**order["env"], **{k: os.environ[k] for k in TERMINAL_VARIABLES if k in os.environ},
+           "PIT_AGENT_PID": str(os.getpid())}
+    for name in ("SIGPIPE", "SIGXFSZ"):          # Python ignores them, and that would be inherited
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    os.umask(order["umask"])
+    try:
+        os.chdir(order["cwd"])
+        os.execvpe(order["argv"][0], order["argv"], env)
+    except OSError as e:
+        sys.stderr.write(f"{e.strerror}: {e.filename or order['argv'][0]}\n")
+        return 126
+
+# ---- the end of the hook
+
+
+def pin_hook(session: str) -> None:
+    """Put the hook and the launcher, compiled, into SESSION/self: an agent waits for its hooks."""
+    import py_compile
+
+    begin, end = ("\n# ---- the " + word for word in ("hook: ", "end of the hook\n"))
+    body = read_self().decode().partition(begin)[2].partition(end)[0].partition("\n")[2]
+    here = os.path.join(session, "self")
+    os.makedirs(here, mode=0o700, exist_ok=True)
+    path = os.path.join(here, "pitboss_hook.py")
+    write_file(path, ("from __future__ import annotations\n\nimport json\nimport os\nimport sys\n"
+                      "import time\n" + body).encode())
+    py_compile.compile(path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    for name in ("hook", "launch"):
+        write_file(os.path.join(here, name), (
+            "import sys\nsys.path[0:0] = [__file__.rpartition('/')[0]]\n"
+            f"from pitboss_hook import {name}_main\nsys.exit({name}_main(sys.argv[1:]))\n").encode())
+
+
+def hook_argv(session: str, agent: str, epic: str, socket_path: str) -> list[str]:
+    """The command by which an agent of `epic` tells what happens; its event comes on standard input."""
+    return [sys.executable, "-I", "-S", os.path.join(session, "self", "hook"), epic_folder(session, epic),
+            agent, epic, socket_path, session]
+
+
+def epic_folder(session: str, epic: str) -> str:
+    """Where the files of an epic are in a session folder."""
+    return os.path.join(session, "epics", epic)
+
+
+# ---- tmux
+
+TMUX_CALL_S = 20.0             # one command; it takes 2 ms on a quiet machine
+TMUX_AGAIN = 5                 # tries where a server that is just ending is in the way
+WINDOW_SIZE = (200, 50)        # columns and rows of an epic's window
+PANE_GAP = " // "              # no path that was made absolute holds it
+PANE_FORMAT = PANE_GAP.join((
+    "#{pid} #{pane_id} #{window_id} #{session_id} #{pane_pid} #{pane_dead} =#{pane_dead_status} =#{@pit-key} "
+    "=#{@pit-epic}", "#{pane_current_command}", "#{pane_current_path}", "#{pane_title}"))
+
+
+class TmuxFailed(PitbossError):
+    """tmux refused a command; the message is its own."""
+
+
+class TmuxGone(TmuxFailed):
+    """There is no tmux server."""
+
+
+class PaneGone(TmuxFailed):
+    """The pane is gone, or what bears its id now is not ours."""
+
+
+class Pane(NamedTuple):
+    """The pane of an epic's agent."""
+
+    epic: str
+    pane_id: str               # %N: unique while the server lives
+    window_id: str             # @N
+    session_id: str            # $N
+    pid: int                   # of its first process: the agent's
+    is_dead: bool              # that process has ended; the window stays
+    status: int | None         # its exit status; None while it lives, and for an end by a signal
+    command: str
+    path: str                  # the folder that it is in; empty when it is dead
+    title: str
+
+
+def parse_pane(line: str) -> tuple[str, Pane] | None:
+    """(key, pane) of a line in PANE_FORMAT; None for a line that is none."""
+    parts = line.split(PANE_GAP, 3)
+    words = parts[0].split(" ")
+    if len(parts) < 4 or len(words) < 9:
+        return None
+    _, pane_id, window_id, session_id, pid, dead, status, key, epic = words[:9]
+    ended = dead == "1"
+    return key[1:], Pane(epic[1:], pane_id, window_id, session_id, int(pid or 0), ended,
+                         int(status[1:]) if ended and status[1:].isdigit() else None, parts[1], parts[2],
+                         parts[3])
+
+
+def tmux_error(err: str) -> TmuxFailed:
+    """What tmux said on its standard error output, as an error."""
+    gone = ("no server running", "error connecting", "server exited", "lost server", "server version",
+            "no current client")
+    if err.startswith(gone[:4]):
+        return TmuxGone(f"tmux: {err}")
+    return PaneGone(f"tmux: {err}") if err.startswith("can't find") else TmuxFailed(f"tmux: {err}")
+
+
+def default_socket(env: Mapping[str, str]) -> str:
+    """The socket of the server that a plain `tmux` reaches in this environment."""
+    if env.get("TMUX"):
+        return env["TMUX"].rsplit(",", 2)[0]
+    base = env.get("TMUX_TMPDIR") or "/tmp"
+    return os.path.join(os.path.realpath(base), f"tmux-{os.getuid()}", "default")
+
+
+def find_tmux(env: Mapping[str, str]) -> str:
+    """The path of tmux.  Raises InvalidInput when there is none."""
+    import shutil
+
+    path = shutil.which("tmux", path=env.get("PATH"))
+    if path is None:
+        error = InvalidInput("tmux was not found on PATH",
+                             hint="install tmux 3.2 or newer, or use --headless")
+        error.program = "tmux"
+        raise error
+    return path
+
+
+def quote_end(word: str) -> str:
+    """A word for tmux's command line, where a `;` at the end of one would end the command."""
+    return word[:-1] + "\\;" if word.endswith(";") else word
+
+
+def quote_format(text: str) -> str:
+    """A text where tmux expands formats: a folder, a name."""
+    return text.replace("#", "##")
+
+
+def clean_paste(text: str) -> str:
+    """A text as it may be pasted: line ends are LF, and no control character can end the paste early."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]", "", text).encode("utf-8", "replace").decode()
+
+
+class Tmux:
+    """One tmux server, and of what is in it only what bears the mark of one session folder.
+
+    `socket`: of default_socket; `session`: the session folder, of which `key` is made; `project`: the
+    main checkout, for key bindings; `env`: the caller's, for a server that must be started.
+    """
+
+    def __init__(self, socket: str, session: str, project: str, env: Mapping[str, str], umask: int) -> None:
+        import hashlib
+
+        self.socket, self.folder, self.project, self.umask = socket, session, project, umask
+        real = os.path.realpath(session).encode("utf-8", "surrogateescape")
+        self.key = hashlib.sha256(real).hexdigest()[:12]
+        self.env = {k: v for k, v in env.items() if k not in ("TMUX", "TMUX_PANE")}
+        self.table = ProcessTable()
+
+    async def run(self, *words: str, input: bytes | None = None) -> str:
+        """The output of one command, or of several with ";" between.  Raises TmuxFailed and its kinds."""
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(
+                "tmux", "-u", "-S", self.socket, *words, env=self.env, umask=self.umask, stdout=pipe,
+                stderr=pipe, stdin=asyncio.subprocess.DEVNULL if input is None else pipe)
+        except FileNotFoundError:
+            raise TmuxFailed("tmux was not found on PATH") from None
+        try:
+            out, err = await asyncio.wait_for(process.communicate(input), TMUX_CALL_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise TmuxFailed(f"tmux did not answer in {TMUX_CALL_S:g} s") from None
+        if process.returncode:
+            raise tmux_error(err.decode("utf-8", "replace").strip() or f"status {process.returncode}")
+        return out.decode("utf-8", "replace")
+
+    async def server_pid(self) -> int | None:
+        """The server's process; None where none runs.  Another pid than before: all windows are gone."""
+        try:
+            return int((await self.run("list-sessions", "-F", "#{pid}")).split()[0])
+        except (TmuxGone, IndexError):
+            return None
+
+    async def panes(self) -> dict[str, Pane]:
+        """The agents' panes, by epic, wherever people moved their windows.  Raises TmuxGone."""
+        out = await self.run("list-panes", "-a", "-F", PANE_FORMAT)
+        found = [pair for line in out.splitlines() if (pair := parse_pane(line))]
+        return {pane.epic: pane for key, pane in found if key == self.key and pane.epic}
+
+    async def pane(self, pane_id: str) -> Pane:
+        """One agent's pane as it is now.  Raises PaneGone, also where its id has come to mean another one."""
+        for pane in (await self.panes()).values():
+            if pane.pane_id == pane_id:
+                return pane
+        raise PaneGone(f"pane {pane_id} is gone")
+
+    async def session_of(self, name: str) -> str | None:
+        """The id of the session of exactly that name; None where there is none."""
+        with contextlib.suppress(TmuxGone):
+            for line in (await self.run("list-sessions", "-F", "#{session_id} #{session_name}")).splitlines():
+                if line.partition(" ")[2] == name:
+                    return line.partition(" ")[0]
+        return None
+
+    async def ensure_session(self, name: str) -> str:
+        """The id of a session, which is made where there is none: with a window that keeps it alive."""
+        width, height = map(str, WINDOW_SIZE)
+        for attempt in range(TMUX_AGAIN):
+            if found := await self.session_of(name):
+                return found
+            try:
+                out = await self.run("new-session", "-d", "-s", quote_end(quote_format(name)), "-n", "home",
+                                     "-x", width, "-y", height, "-c", quote_end(quote_format(self.project)),
+                                     "-P", "-F", "#{session_id} #{window_id} #{pane_id}")
+                session_id, window_id, _ = out.split()
+                await self.run("set-option", "-w", "-t", window_id, "@pit-home", self.key)
+                return session_id
+            except TmuxFailed as e:      # somebody else was faster, or the last server is just ending
+                if attempt == TMUX_AGAIN - 1:
+                    raise
+                if not isinstance(e, TmuxGone) and "duplicate session" not in str(e):
+                    raise
+                await asyncio.sleep(0.1)
+        raise TmuxFailed(f"tmux made no session {name}")
+
+    async def open_window(self, session: str, epic: str, cwd: str, argv: list[str],
+                          env: Mapping[str, str]) -> Pane:
+        """Start an agent in a window of its own, which stays when it ends.  Raises TmuxFailed."""
+        session_id, order = await self.ensure_session(session), self.order_path(epic)
+        out = await self.run("new-window", "-d", "-P", "-F", "#{window_id} #{pane_id}",
+                             "-t", f"{session_id}:", "-n", quote_end(quote_format(f"epic-{epic}")),
+                             "-c", quote_end(quote_format(cwd)), *self.launcher(order))
+        window_id, pane_id = out.split()
+        width, height = map(str, WINDOW_SIZE)
+        await self.run(
+            "set-option", "-w", "-t", window_id, "remain-on-exit", "on", ";",
+            "set-option", "-w", "-t", window_id, "@pit-epic", quote_end(epic), ";",
+            "set-option", "-w", "-t", window_id, "@pit-project", quote_end(self.project), ";",
+            "set-option", "-p", "-t", pane_id, "@pit-key", self.key, ";",
+            "set-option", "-w", "-t", window_id, "window-size", "manual", ";",
+            "resize-window", "-t", window_id, "-x", width, "-y", height)
+        self.write_order(order, epic, cwd, argv, env)
+        return await self.pane(pane_id)
+
+    async def respawn(self, pane_id: str, cwd: str, argv: list[str], env: Mapping[str, str]) -> Pane:
+        """A fresh process in an agent's pane; the one before is ended with all that it left."""
+        pane = await self.pane(pane_id)
+        await self.end_agent(pane)
+        order = self.order_path(pane.epic)
+        self.write_order(order, pane.epic, cwd, argv, env)
+        await self.run("respawn-pane", "-k", "-t", pane_id, "-c", quote_end(quote_format(cwd)),
+                       *self.launcher(order))
+        return await self.pane(pane_id)
+
+    def order_path(self, epic: str) -> str:
+        """A new path for what a window shall run."""
+        return os.path.join(epic_folder(self.folder, epic), f"launch-{os.urandom(8).hex()}.json")
+
+    def launcher(self, order: str) -> list[str]:
+        """The command of a window: more than one word, so that no shell reads it."""
+        return [quote_end(w) for w in (sys.executable, "-I", "-S",
+                                       os.path.join(self.folder, "self", "launch"), order)]
+
+    def write_order(self, order: str, epic: str, cwd: str, argv: list[str], env: Mapping[str, str]) -> None:
+        """Tell a window what to run; its processes bear the epic's mark."""
+        lineage = "/".join(filter(None, (env.get(LINEAGE), self.marker(epic))))
+        os.makedirs(os.path.dirname(order), mode=0o700, exist_ok=True)
+        write_file(order, json.dumps({"argv": list(argv), "cwd": cwd, "umask": self.umask,
+                                      "env": {**env, LINEAGE: lineage}}).encode("ascii"))
+
+    def marker(self, epic: str) -> str:
+        """What the processes of an epic's agent bear in LINEAGE."""
+        return f"pit-{self.key}:{epic}:1"
+
+    async def paste(self, pane_id: str, text: str) -> None:
+        """Paste a text of any size, as one bracketed paste, whatever mode a person left the pane in."""
+        await self.pane(pane_id)
+        name = f"pit-{os.urandom(6).hex()}"
+        await self.run("load-buffer", "-b", name, "-", input=clean_paste(text).encode())
+        try:
+            await self.run("copy-mode", "-q", "-t", pane_id, ";",
+                           "paste-buffer", "-d", "-p", "-r", "-b", name, "-t", pane_id)
+        except TmuxFailed:
+            with contextlib.suppress(TmuxFailed):
+                await self.run("delete-buffer", "-b", name)
+            raise
+
+    async def press(self, pane_id: str, *keys: str) -> None:
+        """Press keys by tmux's names (Enter, Escape, C-c)."""
+        await self.pane(pane_id)
+        await self.run("copy-mode", "-q", "-t", pane_id, ";",
+                       "send-keys", "-t", pane_id, *map(quote_end, keys))
+
+    async def type(self, pane_id: str, text: str) -> None:
+        """Type a short text key by key, as a command of the agent must be."""
+        await self.pane(pane_id)
+        await self.run("copy-mode", "-q", "-t", pane_id, ";",
+                       "send-keys", "-t", pane_id, "-l", "--", quote_end(text))
+
+    async def capture(self, pane_id: str, lines: int) -> str:
+        """The last `lines` lines of a pane, history included, as plain text without blank ones at its end."""
+        out = await self.run("capture-pane", "-p", "-J", "-S", f"-{max(0, lines) + WINDOW_SIZE[1]}",
+                             "-t", pane_id)
+        text = "\n".join(row.rstrip() for row in out.rstrip().split("\n"))
+        rows = re.sub(r"\n{2,}(?=Pane is dead[^\n]*$)", "\n", text).split("\n")
+        return "\n".join(rows[-lines:]) if lines > 0 else ""
+
+    async def end_agent(self, pane: Pane) -> None:
+        """End the processes of an agent, those that it left elsewhere too; its window stays to be read."""
+        handle = {"pid": pane.pid, "start": process_start(pane.pid), "boot": boot_id(),
+                  "marker": self.marker(pane.epic)}
+        if handle["start"] is None:        # it is dead: only what bears the mark is left
+            handle["boot"] = ""
+        known: dict[int, str] = {}
+
+        def find() -> dict[int, str]:
+            known.update(self.table.members(handle, known))
+            return {pid: start for pid, start in self.table.members(handle, known).items()}
+
+        await stop_ladder(find, None, (0, TERMINATE_S, KILL_S))
+
+    async def kill_window(self, pane: Pane) -> None:
+        """End an agent and its window; one that is gone already is fine."""
+        await self.end_agent(pane)
+        with contextlib.suppress(TmuxGone, PaneGone):
+            now = await self.pane(pane.pane_id)
+            await self.run("kill-window", "-t", now.window_id)
+
+    async def close_session(self, name: str) -> bool:
+        """End a session that holds nothing but the idle window it was made with.  False: it is in use."""
+        try:
+            session_id = await self.session_of(name)
+            if session_id is None:
+                return True
+            out = await self.run("list-panes", "-s", "-t", session_id, "-F",
+                                 "#{@pit-home} #{pane_current_command} #{b:default-shell}")
+            for line in out.splitlines():
+                home, _, words = line.partition(" ")
+                if home != self.key or len(set(words.removeprefix("-").split())) != 1:
+                    return False
+            await self.run("kill-session", "-t", session_id)
+        except (TmuxGone, PaneGone):
+            pass
+        return True
+
+    async def set_status(self, text: str) -> None:
+        """What `#{@pit-status}` shows; an empty text takes the option away."""
+        change = ["set-option", "-g", "@pit-status", quote_end(text)] if text else [
+            "set-option", "-gu", "@pit-status"]
+        with contextlib.suppress(TmuxGone):
+            await self.run(*change)
+
+
+# ---- what agents tell
+
+TOLD = 4000                # characters of an agent's words that an event keeps
+
+
+class Seat(NamedTuple):
+    """What a row of TUI_AGENTS needs to know of the agent that it prepares."""
+
+    folder: str                # SESSION/epics/EPIC: what is made for the agent lies here
+    epic: str
+    program: tuple             # argv of the program itself
+    model: str                 # empty: the agent's own
+    hook: tuple                # hook_argv of the epic
+    instructions: str          # what it is told for good
+    superuser: bool
+    env: Mapping               # the environment of the `start` that was called
+
+
+class Prepared(NamedTuple):
+    """How to start a prepared agent: `files` (path to text) are to be written first."""
+
+    files: dict
+    argv: list
+    env: dict                  # the whole environment
+
+
+# Marks of an agent around the caller, which the agents of the loop would take for their parent.
+# (Set by Claude Code 2.1.197 and opencode 1.18.33 in the environment of what they run.)
+AGENT_MARKS = ("CLAUDECODE", "CLAUDE_CODE_SESSION_ID", "CLAUDE_CODE_CHILD_SESSION", "CLAUDE_CODE_ENTRYPOINT",
+               "CLAUDE_CODE_SSE_PORT", "OPENCODE", "OPENCODE_PID", "OPENCODE_CONFIG_DIR",
+               "OPENCODE_CONFIG_CONTENT", "AGENT", "PIT_AGENT_PID", "TMUX", "TMUX_PANE")
+
+
+def clear_marks(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the marks of an agent or terminal around the caller."""
+    return {k: v for k, v in env.items() if k not in AGENT_MARKS}
+
+
+def write_prepared(prepared: Prepared) -> None:
+    """Write the files of a prepared agent.  Raises OSError."""
+    for path, text in prepared.files.items():
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        write_file(path, text.encode("utf-8", "surrogateescape"))
+
+
+# hook of claude: (event, names of further facts in its input and in the event)
+CLAUDE_HOOKS = {
+    "SessionStart": "started", "UserPromptSubmit": "prompt", "Stop": "turn_ended",
+    "StopFailure": "turn_failed", "PermissionRequest": "permission", "Notification": "notice",
+    "SessionEnd": "ended",
+}
+# SessionStart and SessionEnd mean something else for some sources and reasons
+CLAUDE_TURNS = {("started", "clear"): "cleared", ("started", "compact"): "notice",
+                ("ended", "clear"): "notice"}
+
+
+def read_claude(raw: dict) -> dict:
+    """The input of one of claude's hooks as {"event", "session", facts}."""
+    kind = CLAUDE_HOOKS.get(str(raw.get("hook_event_name")), "notice")
+    word = str(raw.get("source") or raw.get("reason") or raw.get("notification_type") or "")
+    event = {"event": CLAUDE_TURNS.get((kind, word), kind), "session": str(raw.get("session_id") or ""),
+             "cwd": str(raw.get("cwd") or ""), "transcript": str(raw.get("transcript_path") or "")}
+    if word:
+        event["kind"] = word
+    if kind == "prompt":
+        event["prompt"] = str(raw.get("prompt") or "")
+    if kind in ("turn_ended", "turn_failed"):
+        event["text"] = str(raw.get("last_assistant_message") or raw.get("error") or "")[-TOLD:]
+        event["background"] = len(raw.get("background_tasks") or ())
+    if kind == "permission":
+        event["tool"], event["input"] = str(raw.get("tool_name") or ""), told_input(raw.get("tool_input"))
+    return event
+
+
+def told_input(value: Any) -> str:
+    """The input of a tool as JSON, its beginning where it is long."""
+    return json.dumps(value, ensure_ascii=False)[:TOLD]
+
+
+def prepare_claude(seat: Seat) -> Prepared:
+    """Claude Code as a terminal program; nothing is written into the worktree (measured with 2.1.197)."""
+    import shlex
+
+    settings, words = os.path.join(seat.folder, "claude.json"), os.path.join(seat.folder, "instructions.md")
+    hook = {"hooks": [{"type": "command", "command": shlex.join(seat.hook), "timeout": 15}]}
+    argv = [*seat.program, *(["--model", seat.model] if seat.model else []), "--settings", settings,
+            "--disallowedTools", "AskUserQuestion,ExitPlanMode", "--append-system-prompt-file", words,
+            "--dangerously-skip-permissions"]
+    env = {**clear_marks(seat.env), "CLAUDE_CODE_SANDBOXED": "1",
+           **({"IS_SANDBOX": "1"} if seat.superuser else {})}
+    return Prepared({settings: json.dumps({"hooks": {name: [hook] for name in CLAUDE_HOOKS},
+                                           "skipDangerousModePermissionPrompt": True}),
+                     words: seat.instructions}, argv, env)
+
+
+def prepare_demo(seat: Seat) -> Prepared:
+    """The scripted agent of this file, in a terminal; it takes the settings that claude takes."""
+    prepared = prepare_claude(seat)
+    settings = next(iter(prepared.files))
+    return prepared._replace(argv=[*seat.program, "demo-agent", "--tui", settings, "--model",
+                                   seat.model or "demo", "--sessions", os.path.join(seat.folder, "demo")])
+
+
+class TuiAgent(NamedTuple):
+    """How one agent is driven in a terminal."""
+
+    name: str
+    agent: str                 # key of AGENTS: finds its program
+    prepare: Callable          # (Seat) -> Prepared
+    read: Callable             # (what its hook was told) -> {"event", "session", facts}
+    clear: str                 # the command that begins a new conversation
+    tells_clear: bool          # an event `cleared` follows; else the next `prompt` bears another session
+    interrupt: tuple           # keys that interrupt a turn
+    empties: tuple             # keys that empty its input line, harmless when it is empty
+    dialogs: tuple = ()        # (pattern of a screen before the first event, what it means)
+
+
+CLAUDE_DIALOGS = (
+    (r"trust this folder|Quick safety check", "it asks whether the folder can be trusted"),
+    (r"Detected a custom API key", "it asks whether to use the API key of the environment"),
+    (r"Bypass Permissions mode", "it asks whether permissions may be bypassed"),
+    (r"Select login method|Choose the text style|Let's get started", "it has not been set up: log in first"),
+    (r"Not logged in|Please run /login", "it is not logged in"),
+    (r"Unable to connect", "it cannot reach its provider"),
+)
+
+TUI_AGENTS = {a.name: a for a in (
+    TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", True, ("Escape",), ("C-c",),
+             CLAUDE_DIALOGS),
+    TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", True, ("Escape",), ("C-c",)),
+)}
+
+
+def read_hook_spool(folder: str, after: str = "") -> list[dict]:
+    """The events in an epic's folder whose names come after `after`, in their order.
+
+    Each is {"event", "file", "epic", "at", "session", facts}; "event" is started, cleared, prompt,
+    turn_ended, turn_failed, permission, ended or notice.  A file that cannot be read is a notice of
+    kind `broken`.
+    """
+    spool = os.path.join(folder, "spool")
+    try:
+        names = sorted(n for n in os.listdir(spool) if n > after and not n.startswith("."))
+    except FileNotFoundError:
+        return []
+    return [read_event(spool, name) for name in names]
+
+
+def read_event(spool: str, name: str) -> dict:
+    """One event of a spool."""
+    record = read_json(os.path.join(spool, name))
+    record = record if isinstance(record, dict) else {}
+    raw, row = record.get("raw"), TUI_AGENTS.get(str(record.get("agent")))
+    facts = {"event": "notice", "kind": "broken", "session": ""}
+    if row is not None and isinstance(raw, dict):
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            facts = row.read(raw)
+    at = record.get("at")
+    return {**facts, "file": name, "epic": str(record.get("epic") or ""),
+            "at": at if isinstance(at, (int, float)) else 0.0}
+
+
+def remove_spooled(folder: str, upto: str) -> None:
+    """Remove the events up to and with `upto`: for who has them in a journal."""
+    for event in read_hook_spool(folder):
+        if event["file"] <= upto:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, "spool", event["file"]))
+
+
+def follows(session: str, event: dict) -> bool:
+    """Whether an event counts in the conversation `session` (empty: none is known yet).
+
+    What comes late from an earlier conversation does not; what begins one does.
+    """
+    begins = event["event"] in ("started", "cleared")
+    return begins or not session or not event["session"] or event["session"] == session
+
+
+def is_busy(title: str) -> bool:
+    """Whether a pane's title says that a turn goes on: claude shows a turning braille pattern there."""
+    return bool(title) and 0x2800 <= ord(title[0]) <= 0x28FF
+
+
+def explain_silence(row: TuiAgent, screen: str) -> str:
+    """Why an agent has not told that it started, in words, and its screen's last lines."""
+    meaning = next((words for pattern, words in row.dialogs if re.search(pattern, screen, re.I)), "")
+    lines = [line.strip() for line in clean_lines(screen) if line.strip(" ─│╭╮╰╯━┃*·.")]
+    return ": ".join(filter(None, (meaning, " / ".join(lines[-12:])))) or "its screen is empty"
+
+
+def clean_lines(screen: str) -> list[str]:
+    """The lines of a screen, each clean for a terminal."""
+    return [clean_text(line) for line in screen.split("\n")]
+
+
+# ---- telling agents
+
+PASTE_S = 0.25             # from a paste to its Enter: an agent takes a paste in during that time
+CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
+MAX_ENTERS = 3
+CLEAR_S = 10.0             # from a command that clears to its event
+
+
+def guard_prompt(text: str) -> str:
+    """A text that is nothing but a prompt: no command, no shell line, no line that goes on.
+
+    claude takes a prompt that begins with `/` for a command, and with `!` for a line of the shell; a `\\`
+    before Enter is a line break (measured with 2.1.197).
+    """
+    text = clean_paste(text)
+    head = "" if re.match(r"\w", text) else "Task:\n"
+    return head + text + (" ." if text.rstrip(" ").endswith("\\") else "")
+
+
+def is_prompt(event: dict, text: str) -> bool:
+    """Whether an event tells that `text` was submitted; blanks do not count, and more may stand around it."""
+    if event["event"] != "prompt":
+        return False
+    squeezed, told = ("".join(t.split()) for t in (text, event.get("prompt", "")))
+    return squeezed in told
+
+
+async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable) -> bool:
+    """Hand a prompt to an agent; False when it was never confirmed.
+
+    `submitted`: async (seconds) -> whether the event of this prompt comes in that time.  An Enter is pressed
+    again only after it did not.  Raises TmuxFailed and its kinds.
+    """
+    await tmux.paste(pane_id, guard_prompt(text))
+    await asyncio.sleep(PASTE_S)
+    for _ in range(MAX_ENTERS):
+        await tmux.press(pane_id, "Enter")
+        if await submitted(CONFIRM_S):
+            return True
+    return False
+
+
+async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callable) -> bool:
+    """Have an idle agent begin a new conversation; False when it did not say so: then respawn it.
+
+    `cleared`: async (seconds) -> whether the event of it comes in that time.
+    """
+    if row.empties:
+        await tmux.press(pane_id, *row.empties)
+        await asyncio.sleep(PASTE_S)
+    await tmux.type(pane_id, row.clear)
+    for _ in range(MAX_ENTERS):
+        await asyncio.sleep(PASTE_S)
+        await tmux.press(pane_id, "Enter")
+        if await cleared(CLEAR_S / MAX_ENTERS):
+            return True
+    return False
+
+
+async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 5.0) -> bool:
+    """Interrupt what an agent does; whether its title then tells of no turn.
+
+    claude tells of an interrupted turn by no event; Escape on an idle one does no harm, twice opens a dialog.
+    """
+    deadline = time.monotonic() + seconds
+    for key in row.interrupt:
+        await tmux.press(pane_id, key)
+        await asyncio.sleep(PASTE_S)
+    while is_busy((await tmux.pane(pane_id)).title):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.1)
+    return True
 
 
 # ======================================================================================
