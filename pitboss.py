@@ -12229,6 +12229,7 @@ def clean_lines(screen: str) -> list[str]:
 PASTE_S = 0.25             # from a paste to its Enter: an agent takes a paste in during that time
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 MAX_ENTERS = 3
+ESCAPE_S = 1.5             # from an interrupt to the next try, while the title still tells of a turn
 CLEAR_S = 10.0             # from a command that clears to its event
 
 
@@ -12286,16 +12287,22 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
 async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 5.0) -> bool:
     """Interrupt what an agent does; whether its title then tells of no turn.
 
-    claude tells of an interrupted turn by no event; Escape on an idle one does no harm, twice opens a dialog.
+    claude tells of an interrupted turn by no event.  Escape on an idle one does no harm, but twice it opens a
+    dialog: so it is pressed again only while the title tells of a turn.
     """
     deadline = time.monotonic() + seconds
-    for key in row.interrupt:
-        await tmux.press(pane_id, key)
-        await asyncio.sleep(PASTE_S)
-    while is_busy((await tmux.pane(pane_id)).title):
+    pressed_at, quiet = -math.inf, 0
+    while quiet < 2:                   # a turn that has just begun may not show in the title yet
         if time.monotonic() > deadline:
             return False
-        await asyncio.sleep(0.1)
+        busy = is_busy((await tmux.pane(pane_id)).title)
+        if pressed_at < 0 or busy and time.monotonic() - pressed_at > ESCAPE_S:
+            for key in row.interrupt:
+                await tmux.press(pane_id, key)
+                await asyncio.sleep(0.1)
+            pressed_at = time.monotonic()
+        quiet = 0 if busy else quiet + 1
+        await asyncio.sleep(PASTE_S)
     return True
 
 
@@ -13480,6 +13487,32 @@ class DemoAgent:
         os.kill(os.getpid(), getattr(signal, "SIG" + rest.strip().upper().removeprefix("SIG"),
                                      signal.SIGKILL))
 
+    # ---- what only the agent in a terminal can do
+
+    def step_permit(self, rest: str) -> None:
+        """Ask a person for a permission."""
+        self.ask_person(rest or "Bash")
+
+    def step_leave(self, rest: str) -> None:
+        """End the turn without closing the ticket."""
+        self.text(rest or "I need to know more.")
+        self.leave_ticket()
+
+    def step_task(self, rest: str) -> None:
+        """Begin a background task."""
+        self.begin_task(float(rest))
+
+    def ask_person(self, tool: str) -> None:
+        """Ask a person: nobody is there."""
+        self.text(f"Nobody can be asked about {tool} here.")
+
+    def leave_ticket(self) -> None:
+        """There is no ticket."""
+
+    def begin_task(self, seconds: float) -> None:
+        """A background task ends with the turn."""
+        self.wait(seconds)
+
 
 class Step(NamedTuple):
     """One step of the scripted agent's language."""
@@ -13527,6 +13560,12 @@ STEPS = {"say":    Step(DemoAgent.step_say,    "say TEXT",            "one messa
                         "ignore INT, TERM and HUP from here on"),
          "daemon": Step(DemoAgent.step_daemon, "daemon SECONDS",
                         "leave a process behind, in a session of " "its own, that ignores TERM"),
+         "permit": Step(DemoAgent.step_permit, "permit [TOOL]",
+                        "ask a person in the terminal, and wait for Enter"),
+         "leave":  Step(DemoAgent.step_leave,  "leave [TEXT]",
+                        "in a terminal: end the turn without closing the ticket; the next message goes on"),
+         "task":   Step(DemoAgent.step_task,   "task SECONDS",
+                        "in a terminal: a background task that outlives the turn"),
          "kill":   Step(DemoAgent.step_kill,   "kill SIGNAL",
                         "send itself a signal: `kill KILL`, `kill " "STOP`"),}
 
@@ -13700,6 +13739,273 @@ def walk_script(lines: list[str]) -> Iterator[str]:
         for _ in range(int(rest) if rest.strip().isdigit() else 1):
             yield from walk_script(body)
         at = end
+
+
+class DemoTurnFailed(Exception):
+    """A turn of the scripted agent in a terminal ended in an error."""
+
+
+class DemoTerminal(DemoAgent):
+    """The scripted agent as a terminal program: bracketed paste, a title, claude's hooks and commands.
+
+    Its script is what the prompt holds, else the description of the ticket that the first command in
+    backticks with ` show ` prints; then it runs the last one with ` close `.
+    """
+
+    def __init__(self, model: str, settings: str, sessions: str) -> None:
+        super().__init__(model, mint_uuid(), os.path.join(sessions, f"{mint_uuid()}.json"))
+        self.hooks = (read_json(settings) or {}).get("hooks") or {}
+        self.sessions = sessions
+        self.box = ""                    # what was typed and not sent
+        self.closing = ""                # the command that closes the ticket
+        self.armed = self.left = False   # C-c was pressed once; the ticket is not to be closed now
+        self.asked = False               # a person's Enter is waited for
+        self.tasks: list[float] = []     # when each background task ends (monotonic)
+
+    # ---- the terminal
+
+    def serve(self) -> int:
+        """Take up prompt after prompt; returns the exit status."""
+        import signal
+        import termios
+        import threading
+        import tty
+
+        def on_end(number: int, frame: Any) -> None:
+            raise DemoEnd(128 + number)
+
+        before = termios.tcgetattr(0)
+        tty.setraw(0)
+        signal.signal(signal.SIGTERM, on_end)
+        reason = "other"
+        try:
+            self.show("\x1b[?2004h" + f"scripted agent {VERSION}\n> ")
+            self.begin("startup")
+            threading.Thread(target=self.listen, daemon=True).start()
+            while (message := self.next_message()) is not None:
+                self.obey(message) if "command" in message else self.take_up(message)
+            reason, code = "prompt_input_exit", 0
+        except DemoEnd as e:
+            code = int(str(e))
+        if reason == "prompt_input_exit" or code == 128 + signal.SIGTERM:
+            self.hook("SessionEnd", reason=reason)
+        self.show("\x1b[?2004l\n")
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        return code
+
+    def show(self, text: str) -> None:
+        """Write on the screen."""
+        with contextlib.suppress(OSError):
+            write_all(1, text.replace("\n", "\r\n").encode("utf-8", "replace"))
+
+    def say_raw(self, event: dict) -> None:
+        """Show what claude would print, and keep it in the transcript."""
+        block = demo_block(event)
+        words = block.get("text") or block.get("content") or " ".join(
+            map(str, (block.get("input") or {}).values()))
+        if words:
+            self.show("".join(f"● {clean_text(line)}\n" for line in str(words).split("\n")))
+        if event["type"] in ("assistant", "user"):
+            os.makedirs(self.sessions, mode=0o700, exist_ok=True)
+            with open(self.transcript(), "a", encoding="utf-8") as f:
+                f.write(json.dumps(event) + "\n")
+
+    def transcript(self) -> str:
+        """Where the transcript of this conversation is."""
+        return os.path.join(self.sessions, f"{self.session_id}.jsonl")
+
+    def hook(self, name: str, **fields: Any) -> None:
+        """Run the commands that the settings name for an event, one after the other."""
+        import subprocess
+
+        told = json.dumps({"session_id": self.session_id, "transcript_path": self.transcript(),
+                           "cwd": os.getcwd(), "hook_event_name": name, **fields}).encode()
+        for command in [h["command"] for row in self.hooks.get(name, ()) for h in row["hooks"]]:
+            subprocess.run(["sh", "-c", command], input=told, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, check=False)
+
+    def begin(self, source: str) -> None:
+        """A conversation begins."""
+        self.session_id = mint_uuid()
+        self.session = {"script": [], "done": 0, "limits": 0, "results": []}
+        self.closing, self.number = "", 0
+        self.show("\x1b]2;✳ demo\x07")
+        self.hook("SessionStart", source=source)
+
+    # ---- keys
+
+    def listen(self) -> None:
+        """Take keys in, until the terminal is gone (in a thread)."""
+        import select
+
+        keys = b""
+        while True:
+            try:
+                data = os.read(0, 1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(129)
+            keys += data
+            # a lone escape character is the key; else the rest of its sequence is there in a moment
+            if not (keys.endswith(b"\x1b") and select.select([0], [], [], 0.05)[0]):
+                keys = self.take_keys(keys)
+
+    def take_keys(self, keys: bytes) -> bytes:
+        """Act on keys; returns what is the beginning of a paste or of a sequence."""
+        while keys:
+            sequence = re.match(rb"\x1b\[[0-9;]*([A-Za-z~]?)", keys)
+            if sequence and not sequence[1]:
+                return keys
+            if keys.startswith(b"\x1b[200~"):
+                end = keys.find(b"\x1b[201~")
+                if end < 0:
+                    return keys
+                self.box += keys[6:end].decode("utf-8", "replace")
+                keys = keys[end + 6:]
+            elif sequence:                       # an arrow and its like
+                keys = keys[sequence.end():]
+            else:
+                length = 1
+                while length < len(keys) and keys[length] not in b"\x1b\r\n\x03\x7f" and keys[0] >= 32:
+                    length += 1
+                self.press(keys[:length].decode("utf-8", "replace"))
+                keys = keys[length:]
+        return b""
+
+    def press(self, key: str) -> None:
+        """One key, or some text that was typed."""
+        armed, self.armed = self.armed, False
+        if key == "\r" and (self.asked or self.box.strip()):
+            self.asked, text, self.box = False, self.box, ""
+            self.send(text)
+        elif key == "\x1b":
+            with self.news:
+                self.interrupted, self.asked = True, False
+                self.news.notify_all()
+        elif key == "\x03" and armed:
+            self.send("/exit")
+        elif key == "\x03":
+            self.armed, self.box = not self.box, ""
+        elif key == "\x7f":
+            self.box = self.box[:-1]
+        elif key >= " " or key == "\n":
+            self.box += key
+            self.show(clean_text(key))
+
+    def send(self, text: str) -> None:
+        """Queue what was entered: a prompt, or a command; an empty text only wakes who waits for a person."""
+        words = text.strip()
+        message = ({"command": words} if words.startswith(("/", "!")) else {"prompt": text}) if words else {}
+        with self.news:
+            self.inbox += [message] if message else []
+            self.inbox += [None] if words == "/exit" else []
+            self.news.notify_all()
+
+    # ---- turns
+
+    def next_message(self) -> dict | None:
+        """What was entered next, or that a background task has ended; None: leave."""
+        with self.news:
+            while not self.inbox:
+                now = time.monotonic()
+                if self.tasks and min(self.tasks) <= now:
+                    self.tasks.remove(min(self.tasks))
+                    return {"prompt": "<task-notification>a background task has ended</task-notification>"}
+                self.news.wait(min(self.tasks) - now if self.tasks else 3600)
+            return self.inbox.pop(0)
+
+    def obey(self, message: dict) -> None:
+        """A command: `/clear`, or `!` and a line of the shell; another one is ignored."""
+        words = message["command"]
+        if words == "/clear":
+            self.hook("SessionEnd", reason="clear")
+            self.begin("clear")
+            self.show("\x1b[2J\x1b[H> ")
+        elif words.startswith("!"):
+            self.shell(["sh", "-c", words[1:]], words[1:])
+
+    def take_up(self, message: dict) -> None:
+        """One turn: tell of the prompt, follow the script, close the ticket, tell of the end."""
+        self.interrupted, self.left, self.last = False, False, "done"
+        self.show(f"\n> {clean_text(message['prompt'])[:500]}\n")
+        self.hook("UserPromptSubmit", prompt=message["prompt"])
+        self.show("\x1b]2;⠂ demo\x07")
+        try:
+            if not message["prompt"].startswith("<task-notification>"):
+                self.work(message["prompt"])
+            self.end_turn("Stop", self.last)
+        except DemoTurnFailed as e:
+            self.end_turn("StopFailure", str(e))
+        except DemoInterrupt:                # no hook tells of it
+            self.show("Interrupted\n")
+        self.show("\x1b]2;✳ demo\x07> ")
+
+    def end_turn(self, name: str, words: str) -> None:
+        """Tell how a turn ended."""
+        tasks = [{"id": f"task{n}", "type": "shell", "status": "running", "command": "sleep"}
+                 for n, _ in enumerate(self.tasks)]
+        self.show(f"● {clean_text(words)}\n")
+        self.hook(name, last_assistant_message=words, stop_hook_active=False, background_tasks=tasks,
+                  **({"error": words} if name == "StopFailure" else {}))
+
+    def work(self, prompt: str) -> None:
+        """Follow the script of a prompt or of its ticket; a prompt without either goes on in the last one."""
+        commands = re.findall(r"`([^`\n]+)`", prompt)
+        show = next((c for c in commands if " show " in c), "")
+        self.closing = next((c for c in reversed(commands) if " close " in c), self.closing)
+        script = [line[2:] for line in prompt.splitlines() if line.startswith("$ ")]
+        if show and not script:
+            script = [line[2:] for line in self.describe(show).splitlines() if line.startswith("$ ")]
+        if script or show:
+            self.session.update(script=script, done=0)
+        for number, step in enumerate(walk_script(self.session["script"])):
+            if number >= self.session["done"]:
+                self.session["done"] = number + 1
+                self.do(step)
+                if self.left:
+                    return
+        if self.closing:
+            self.shell(["sh", "-c", self.closing], self.closing)
+            self.closing = ""
+
+    def describe(self, command: str) -> str:
+        """The description of the ticket that a command prints as JSON."""
+        import subprocess
+
+        done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True,
+                              check=False)
+        try:
+            found = json.loads(done.stdout)
+            found = found[0] if isinstance(found, list) else found
+            return str(found.get("description") or "")
+        except (ValueError, LookupError, AttributeError):
+            raise DemoTurnFailed(f"{command} showed no ticket: {done.stderr.decode('utf-8', 'replace')}"
+                                 ) from None
+
+    def result(self, text: str | None, *, error: bool = False, errors: tuple = (), **_: Any) -> None:
+        """The end of a turn: only an error is one here."""
+        if error:
+            raise DemoTurnFailed(text or "; ".join(errors))
+
+    def ask_person(self, tool: str) -> None:
+        """Ask a person, and wait for Enter or Escape."""
+        self.asked = True
+        self.show(f"May I use {clean_text(tool)}? Enter: yes\n")
+        self.hook("PermissionRequest", tool_name=tool, tool_input={"command": tool})
+        with self.news:
+            while self.asked:
+                self.news.wait(3600)
+        if self.interrupted:
+            raise DemoInterrupt
+
+    def leave_ticket(self) -> None:
+        """End the turn here; the script goes on with the next prompt that brings none."""
+        self.left = True
+
+    def begin_task(self, seconds: float) -> None:
+        """A background task that outlives the turn."""
+        self.tasks.append(time.monotonic() + seconds)
 
 
 DEMO_WORKERS = (
@@ -15184,6 +15490,8 @@ def cmd_demo(options: Any) -> str:
 
 def cmd_demo_agent(options: Any) -> str:
     """The scripted agent (a run starts it)."""
+    if options.tui:
+        os._exit(DemoTerminal(options.model, options.tui, options.sessions).serve())
     session_id = options.resume or options.session_id
     path = os.path.join(options.sessions, f"{session_id}.json")
     if options.speak not in SPEECHES:
@@ -16303,7 +16611,8 @@ COMMANDS = {c.name: c for c in (
     Cli("demo-agent", cmd_demo_agent, "", (
         (("--model",), {"default": "demo"}), (("--mcp-config",), {"default": ""}),
         (("--sessions",), {"default": "."}), (("--session-id",), {}),
-        (("--resume",), {}), (("--speak",), {"default": "claude"})), ""),
+        (("--resume",), {}), (("--speak",), {"default": "claude"}),
+        (("--tui",), {"metavar": "SETTINGS"})), ""),
 )}
 
 
