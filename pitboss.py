@@ -23,6 +23,8 @@ Street map.  Each section may name only the sections above it.
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    TRACKERS   tickets of an epic: the embedded store, bd and br in one shape      [io]
+    PIT        daemon and commands of the ticket loop                              [async]
     DEMO       a scripted agent and a demonstration run                            [cli]
     COMMANDS   command table, handlers, completions, main                          [cli]
 
@@ -40,6 +42,8 @@ Where do I add ...
     a method of MCP     one method of McpSession and one row in METHODS or NOTIFICATIONS
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
+    a command of pit    one handler and one row in PIT_COMMANDS; of its tickets: in TICKET_VERBS
+    a tracker           one subclass of Tracker and one row in TRACKERS
     a completed value   one row in TYPED, under the metavar of the argument
     a shell             one script and one row in SHELLS
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
@@ -11564,6 +11568,1420 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
 
 
 # ======================================================================================
+# TRACKERS: tickets of an epic: the embedded store, bd and br in one shape          [io]
+# ======================================================================================
+# An issue is a plain dict in the shape that JSON shows; a Ticket is what the loop needs of one.
+# The embedded store is read whole and its rules are functions of that table; what they changed
+# is written back in the same transaction.  Of bd and br only what they print is believed.
+# To add a tracker: one subclass of Tracker and one row in TRACKERS; a verb: one row in TICKET_VERBS.
+
+
+class PitFault(PitbossError):
+    """An error as the ticket loop answers it: `word` is its code there, `facts` go beside its message."""
+
+    word = "failed"
+
+    def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
+        super().__init__(message, hint=hint)
+        self.facts = facts
+
+
+class TrackerFailed(PitFault):
+    """The tracker cannot be used now; the message is what it said."""
+
+
+class NoSuchTicket(PitFault, NotFound):
+    """No issue has that id; facts: `id`, and `candidates`, ids that are near."""
+
+    word = "not_found"
+
+    @property
+    def candidates(self) -> list[str]:
+        """Ids that may have been meant."""
+        return self.facts.get("candidates", [])
+
+
+class PitRefused(PitFault, Refused):
+    """A rule forbids it; facts say what would be lost, who holds it, or why."""
+
+    word = "refused"
+
+
+class MissingProgram(PitFault, InvalidInput):
+    """A program that is needed is not on PATH; facts: `program`."""
+
+    word = "missing_program"
+
+
+class NotARepository(PitFault, InvalidInput):
+    """The folder belongs to no project."""
+
+    word = "not_a_repository"
+
+
+class Project(NamedTuple):
+    """The main checkout of a repository."""
+
+    path: str                  # its top folder, absolute
+    common: str                # the git common dir, absolute
+    name: str                  # of its folder
+
+
+def find_project(folder: str) -> Project:
+    """The project around a folder, also from inside a worktree.  Raises NotARepository."""
+    import subprocess
+
+    if not os.path.isdir(folder):
+        raise NotARepository(f"{folder} is not a folder", hint="name a folder with -C DIR")
+    try:
+        repo = look_at_folder(folder)
+    except InvalidInput:
+        raise MissingProgram("git is not on PATH", hint="install git", program="git") from None
+    if isinstance(repo, str):
+        said = repo.partition(";")[0]
+        raise NotARepository(f"{folder}: {said}", hint="run it in a git repository that has a commit, or "
+                                                       "name one with -C DIR")
+    top = repo.top
+    if repo.gitdir != repo.common:
+        listed = subprocess.run(["git", "-C", folder, "worktree", "list", "--porcelain", "-z"],
+                                env=git_env(os.environ), capture_output=True, text=True,
+                                errors="surrogateescape", check=False).stdout.split("\0")
+        if "bare" in listed[:2] or not listed[0].startswith("worktree "):
+            raise NotARepository(f"{folder}: its repository has no main checkout",
+                                 hint="name a folder of another repository with -C DIR")
+        top = listed[0].removeprefix("worktree ")
+    return Project(os.path.realpath(top), os.path.realpath(repo.common),
+                   os.path.basename(os.path.realpath(top)))
+
+
+class Ticket(NamedTuple):
+    """One issue as the loop sees it."""
+
+    id: str
+    title: str
+    description: str
+    acceptance_criteria: str
+    status: str
+    priority: int
+    issue_type: str
+    assignee: str | None
+    parent: str | None
+    created_at: str | None
+    updated_at: str | None
+    closed_at: str | None
+    close_reason: str | None
+    waits_for: tuple = ()      # ids of open blockers, its own and those of the issues above it
+    is_ready: bool = False     # open, and waits for nothing
+
+
+ISSUE_STATUSES = ("open", "in_progress", "blocked", "deferred", "closed")
+ISSUE_TYPES = ("task", "bug", "feature", "chore", "epic")
+ENDED = ("closed", "tombstone")        # a tombstone is what beads keeps of a deleted issue
+# of beads' kinds of dependency those that keep an issue from being ready
+BLOCKING = ("blocks", "conditional-blocks", "waits-for")
+ABOVE = "parent-child"     # the kind of dependency that an issue has on the one above it
+DEFAULT_PRIORITY = 2
+
+
+def natural_key(issue_id: str) -> list:
+    """What sorts `a.2` before `a.10`."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", issue_id))]
+
+
+def order_of(issue: Any) -> tuple:
+    """What sorts issues or tickets: the highest priority first, then their ids."""
+    get = issue.get if isinstance(issue, dict) else functools.partial(getattr, issue)
+    return get("priority"), natural_key(get("id"))
+
+
+def above_of(issue: dict) -> str | None:
+    """The id of the issue above one."""
+    return next((d["depends_on_id"] for d in issue["dependencies"] if d["type"] == ABOVE), None)
+
+
+def issue_lineage(issues: Mapping[str, dict], issue_id: str) -> list[str]:
+    """An issue and those above it, nearest first; a loop in foreign data ends where it closes."""
+    found: dict[str, None] = {}
+    at: str | None = issue_id
+    while at in issues and at not in found:
+        found[at] = None
+        at = above_of(issues[at])
+    return list(found)
+
+
+def issues_below(issues: Mapping[str, dict], issue_id: str) -> list[dict]:
+    """Every issue below one, at any depth, by priority and id."""
+    return sorted((issues[i] for i in issues if i != issue_id and issue_id in issue_lineage(issues, i)),
+                  key=order_of)
+
+
+def blockers_of(issues: Mapping[str, dict], issue_id: str) -> tuple[str, ...]:
+    """The open issues that one, or an issue above it, waits for."""
+    wanted = [d["depends_on_id"] for i in issue_lineage(issues, issue_id) for d in issues[i]["dependencies"]
+              if d["type"] in BLOCKING]
+    return tuple(sorted({w for w in wanted if w in issues and issues[w]["status"] not in ENDED},
+                        key=natural_key))
+
+
+def is_workable(issues: Mapping[str, dict], issue: dict) -> bool:
+    """Whether somebody could begin with an issue: epics are only done through what is below them."""
+    return (issue["status"] == "open" and issue["issue_type"] != "epic"
+            and not blockers_of(issues, issue["id"]))
+
+
+def find_deadlock(issues: Mapping[str, dict]) -> list[str]:
+    """The ids of a cycle in which issues wait for each other; empty where there is none.
+
+    An issue begins when those above it may begin and what it needs is closed; it closes after it has begun
+    and everything below it is closed.
+    """
+    waits: dict[tuple, list] = {}
+    for i, issue in issues.items():
+        if issue["status"] in ENDED:
+            continue
+        waits.setdefault(("close", i), []).append(("begin", i))
+        for d in issue["dependencies"]:
+            if d["type"] in BLOCKING:
+                waits.setdefault(("begin", i), []).append(("close", d["depends_on_id"]))
+            elif d["type"] == ABOVE:
+                waits.setdefault(("begin", i), []).append(("begin", d["depends_on_id"]))
+                waits.setdefault(("close", d["depends_on_id"]), []).append(("close", i))
+    done: set = set()
+    for start in waits:
+        path, todo = {}, [(start, iter(waits[start]))]
+        path[start] = None
+        while todo:
+            node, rest = todo[-1]
+            nearest = next(rest, None)
+            if nearest is None:
+                todo.pop()
+                path.pop(node)
+                done.add(node)
+            elif nearest in path:
+                nodes = list(path)
+                return list(dict.fromkeys(i for _, i in nodes[nodes.index(nearest):]))
+            elif nearest in waits and nearest not in done:
+                path[nearest] = None
+                todo.append((nearest, iter(waits[nearest])))
+    return []
+
+
+def find_issue(issues: Mapping[str, Any], given: str) -> str:
+    """The id that a full or short id means: `uuh.1` is `repo-uuh.1`.  Raises NoSuchTicket."""
+    if given in issues:
+        return given
+    short = [i for i in issues if i.rpartition("-")[2] == given]
+    if len(short) == 1:
+        return short[0]
+    import difflib
+
+    near = {i.rpartition("-")[2]: i for i in issues} | {i: i for i in issues}
+    close = [near[n] for n in difflib.get_close_matches(given, list(near), n=5, cutoff=0.6)]
+    begun = sorted((i for n, i in near.items() if n.startswith(given)), key=natural_key)
+    names = list(dict.fromkeys([*short, *begun, *close] if given else []))[:5]
+    said = f"{given} is the short id of {len(short)} tickets" if short else f"no ticket {show_value(given)}"
+    raise NoSuchTicket(said + (f"; did you mean {' or '.join(names)}?" if names else ""),
+                       hint="pit ticket list --all shows every ticket", id=given, candidates=names)
+
+
+# The embedded store: rows of issues, what they depend on, and comments.
+TICKET_STEPS = (
+    # moments are RFC 3339; `rest` is a JSON object: what other programs know of an issue, kept as it came
+    """CREATE TABLE issues (
+           id TEXT PRIMARY KEY, title TEXT NOT NULL, description TEXT NOT NULL,
+           acceptance_criteria TEXT NOT NULL, status TEXT NOT NULL, priority INTEGER NOT NULL,
+           issue_type TEXT NOT NULL, assignee TEXT, created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
+           closed_at TEXT, close_reason TEXT, rest TEXT NOT NULL)""",
+    """CREATE TABLE links (issue_id TEXT NOT NULL, depends_on_id TEXT NOT NULL, type TEXT NOT NULL,
+                           rest TEXT NOT NULL, PRIMARY KEY (issue_id, depends_on_id, type))""",
+    """CREATE TABLE comments (id INTEGER PRIMARY KEY, issue_id TEXT NOT NULL, author TEXT NOT NULL,
+                              text TEXT NOT NULL, created_at TEXT NOT NULL)""",
+)
+TICKETS_SHAPE = Shape("the ticket store", TICKET_STEPS, 10.0, TrackerFailed)
+ISSUE_COLUMNS = ("id", "title", "description", "acceptance_criteria", "status", "priority", "issue_type",
+                 "assignee", "created_at", "updated_at", "closed_at", "close_reason")
+SHOWN_KEYS = ("id", "title", "description", "acceptance_criteria", "status", "priority", "issue_type",
+              "assignee", "parent", "created_at", "updated_at", "closed_at", "close_reason", "dependencies",
+              "comments")
+
+
+def store_path(common: str) -> str:
+    """Where the tickets of a repository are: they move with it and are part of no commit."""
+    return os.path.join(common, "pitboss", "tickets.db")
+
+
+def load_issues(db: Any) -> dict[str, dict]:
+    """Every issue of a store by its id: the columns, `rest`, dependencies and comments."""
+    issues = {}
+    for row in db.execute(f"SELECT {', '.join(ISSUE_COLUMNS)}, rest FROM issues"):
+        issues[row[0]] = {**dict(zip(ISSUE_COLUMNS, row)), "rest": json.loads(row[-1]), "dependencies": [],
+                          "comments": []}
+    for i, on, kind, rest in db.execute("SELECT issue_id, depends_on_id, type, rest FROM links "
+                                        "ORDER BY rowid"):
+        issues[i]["dependencies"].append({"issue_id": i, "depends_on_id": on, "type": kind,
+                                          **json.loads(rest)})
+    for number, i, author, text, at in db.execute("SELECT id, issue_id, author, text, created_at "
+                                                  "FROM comments ORDER BY id"):
+        issues[i]["comments"].append({"id": number, "author": author, "text": text, "created_at": at})
+    return issues
+
+
+def save_issue(db: Any, issue: dict) -> None:
+    """Write one issue with its dependencies and comments in place of what is there."""
+    values = [*(issue[c] for c in ISSUE_COLUMNS), json.dumps(issue["rest"])]
+    db.execute(f"INSERT OR REPLACE INTO issues ({', '.join(ISSUE_COLUMNS)}, rest) VALUES "
+               f"({', '.join('?' * len(values))})", values)
+    db.execute("DELETE FROM links WHERE issue_id = ?", (issue["id"],))
+    for d in issue["dependencies"]:
+        rest = {k: v for k, v in d.items() if k not in ("issue_id", "depends_on_id", "type")}
+        db.execute("INSERT INTO links (issue_id, depends_on_id, type, rest) VALUES (?, ?, ?, ?)",
+                   (issue["id"], d["depends_on_id"], d["type"], json.dumps(rest)))
+    db.execute("DELETE FROM comments WHERE issue_id = ?", (issue["id"],))
+    for c in issue["comments"]:
+        db.execute("INSERT INTO comments (id, issue_id, author, text, created_at) VALUES (?, ?, ?, ?, ?)",
+                   (c["id"], issue["id"], c["author"], c["text"], c["created_at"]))
+
+
+def read_issues(common: str) -> dict[str, dict]:
+    """Every issue of the embedded store, none where there is no store yet.  Raises TrackerFailed."""
+    path = store_path(common)
+    if not os.path.exists(path):
+        return {}
+    with open_database(path, False, TICKETS_SHAPE) as db:
+        if database_version(db) < len(TICKET_STEPS):
+            return {}
+        db.execute("BEGIN")            # the three tables at one moment
+        return load_issues(db)
+
+
+@contextlib.contextmanager
+def change_issues(common: str) -> Iterator[dict]:
+    """Every issue, to be changed: what differs at the end is written, all of it or nothing.
+
+    One process at a time is in here.  Raises TrackerFailed.
+    """
+    with open_database(store_path(common), True, TICKETS_SHAPE) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            issues = load_issues(db)
+            before = {i: json.dumps(issue) for i, issue in issues.items()}
+            yield issues
+            for i, issue in issues.items():
+                if json.dumps(issue) != before.get(i):
+                    save_issue(db, issue)
+            db.execute("COMMIT")
+        except BaseException:  # boundary: an open transaction is never left behind
+            db.execute("ROLLBACK")
+            raise
+
+
+def show_issue(issue: dict) -> dict:
+    """An issue as its readers get it."""
+    return {**{k: issue.get(k) for k in SHOWN_KEYS}, "parent": above_of(issue)}
+
+
+def ticket_of(item: Mapping[str, Any], parent: str | None, waits_for: Iterable[str],
+              is_ready: bool) -> Ticket:
+    """A Ticket of an issue as the store, bd or br tells it."""
+    def text(key: str) -> str | None:
+        value = item.get(key)
+        return value if isinstance(value, str) and value else None
+
+    priority = item.get("priority")
+    return Ticket(item["id"], text("title") or "", text("description") or "",
+                  text("acceptance_criteria") or "", text("status") or "open",
+                  priority if isinstance(priority, int) else DEFAULT_PRIORITY, text("issue_type") or "task",
+                  text("assignee"), parent, text("created_at"), text("updated_at"), text("closed_at"),
+                  text("close_reason"), tuple(waits_for), is_ready)
+
+
+class Tracker:
+    """One project's tracker, as the loop asks it: the coroutines run the methods below them in a thread."""
+
+    name = ""
+    words = ""                 # what templates call it
+    needs_program = False
+
+    def __init__(self, project: Project, notes: tuple = ()) -> None:
+        self.project = project
+        self.notes = notes         # why those before it in the choice were not taken
+
+    async def epic(self, given: str) -> Ticket:
+        """The issue that an id, full or short, means.  Raises NoSuchTicket and TrackerFailed."""
+        return await asyncio.to_thread(self.read_one, given)
+
+    async def show(self, given: str) -> Ticket:
+        """The same as `epic`: one issue as it is now."""
+        return await asyncio.to_thread(self.read_one, given)
+
+    async def tickets(self, epic_id: str) -> tuple[Ticket, ...]:
+        """All issues below an epic at any depth but epics, by priority and id.  Raises TrackerFailed."""
+        return await asyncio.to_thread(self.read_below, epic_id)
+
+    async def claim(self, issue_id: str, actor: str) -> bool:
+        """Take an open issue; False: somebody else holds it, or it is not open any more."""
+        return await asyncio.to_thread(self.take, issue_id, actor)
+
+    async def give_back(self, issue_id: str, actor: str) -> None:
+        """Make an issue that the actor holds open again; any other stays as it is."""
+        await asyncio.to_thread(self.put_back, issue_id, actor)
+
+    def show_command(self, issue_id: str) -> str:
+        """What an agent types to read an issue."""
+        import shlex
+
+        return f"{self.words} show {shlex.quote(issue_id)}"
+
+    def close_command(self, issue_id: str) -> str:
+        """What an agent types to close an issue."""
+        import shlex
+
+        return f"{self.words} close {shlex.quote(issue_id)}"
+
+    def read_one(self, given: str) -> Ticket:
+        """One issue."""
+        raise NotImplementedError
+
+    def read_below(self, epic_id: str) -> tuple[Ticket, ...]:
+        """What is below one issue."""
+        raise NotImplementedError
+
+    def take(self, issue_id: str, actor: str) -> bool:
+        """Claim one issue."""
+        raise NotImplementedError
+
+    def put_back(self, issue_id: str, actor: str) -> None:
+        """Give one issue back."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise TrackerFailed where it cannot be used for the project."""
+
+
+class EmbeddedTracker(Tracker):
+    """The store that pitboss brings along."""
+
+    name = "embedded"
+    words = "pit ticket"
+
+    def read_one(self, given: str) -> Ticket:
+        """One issue."""
+        issues = read_issues(self.project.common)
+        return self.ticket(issues, issues[find_issue(issues, given)])
+
+    def read_below(self, epic_id: str) -> tuple[Ticket, ...]:
+        """What is below one issue."""
+        issues = read_issues(self.project.common)
+        return tuple(self.ticket(issues, issue) for issue in issues_below(issues, find_issue(issues, epic_id))
+                     if issue["issue_type"] != "epic" and issue["status"] != "tombstone")
+
+    def ticket(self, issues: Mapping[str, dict], issue: dict) -> Ticket:
+        """One issue of the table as a Ticket."""
+        return ticket_of(issue, above_of(issue), blockers_of(issues, issue["id"]),
+                         is_workable(issues, issue))
+
+    def take(self, issue_id: str, actor: str) -> bool:
+        """Claim one issue."""
+        try:
+            with change_issues(self.project.common) as issues:
+                claim_issue(issues[find_issue(issues, issue_id)], actor, rfc3339_now())
+        except PitRefused:
+            return False
+        return True
+
+    def put_back(self, issue_id: str, actor: str) -> None:
+        """Give one issue back."""
+        with change_issues(self.project.common) as issues:
+            issue = issues[find_issue(issues, issue_id)]
+            if issue["status"] == "in_progress" and issue["assignee"] == actor:
+                issue.update(status="open", assignee=None, updated_at=rfc3339_now())
+
+
+def rfc3339_now() -> str:
+    """This moment."""
+    return render_time(time.time()) or ""
+
+
+def claim_issue(issue: dict, actor: str, now: str) -> bool:
+    """Let an actor hold an issue; False: it does already.  Raises PitRefused."""
+    holder, name = issue["assignee"], issue["id"]
+    if holder == actor and issue["status"] == "in_progress":
+        return False
+    if holder and holder != actor and issue["status"] in ("open", "in_progress"):
+        raise PitRefused(f"{holder} holds {name}", hint=f"pit ticket update {name} --assignee '' lets it go",
+                         holder=holder)
+    if issue["status"] not in ("open", "in_progress"):
+        raise PitRefused(f"{name} is {issue['status']}: only open tickets can be claimed",
+                         hint=f"pit ticket update {name} --status open", why=issue["status"])
+    issue.update(status="in_progress", assignee=actor, updated_at=now)
+    return True
+
+
+# ---- bd and br ----
+
+BEADS_TIMEOUT_S = 60.0     # of one call; the slowest that was measured took 0.2 s
+BEADS_AGAIN_S = (0.1, 0.2, 0.4, 0.8, 1.6)      # pauses before a locked database is tried again
+BEADS_LOCKED = r"\b(locked|busy)\b"
+MAX_ASKED = 30             # issues that are asked one by one what they wait for
+MAX_SAID = 600             # characters of what a tracker said
+
+
+class Said(NamedTuple):
+    """What one call of bd or br printed."""
+
+    code: int
+    documents: tuple           # the JSON values on standard output; () when anything else is there, too
+    out: str
+    err: str
+
+
+def parse_documents(text: str) -> tuple:
+    """The JSON values of a text that holds nothing else, else ().
+
+    br prints two where it closes nothing: what it skipped, then the error (br 0.7.6).
+    """
+    found, at, blank = [], 0, re.compile(r"\s*")
+    decoder = json.JSONDecoder()
+    while (at := blank.match(text, at).end()) < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return ()
+        found.append(value)
+    return tuple(found)
+
+
+def issues_in(document: Any) -> list[dict]:
+    """The issues of one JSON value of bd or br: an array, an object, or an envelope around either.
+
+    bd 0.49.6 and 1.0.5 print arrays and objects, with BD_JSON_ENVELOPE=1 `{"data": ...}`; br 0.7.6
+    `{"issues": [...]}` for lists.
+    """
+    if isinstance(document, dict):
+        for key in ("data", "issues"):
+            if key in document and "id" not in document:
+                return issues_in(document[key])
+        document = [document]
+    return [d for d in document or () if isinstance(d, dict) and isinstance(d.get("id"), str)] if (
+        isinstance(document, list)) else []
+
+
+def error_in(document: Any) -> str:
+    """What an error among the JSON values says: `{"error": text}` of bd, `{"error": {"message"}}` of br."""
+    error = document.get("error") if isinstance(document, dict) else None
+    if isinstance(error, dict):
+        error = error.get("message") or json.dumps(error)
+    return error if isinstance(error, str) else ""
+
+
+def words_of(said: Said) -> str:
+    """What a call that failed said, on one line: bd warns on standard error whatever it does."""
+    errors = [e for d in said.documents if (e := error_in(d))]
+    lines = [line.strip() for line in said.err.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.lower().startswith(("warning", "debug", "hint"))] or lines
+    text = "; ".join(errors) or " ".join(lines) or " ".join(said.out.split())
+    return clean_text(text)[:MAX_SAID] or f"nothing, and ended with status {said.code}"
+
+
+class IssueLink(NamedTuple):
+    """One dependency of an issue as bd or br tells it."""
+
+    kind: str
+    id: str
+    status: str | None         # of the other issue, where it is told
+
+
+def issue_links(item: Mapping[str, Any], key: str) -> list[IssueLink]:
+    """The links below `dependencies` or `dependents`.
+
+    Lists tell `{depends_on_id, type}` (bd 1.0.5), `show` tells the other issue with `dependency_type` (bd
+    0.49.6, br 0.7.6).
+    """
+    found = []
+    for row in item.get(key) or ():
+        if isinstance(row, dict):
+            kind = row.get("dependency_type") or row.get("type")
+            other = row.get("depends_on_id") or row.get("id")
+            if isinstance(kind, str) and isinstance(other, str):
+                found.append(IssueLink(kind, other, row.get("status") if "dependency_type" in row else None))
+    return found
+
+
+def told_parent(item: Mapping[str, Any]) -> str | None:
+    """The issue above one, as its own JSON tells it."""
+    if isinstance(item.get("parent"), str) and item["parent"]:
+        return item["parent"]
+    return next((link.id for link in issue_links(item, "dependencies") if link.kind == ABOVE), None)
+
+
+def dotted_parent(issue_id: str) -> str | None:
+    """The issue above one, as its id tells it: `a-1` of `a-1.2`."""
+    above, dot, number = issue_id.rpartition(".")
+    return above if dot and number.isdigit() else None
+
+
+class BeadsTracker(Tracker):
+    """What bd and br have in common; they are called in the main checkout, with BEADS_DIR."""
+
+    needs_program = True
+    ready_flags = ()           # that make `ready --parent` look at any depth
+
+    def call(self, args: tuple, actor: str = "") -> Said:
+        """Run the program once.  Raises TrackerFailed when it cannot be run, or does not end."""
+        import signal
+        import subprocess
+        import tempfile
+
+        env = {k: v for k, v in os.environ.items() if k not in GIT_VARIABLES}
+        env.update(BEADS_DIR=os.path.join(self.project.path, ".beads"), RUST_LOG="error",
+                   **({"BD_ACTOR": actor, "BEADS_ACTOR": actor} if actor else {}))
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:    # no pipes: bd's own daemon
+            try:                                                                  # would keep them open
+                child = subprocess.Popen([self.name, *args, "--json"], stdin=subprocess.DEVNULL, stdout=out,
+                                         stderr=err, cwd=self.project.path, env=env, start_new_session=True)
+            except OSError as e:
+                raise TrackerFailed(f"{self.name} cannot be started: {e.strerror}") from None
+            try:
+                code = child.wait(BEADS_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                raise TrackerFailed(f"{self.name} {args[0]} did not end in {BEADS_TIMEOUT_S:g} s") from None
+            texts = []
+            for stream in (out, err):
+                stream.seek(0)
+                texts.append(stream.read().decode("utf-8", "replace"))
+        return Said(code, parse_documents(texts[0]), *texts)
+
+    def ask(self, *args: str, actor: str = "") -> list[dict]:
+        """The issues that a command prints; a locked database is tried again.
+
+        Raises TrackerFailed for anything but exit status 0 and JSON without an error: bd 0.49.6 ends with 0
+        and prints nothing when it refuses.
+        """
+        for pause in (*BEADS_AGAIN_S, None):
+            said = self.call(args, actor)
+            if said.code == 0 and said.documents and not any(map(error_in, said.documents)):
+                return [issue for d in said.documents for issue in issues_in(d)]
+            words = words_of(said)
+            if pause is None or not re.search(BEADS_LOCKED, words, re.I):
+                raise TrackerFailed(f"{self.name} {args[0]}: {words}")
+            time.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+    def check(self) -> None:
+        """Raise TrackerFailed where it cannot list the issues of the project."""
+        self.ask("list", "--limit", "1")
+
+    def read_all(self) -> dict[str, dict]:
+        """Every issue of the project by id."""
+        return {item["id"]: item for item in self.ask("list", "--all", "--limit", "0")}
+
+    def read_item(self, given: str) -> dict:
+        """What `show` tells of an issue.  Raises NoSuchTicket and TrackerFailed."""
+        try:
+            for item in self.ask("show", given):
+                if given in (item["id"], item["id"].rpartition("-")[2]):
+                    return item
+            fault = TrackerFailed(f"{self.name} show {given} told of something else")
+        except TrackerFailed as e:
+            fault = e
+        find_issue(self.read_all(), given, f"{self.name} list --all shows every ticket")
+        raise fault
+
+    def read_one(self, given: str) -> Ticket:
+        """One issue; `waits_for` without what the issues above it wait for."""
+        item = self.read_item(given)
+        waits = [link.id for link in issue_links(item, "dependencies") if link.kind in BLOCKING
+                 and link.status not in (None, *ENDED)]
+        parent = told_parent(item) or dotted_parent(item["id"])
+        return ticket_of(item, parent, waits, item.get("status") == "open" and not waits)
+
+    def read_below(self, epic_id: str) -> tuple[Ticket, ...]:
+        """What is below one issue."""
+        items = self.read_all()
+        root = find_issue(items, epic_id, f"{self.name} list --all shows every ticket")
+        above = self.read_parents(items, root)
+        mine = [i for i in items if i != root and root in climb(above, i)]
+        mine = [i for i in mine if items[i].get("issue_type") != "epic"
+                and items[i].get("status") != "tombstone"]
+        ready = {item["id"] for item in self.read_ready(root)} if mine else set()
+        waits = self.read_waits(items, above, [i for i in mine if i not in ready
+                                               and items[i].get("status") not in ENDED],
+                                idle=not any(i in ready or items[i].get("status") == "in_progress"
+                                             for i in mine))
+        found = [ticket_of(items[i], above.get(i), waits.get(i, ()), i in ready
+                           and items[i].get("status") == "open") for i in mine]
+        return tuple(sorted(found, key=order_of))
+
+    def read_parents(self, items: Mapping[str, dict], root: str) -> dict[str, str]:
+        """The issue above each one, for all that are below `root`.
+
+        Where the list tells no parents (br 0.7.6), epics are asked for their children, and ids tell the rest.
+        """
+        told = {i: p for i, item in items.items() if (p := told_parent(item))}
+        if told:
+            return told
+        above = {i: p for i in items if (p := dotted_parent(i)) in items}
+        todo, seen = [root], set()
+        while todo:
+            epic = todo.pop()
+            if epic in seen:
+                continue
+            seen.add(epic)
+            children = [c for c in self.read_children(epic) if c in items]
+            for child in [i for i, p in above.items() if p == epic and i not in children]:
+                del above[child]       # it was moved away from where its id says
+            above.update(dict.fromkeys(children, epic))
+            todo += [c for c in children if items[c].get("issue_type") == "epic"]
+        return above
+
+    def read_children(self, issue_id: str) -> list[str]:
+        """The ids right below an issue, closed ones too."""
+        return [item["id"] for item in self.ask("list", "--parent", issue_id, "--all", "--limit", "0")]
+
+    def read_ready(self, root: str) -> list[dict]:
+        """What is ready below an issue, at any depth; an old bd tells only what is ready anywhere."""
+        try:
+            return self.ask("ready", "--parent", root, *self.ready_flags, "--limit", "0")
+        except TrackerFailed as e:
+            if "unknown flag" not in str(e):
+                raise
+            return self.ask("ready", "--limit", "0")
+
+    def read_waits(self, items: Mapping[str, dict], above: Mapping[str, str], waiting: list[str],
+                   idle: bool) -> dict[str, tuple]:
+        """What issues wait for, with what those above them wait for.
+
+        Where the list does not tell dependencies, issues are asked one by one, and only when nothing is
+        ready or at work: nobody needs to know before.
+        """
+        told = any(item.get("dependencies") for item in items.values())
+        known: dict[str, list] = {}
+        found = {}
+        for i in waiting if told or idle else ():
+            for at in (i, *climb(above, i)):
+                if at not in known and (told or len(known) < MAX_ASKED):
+                    links = issue_links(items[at] if told else self.read_item(at), "dependencies")
+                    known[at] = [link.id for link in links if link.kind in BLOCKING and items.get(
+                        link.id, {}).get("status", "closed") not in ENDED]
+            found[i] = tuple(sorted({w for at in (i, *climb(above, i)) for w in known.get(at, ())},
+                                    key=natural_key))
+        return found
+
+    def take(self, issue_id: str, actor: str) -> bool:
+        """Claim one issue; where that failed, how the issue stands now decides what it means."""
+        try:
+            for item in self.ask("update", issue_id, "--claim", actor=actor):
+                if item["id"] == issue_id and item.get("status") == "in_progress":
+                    if item.get("assignee") in (actor, None):
+                        return True
+                    raise TrackerFailed(f"{self.name} claimed {issue_id} for {item['assignee']}, not {actor}")
+            fault = TrackerFailed(f"{self.name} update {issue_id} --claim did not tell of the claim")
+        except TrackerFailed as e:
+            fault = e
+        now = self.read_one(issue_id)
+        if now.status == "in_progress" and now.assignee == actor:
+            return True
+        if now.status != "open" or now.assignee not in (None, actor):
+            return False
+        raise fault
+
+    def put_back(self, issue_id: str, actor: str) -> None:
+        """Give one issue back."""
+        now = self.read_one(issue_id)
+        if now.status == "in_progress" and now.assignee == actor:
+            items = self.ask("update", issue_id, "--status", "open", "--assignee", "", actor=actor)
+            if not any(i["id"] == issue_id and i.get("status") == "open" for i in items):
+                raise TrackerFailed(f"{self.name} update {issue_id} --status open did not tell of it")
+
+
+def climb(above: Mapping[str, str], issue_id: str) -> list[str]:
+    """The issues above one, nearest first; a loop in foreign data ends where it closes."""
+    found: list[str] = []
+    at = above.get(issue_id)
+    while at is not None and at != issue_id and at not in found:
+        found.append(at)
+        at = above.get(at)
+    return found
+
+
+class BdTracker(BeadsTracker):
+    """beads' own program; measured with bd 0.49.6 and 1.0.5."""
+
+    name = words = "bd"
+
+
+class BrTracker(BeadsTracker):
+    """The Rust program for the same store; measured with br 0.7.6."""
+
+    name = words = "br"
+    ready_flags = ("-r",)
+
+    def read_children(self, issue_id: str) -> list[str]:
+        """The ids right below an issue: `br list` knows no --parent, `show` tells dependents."""
+        return [link.id for link in issue_links(self.read_item(issue_id), "dependents") if link.kind == ABOVE]
+
+
+# `auto` tries them in this order
+TRACKERS = {t.name: t for t in (BdTracker, BrTracker, EmbeddedTracker)}
+
+
+def pick_tracker(project: Project, wanted: str = "auto") -> Tracker:
+    """The tracker of a project: a key of TRACKERS, or `auto`.
+
+    `auto`: where the project has `.beads`, the first program on PATH that opens it, else the embedded store.
+    Raises MissingProgram, InvalidInput and TrackerFailed for one that was asked for and cannot be had.
+    """
+    import shutil
+
+    has_beads, notes = os.path.isdir(os.path.join(project.path, ".beads")), []
+    for name, kind in TRACKERS.items():
+        if wanted not in ("auto", name) or wanted == "auto" and kind.needs_program and not has_beads:
+            continue
+        tracker = kind(project, tuple(notes))
+        try:
+            if kind.needs_program and not shutil.which(name):
+                raise MissingProgram(f"{name} is not on PATH", program=name,
+                                     hint=f"install {name}, or choose another with beadsBinary in .pit.json")
+            if kind.needs_program and not has_beads:
+                raise InvalidInput(f"{project.path} has no .beads folder",
+                                   hint=f"{name} init, or beadsBinary embedded")
+            tracker.check()
+            return tracker
+        except PitbossError as e:
+            if wanted != "auto":
+                raise
+            notes.append(str(e))
+    raise AssertionError("the embedded store is always there")
+
+
+async def open_tracker(project: Project, wanted: str = "auto") -> Tracker:
+    """The same as pick_tracker, without keeping the event loop waiting."""
+    return await asyncio.to_thread(pick_tracker, project, wanted)
+
+
+# ---- verbs of the embedded store ----
+
+class TicketCall(NamedTuple):
+    """What a verb is given beside the issues."""
+
+    options: Any
+    now: str                   # RFC 3339
+    prefix: str                # what new ids begin with
+    actor: str
+
+
+def ticket_prefix(name: str) -> str:
+    """What the ids of a project begin with."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())[:12] or "pit"
+
+
+def ticket_actor(env: Mapping[str, str]) -> str:
+    """Who changes tickets, as bd and br find it; an agent of an epic is that epic's."""
+    epic = env.get("PIT_EPIC")
+    return env.get("BD_ACTOR") or (f"pit/{epic}" if epic else "") or env.get("USER") or "unknown"
+
+
+def mint_issue_id(issues: Container[str], prefix: str) -> str:
+    """A free id; longer where short ones are taken."""
+    letters = "0123456789abcdefghijklmnopqrstuvwxyz"
+    tries = 0
+    while True:
+        size = 3 + tries // 8
+        found = prefix + "-" + "".join(letters[b % 36] for b in os.urandom(size))
+        if found not in issues:
+            return found
+        tries += 1
+
+
+def child_id(issues: Iterable[str], parent: str) -> str:
+    """The next id below an issue; a number is never given twice."""
+    taken = [int(i[len(parent) + 1:]) for i in issues if dotted_parent(i) == parent]
+    return f"{parent}.{max(taken, default=0) + 1}"
+
+
+def link_to(issue_id: str, other: str, kind: str) -> dict:
+    """One dependency of an issue."""
+    return {"issue_id": issue_id, "depends_on_id": other, "type": kind}
+
+
+def refuse_deadlock(issues: Mapping[str, dict], doing: str) -> None:
+    """Raise PitRefused when issues wait for each other."""
+    cycle = find_deadlock(issues)
+    if cycle:
+        raise PitRefused(f"{doing}: then these would wait for each other: {', '.join(cycle)}",
+                         hint="pit ticket show ID tells what a ticket needs", why="cycle", cycle=cycle)
+
+
+def open_below(issues: Mapping[str, dict], issue_id: str) -> list[str]:
+    """The ids below an issue that are not closed."""
+    return [i["id"] for i in issues_below(issues, issue_id) if i["status"] not in ENDED]
+
+
+def set_status(issues: Mapping[str, dict], issue: dict, status: str, call: TicketCall,
+               reason: str | None = None) -> bool:
+    """Give an issue a status; False: it has it already.  Raises PitRefused."""
+    name = issue["id"]
+    if issue["status"] == status:
+        return False
+    if status == "closed":
+        left = open_below(issues, name) if issue["issue_type"] == "epic" else []
+        if left:
+            raise PitRefused(f"{name} is an epic with open tickets: {', '.join(left[:10])}",
+                             hint=f"pit ticket list --parent {name} shows them", why="open children",
+                             open=left)
+        issue.update(status=status, closed_at=call.now, close_reason=reason or "Closed", updated_at=call.now)
+        return True
+    shut = [a for a in issue_lineage(issues, name)[1:] if issues[a]["status"] in ENDED]
+    if shut and issue["status"] in ENDED:
+        raise PitRefused(f"{shut[0]} above {name} is closed", hint=f"pit ticket reopen {shut[-1]} first",
+                         why="closed parent")
+    if issue["status"] in ENDED:
+        issue.update(assignee=None, closed_at=None, close_reason=None)
+    issue.update(status=status, updated_at=call.now)
+    return True
+
+
+def check_title(title: str) -> str:
+    """A title without blanks around it.  Raises InvalidInput for an empty one."""
+    if not title.strip():
+        raise InvalidInput("the title is empty; allowed: a few words that say what is to be done")
+    return " ".join(title.split())
+
+
+def verb_add(issues: dict, call: TicketCall) -> tuple:
+    """Make a ticket."""
+    o = call.options
+    parent = find_issue(issues, o.parent) if o.parent else None
+    needs = [find_issue(issues, n) for n in dict.fromkeys(filter(None, re.split(r"[\s,]+", o.deps or "")))]
+    if parent and issues[parent]["status"] in ENDED:
+        raise PitRefused(f"{parent} is closed", hint=f"pit ticket reopen {parent} first", why="closed parent")
+    name = child_id(issues, parent) if parent else mint_issue_id(issues, call.prefix)
+    issues[name] = {"id": name, "title": check_title(o.title), "description": o.description or "",
+                    "acceptance_criteria": o.acceptance or "", "status": "open",
+                    "priority": DEFAULT_PRIORITY if o.priority is None else int(o.priority),
+                    "issue_type": o.type or "task", "assignee": None, "created_at": call.now,
+                    "updated_at": call.now, "closed_at": None, "close_reason": None, "rest": {},
+                    "dependencies": [*([link_to(name, parent, ABOVE)] if parent else ()),
+                                     *(link_to(name, n, "blocks") for n in needs)], "comments": []}
+    refuse_deadlock(issues, f"{name} cannot need {', '.join(needs)}")
+    return name, True
+
+
+def verb_list(issues: dict, call: TicketCall) -> list[str]:
+    """List tickets."""
+    o = call.options
+    root = find_issue(issues, o.parent) if o.parent else None
+    found = issues_below(issues, root) if root else sorted(issues.values(), key=order_of)
+    return [i["id"] for i in found if (not o.status or i["status"] == o.status)
+            and (not o.type or i["issue_type"] == o.type)
+            and (o.all or o.status or i["status"] not in ENDED)]
+
+
+def verb_ready(issues: dict, call: TicketCall) -> list[str]:
+    """List what can be begun."""
+    o = call.options
+    root = find_issue(issues, o.parent) if o.parent else None
+    return [i["id"] for i in (issues_below(issues, root) if root else sorted(issues.values(), key=order_of))
+            if is_workable(issues, i)]
+
+
+def verb_show(issues: dict, call: TicketCall) -> tuple:
+    """Show a ticket."""
+    return find_issue(issues, call.options.id), None
+
+
+def verb_claim(issues: dict, call: TicketCall) -> tuple:
+    """Take a ticket."""
+    name = find_issue(issues, call.options.id)
+    return name, claim_issue(issues[name], call.options.actor or call.actor, call.now)
+
+
+def verb_close(issues: dict, call: TicketCall) -> tuple:
+    """Close a ticket."""
+    name = find_issue(issues, call.options.id)
+    return name, set_status(issues, issues[name], "closed", call, call.options.reason)
+
+
+def verb_reopen(issues: dict, call: TicketCall) -> tuple:
+    """Open a closed ticket again."""
+    name = find_issue(issues, call.options.id)
+    return name, issues[name]["status"] in ENDED and set_status(issues, issues[name], "open", call)
+
+
+def verb_comment(issues: dict, call: TicketCall) -> tuple:
+    """Add a comment to a ticket."""
+    name = find_issue(issues, call.options.id)
+    if not call.options.text.strip():
+        raise InvalidInput("the comment is empty; allowed: some text")
+    issues[name]["comments"].append({"id": next_comment(issues), "author": call.actor,
+                                     "text": call.options.text, "created_at": call.now})
+    issues[name]["updated_at"] = call.now
+    return name, True
+
+
+def next_comment(issues: Mapping[str, dict]) -> int:
+    """The number of the next comment."""
+    return max((c["id"] for i in issues.values() for c in i["comments"]), default=0) + 1
+
+
+def verb_update(issues: dict, call: TicketCall) -> tuple:
+    """Change a ticket."""
+    o = call.options
+    issue = issues[find_issue(issues, o.id)]
+    if all(v is None for v in (o.title, o.description, o.priority, o.status, o.assignee)):
+        raise InvalidInput("nothing to change; allowed: --title, -d, -p, --status, --assignee")
+    before = json.dumps(issue)
+    if o.status is not None:
+        set_status(issues, issue, o.status, call)
+    given = {"title": o.title and check_title(o.title), "description": o.description,
+             "priority": None if o.priority is None else int(o.priority)}
+    if o.title is not None:
+        check_title(o.title)
+    issue.update({k: v for k, v in given.items() if v is not None})
+    if o.assignee is not None:
+        issue["assignee"] = o.assignee or None
+    changed = json.dumps(issue) != before
+    if changed:
+        issue["updated_at"] = call.now
+    return issue["id"], changed
+
+
+def verb_dep_add(issues: dict, call: TicketCall) -> tuple:
+    """Let a ticket wait for another one."""
+    name, needs = find_issue(issues, call.options.id), find_issue(issues, call.options.needs)
+    if any(d["depends_on_id"] == needs and d["type"] == "blocks" for d in issues[name]["dependencies"]):
+        return name, False
+    issues[name]["dependencies"].append(link_to(name, needs, "blocks"))
+    issues[name]["updated_at"] = call.now
+    refuse_deadlock(issues, f"{name} cannot need {needs}")
+    return name, True
+
+
+def verb_dep_remove(issues: dict, call: TicketCall) -> tuple:
+    """Let a ticket wait for another one no more."""
+    name, needs = find_issue(issues, call.options.id), find_issue(issues, call.options.needs)
+    left = [d for d in issues[name]["dependencies"]
+            if not (d["depends_on_id"] == needs and d["type"] in BLOCKING)]
+    changed = len(left) < len(issues[name]["dependencies"])
+    if changed:
+        issues[name].update(dependencies=left, updated_at=call.now)
+    return name, changed
+
+
+def read_beads_lines(text: str) -> tuple[list[tuple[int, dict]], list[dict]]:
+    """((line, issue) pairs, problems) of beads JSONL; an array of issues is read, too.
+
+    `{"line", "found", "allowed"}` is a problem.  Lines of another `_type` than issue are left out.
+    """
+    rows, problems = [], []
+    whole = parse_documents(text) if text.lstrip().startswith("[") else ()
+    if whole and isinstance(whole[0], list):
+        rows = list(enumerate(whole[0], 1))
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except (ValueError, RecursionError) as e:
+                    problems.append({"line": number, "found": preview(line),
+                                     "allowed": f"one JSON object ({e})"})
+    issues = []
+    for number, row in rows:
+        bad = check_beads_issue(row)
+        if bad:
+            problems.append({"line": number, "found": preview(json.dumps(row)), "allowed": bad})
+        elif row.get("_type", "issue") == "issue":
+            issues.append((number, row))
+    return issues, problems
+
+
+def check_beads_issue(row: Any) -> str:
+    """What is allowed where a row of beads JSONL is not; empty where it is fine."""
+    if not isinstance(row, dict):
+        return "an object"
+    if row.get("_type", "issue") != "issue":
+        return ""
+    name = row.get("id")
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s/-][^\s/]*", name) or ".." in name:
+        return "an id without blanks, slashes and `..`"
+    if not isinstance(row.get("title"), str) or not row["title"].strip():
+        return "a title"
+    priority = row.get("priority", DEFAULT_PRIORITY)
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 4:
+        return "a priority from 0 to 4"
+    for key in ("description", "acceptance_criteria", "status", "issue_type", "assignee", "parent",
+                "created_at", "updated_at", "closed_at", "close_reason"):
+        if not isinstance(row.get(key, ""), (str, type(None))):
+            return f"{key} as text"
+    for key, needed in (("dependencies", ("depends_on_id", "type")), ("comments", ("text",))):
+        rows = row.get(key) or []
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and all(isinstance(r.get(n), str)
+                                                                             for n in needed) for r in rows):
+            return f"{key} as a list of objects with {' and '.join(needed)}"
+    return ""
+
+
+def import_issue(row: Mapping[str, Any], old: dict | None, now: str) -> dict:
+    """An issue of the store from a line of beads JSONL; what the line does not say stays as it was."""
+    name, old = row["id"], old or {}
+    links = [{**d, "issue_id": name} for d in row.get("dependencies") or ()]
+    if row.get("parent") and not any(d["type"] == ABOVE for d in links):
+        links.append(link_to(name, row["parent"], ABOVE))
+    created = row.get("created_at") or old.get("created_at") or now
+    updated = row.get("updated_at") or old.get("updated_at") or created
+    known = {*SHOWN_KEYS, "_type"}
+    closed = row.get("status") == "closed"
+    return {"id": name, "title": row["title"], "description": row.get("description") or "",
+            "acceptance_criteria": row.get("acceptance_criteria") or "",
+            "status": row.get("status") or "open", "priority": row.get("priority", DEFAULT_PRIORITY),
+            "issue_type": row.get("issue_type") or "task", "assignee": row.get("assignee") or None,
+            "created_at": created, "updated_at": updated,
+            "closed_at": row.get("closed_at") or (updated if closed else None),
+            "close_reason": row.get("close_reason") or ("Closed" if closed else None),
+            "rest": {k: v for k, v in row.items() if k not in known},
+            "comments": list(old.get("comments", ())),
+            "dependencies": list({(d["depends_on_id"], d["type"]): d for d in links}.values())}
+
+
+def is_older(moment: str, other: str) -> bool:
+    """Whether one RFC 3339 moment is before another; False where they cannot be read."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(moment) < datetime.datetime.fromisoformat(other)
+    except (ValueError, TypeError):
+        return False
+
+
+def import_issues(issues: dict, rows: list[tuple[int, dict]], now: str) -> dict:
+    """Put the issues of beads JSONL into the table; returns how many were new, changed, the same.
+
+    What changed here after the line was written stays as it is (`kept`), but for comments, which are added.
+    Deleted ones (tombstones) are left out.  Raises PitRefused when issues would wait for each other.
+    """
+    counts: dict[str, Any] = {"imported": 0, "updated": 0, "unchanged": 0}
+    kept = []
+    comment = next_comment(issues)
+    for _, row in rows:
+        old = issues.get(row["id"])
+        if row.get("status") == "tombstone":
+            continue
+        new = import_issue(row, old, now)
+        if old and is_older(new["updated_at"], old["updated_at"]):
+            kept.append(new["id"])
+            new = {**old, "comments": new["comments"]}
+        there = {(c["author"], c["text"], c["created_at"]) for c in new["comments"]}
+        for c in row.get("comments") or ():
+            key = (str(c.get("author") or "unknown"), c["text"],
+                   str(c.get("created_at") or new["updated_at"]))
+            if key not in there:
+                new["comments"].append(dict(zip(("id", "author", "text", "created_at"), (comment, *key))))
+                there.add(key)
+                comment += 1
+        counts["imported" if old is None else "unchanged" if new == old else "updated"] += 1
+        issues[new["id"]] = new
+    refuse_deadlock(issues, "this cannot be imported")
+    return {**counts, **({"kept": kept} if kept else {})}
+
+
+def export_issue(issue: dict) -> dict:
+    """An issue as a line of beads JSONL: what is empty is left out."""
+    shown = {k: v for k, v in issue.items() if k not in ("rest", "parent") and v not in (None, "", [])}
+    if shown.get("comments"):
+        shown["comments"] = [{**c, "issue_id": issue["id"]} for c in shown["comments"]]
+    return {**issue["rest"], **shown}
+
+
+class TicketVerb(NamedTuple):
+    """One verb of `pit ticket`."""
+
+    name: str
+    run: Callable | None       # (issues, TicketCall) -> (id, changed), or ids; None: has a command of its own
+    changes: bool              # whether it writes
+    usage: str
+    args: tuple                # (flags, options) pairs for add_argument
+    help: str
+    example: str
+    beads: str                 # what bd and br call it, with the places of its arguments
+
+
+_TICKET = (("id",), {"metavar": "ID", "help": "the id of a ticket, full or short"})
+_NEEDS = (("needs",), {"metavar": "NEEDS", "help": "the id of the ticket that it waits for"})
+_BODY = (("-d", "--description"), {"metavar": "TEXT",
+                                   "help": "what is to be done, with all that its reader must know"})
+_PRIORITY = (("-p", "--priority"), {"choices": ("0", "1", "2", "3", "4"), "help": "0 is highest (2)"})
+_BELOW = (("--parent",), {"metavar": "ID", "help": "only what is below this one, at any depth"})
+
+TICKET_VERBS = {v.name: v for v in (
+    TicketVerb("add", verb_add, True, "TITLE", (
+        (("title",), {"metavar": "TITLE", "help": "what is to be done, in a few words"}), _BODY,
+        (("-t", "--type"), {"choices": ISSUE_TYPES, "help": "what it is (task)"}), _PRIORITY,
+        (("--parent",), {"metavar": "ID", "help": "the epic, or ticket, that it is a part of"}),
+        (("--deps",), {"metavar": "IDS",
+                       "help": "ids of the tickets that it waits for, with commas between"}),
+        (("--acceptance",), {"metavar": "TEXT", "help": "how one sees that it is done"})),
+        "make a ticket", "ticket add 'Log in by mail' --parent auth -d 'In src/login.py …'",
+        "create {title}"),
+    TicketVerb("list", verb_list, False, "", (
+        _BELOW, (("--status",), {"choices": ISSUE_STATUSES, "help": "only those with this status"}),
+        (("--type",), {"choices": ISSUE_TYPES, "help": "only those of this type"}),
+        (("--all",), {"action": "store_true", "help": "closed ones, too"})),
+        "list tickets", "ticket list --parent auth --all", "list"),
+    TicketVerb("ready", verb_ready, False, "", (_BELOW,),
+               "list the tickets that can be begun: open, no epic, waiting for nothing",
+               "ticket ready --parent auth", "ready"),
+    TicketVerb("show", verb_show, False, "ID", (_TICKET,), "show a ticket with its comments",
+               "ticket show auth.1", "show {id}"),
+    TicketVerb("claim", verb_claim, True, "ID", (
+        _TICKET, (("--actor",), {"metavar": "ACTOR", "help": "who takes it, if not the caller"})),
+        "take a ticket, so that nobody else does", "ticket claim auth.1", "update {id} --claim"),
+    TicketVerb("close", verb_close, True, "ID", (
+        _TICKET, (("--reason",), {"metavar": "TEXT", "help": "how it ended (Closed)"})),
+        "close a ticket that is done", "ticket close auth.1 --reason 'Done in abc1234'", "close {id}"),
+    TicketVerb("reopen", verb_reopen, True, "ID", (_TICKET,), "open a closed ticket again",
+               "ticket reopen auth.1", "reopen {id}"),
+    TicketVerb("comment", verb_comment, True, "ID TEXT", (
+        _TICKET, (("text",), {"metavar": "TEXT", "help": "what is to be added"})),
+        "add a comment to a ticket", "ticket comment auth.1 'The tests need a key'",
+        "comments add {id} {text}"),
+    TicketVerb("update", verb_update, True, "ID", (
+        _TICKET, (("--title",), {"metavar": "TEXT", "help": "another title"}), _BODY, _PRIORITY,
+        (("--status",), {"choices": ISSUE_STATUSES, "help": "another status"}),
+        (("--assignee",), {"metavar": "ACTOR", "help": "who holds it; empty: nobody"})),
+        "change a ticket", "ticket update auth.1 -p 0 --status deferred", "update {id}"),
+    TicketVerb("dep add", verb_dep_add, True, "ID NEEDS", (_TICKET, _NEEDS),
+               "let a ticket wait for another one", "ticket dep add auth.2 auth.1", "dep add {id} {needs}"),
+    TicketVerb("dep remove", verb_dep_remove, True, "ID NEEDS", (_TICKET, _NEEDS),
+               "let a ticket wait for another one no more", "ticket dep remove auth.2 auth.1",
+               "dep remove {id} {needs}"),
+    TicketVerb("export", None, False, "[FILE]", (
+        (("file",), {"metavar": "FILE", "nargs": "?", "help": "the file to write; without it the answer is "
+                                                              "the issues"}),),
+        "write all tickets as beads JSONL", "ticket export tickets.jsonl", ""),
+    TicketVerb("import", None, True, "FILE", (
+        (("file",), {"metavar": "FILE", "help": "a file of beads JSONL, or - for standard input"}),),
+        "take over tickets from beads JSONL", "ticket import .beads/issues.jsonl", ""),
+)}
+
+
+def run_ticket_verb(project: Project, verb: TicketVerb, options: Any, env: Mapping[str, str]) -> Any:
+    """Do a verb on the embedded store; the issue, or the issues, that it answers with."""
+    call = TicketCall(options, rfc3339_now(), ticket_prefix(project.name), ticket_actor(env))
+    with (change_issues(project.common) if verb.changes
+          else contextlib.nullcontext(read_issues(project.common))) as issues:
+        answer = verb.run(issues, call)
+    if isinstance(answer, list):
+        return [show_issue(issues[i]) for i in answer]
+    name, changed = answer
+    return {**show_issue(issues[name]), **({} if changed is None else {"changed": bool(changed)})}
+
+
+
+# ======================================================================================
+# PIT: daemon and commands of the ticket loop                                    [async]
+# ======================================================================================
+# Its caller is mostly a language model: whatever happens, standard output is one JSON value, and a
+# refusal says what to do next.  To add a command: one handler and one row in PIT_COMMANDS.
+
+PIT_WORDS = {
+    # word in answers    a row of EXIT_CODES
+    "not_reached":       "failed",
+    "failed":            "failed",
+    "usage":             "invalid",
+    "config":            "invalid",
+    "missing_program":   "invalid",
+    "not_a_repository":  "invalid",
+    "not_found":         "missing",
+    "refused":           "refused",
+    "environment":       "environment",
+    "internal":          "bug",
+}
+
+
+class Answer(NamedTuple):
+    """What a command of the ticket loop answers, where that is not plain success."""
+
+    value: Any                 # JSON; None: everything was printed
+    code: str                  # a row of EXIT_CODES
+
+
+class PitCall(NamedTuple):
+    """What a command of the ticket loop is given."""
+
+    options: Any
+    folder: str                # the current one, or that of -C
+    project: Project | None    # None where the command needs none
+    env: Mapping[str, str]
+    pretty: bool
+
+
+class PitCommand(NamedTuple):
+    """One command of the ticket loop."""
+
+    name: str                  # one or more words
+    run: Callable              # (PitCall) -> a JSON value, or an Answer
+    usage: str
+    args: tuple                # (flags, options) pairs for add_argument
+    help: str
+    example: str
+    in_agent: bool = False     # whether an agent of an epic may call it
+    needs_project: bool = True
+
+
+def pit_word(error: PitbossError) -> str:
+    """The word that an error has in answers."""
+    default = next((word for word, code in reversed(PIT_WORDS.items()) if code == error.code), "failed")
+    plain = {"failed": "failed", "invalid": "usage"}.get(error.code, default)
+    return getattr(error, "word", plain)
+
+
+def pit_error(error: PitbossError) -> dict:
+    """An error as the ticket loop answers it."""
+    return {"error": {"code": pit_word(error), "message": str(error), "hint": error.hint,
+                      **getattr(error, "facts", {})}}
+
+
+def run_pit_ticket(name: str, call: PitCall) -> Any:
+    """A verb on tickets, where the embedded store has them."""
+    import shlex
+
+    verb = TICKET_VERBS[name]
+    tracker = pick_tracker(call.project)
+    if tracker.needs_program:
+        quoted = {k: shlex.quote(str(v)) for k, v in vars(call.options).items()}
+        raise PitRefused(f"the tickets of this project are in {tracker.name}",
+                         hint=f"{tracker.name} {verb.beads.format_map(quoted)}", why="tracker",
+                         tracker=tracker.name)
+    return run_ticket_verb(call.project, verb, call.options, call.env)
+
+
+def run_pit_export(call: PitCall) -> Any:
+    """Every ticket of the embedded store, as an array or into a file of beads JSONL."""
+    issues = [export_issue(i) for i in sorted(read_issues(call.project.common).values(),
+                                              key=lambda i: natural_key(i["id"]))]
+    if call.options.file is None:
+        return issues
+    path = os.path.join(call.folder, call.options.file)
+    text = "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in issues)
+    try:
+        write_file(os.path.realpath(path), text.encode("utf-8", "surrogatepass"), durable=True, mode=0o666)
+    except OSError as e:
+        raise fault_of(e, "writing the tickets") from None
+    return {"exported": len(issues), "file": path}
+
+
+def run_pit_import(call: PitCall) -> Any:
+    """Take over tickets from beads JSONL into the embedded store."""
+    try:
+        if call.options.file == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(os.path.join(call.folder, call.options.file), "rb") as f:
+                data = f.read()
+    except OSError as e:
+        raise InvalidInput(f"{call.options.file}: {e.strerror}",
+                           hint="name a file of beads JSONL, or - for standard input") from None
+    rows, problems = read_beads_lines(data.decode("utf-8-sig", "replace"))
+    if problems:
+        lines = ", ".join(str(p["line"]) for p in problems[:10])
+        raise BadTickets(f"{call.options.file}: no beads JSONL in line {lines}; nothing was imported",
+                         hint="each line is one issue: {\"id\": …, \"title\": …}", problems=problems)
+    with change_issues(call.project.common) as issues:
+        return import_issues(issues, rows, rfc3339_now())
+
+
+class BadTickets(PitFault, InvalidInput):
+    """A file of tickets that cannot be read; facts: `problems`, each with its line."""
+
+    word = "usage"
+
+
+TICKET_HANDLERS = {"export": run_pit_export, "import": run_pit_import}     # those that read or write files
+
+
+def ticket_handler(verb: TicketVerb) -> Callable:
+    """What does a verb as a command."""
+    there = TICKET_HANDLERS.get(verb.name)
+    return there or functools.update_wrapper(functools.partial(run_pit_ticket, verb.name), verb.run)
+
+
+
+PIT_COMMANDS = {c.name: c for c in (
+    *(PitCommand(f"ticket {v.name}", ticket_handler(v), v.usage, v.args, v.help, v.example, in_agent=True)
+      for v in TICKET_VERBS.values()),
+)}
+
+
+def pit_words(argv: list[str]) -> tuple[str, list[str], bool, str | None]:
+    """(name of the command, the rest of its line, --pretty, -C) of a command line.
+
+    --pretty and -C may stand before, between and after the words of a command; the ones after are left to
+    its parser.  Raises InvalidInput for what is no command.
+    """
+    names, pretty, folder = [], False, None
+    rest = list(argv)
+    while rest:
+        word = rest[0]
+        if word == "--pretty":
+            pretty = True
+        elif word == "-C" and len(rest) > 1:
+            folder = os.path.join(folder or "", rest.pop(1))
+        elif word.startswith("-C") and len(word) > 2:
+            folder = os.path.join(folder or "", word[2:])
+        elif any(f"{name} ".startswith(" ".join([*names, word, ""])) for name in PIT_COMMANDS):
+            names.append(word)
+        else:
+            break
+        rest.pop(0)
+    return " ".join(names), rest, pretty, folder
+
+
+def run_pit(command: PitCommand, options: Any, folder: str, env: Mapping[str, str]) -> Any:
+    """Do one command of the ticket loop.  Raises PitbossError."""
+    if env.get("PIT_EPIC") and not command.in_agent:
+        allowed = ", ".join(dict.fromkeys(c.name.split()[0] for c in PIT_COMMANDS.values() if c.in_agent))
+        raise PitRefused(f"{command.name} is not for the agent of an epic (PIT_EPIC is {env['PIT_EPIC']}); "
+                         f"allowed: {allowed}", hint="do your ticket, close it and stop", why="agent")
+    project = find_project(folder) if command.needs_project else None
+    return command.run(PitCall(options, folder, project, env, options.pretty))
+
+
+def render_pit(value: Any) -> list[str]:
+    """A JSON value as lines for people: objects as `key  value`, lists of objects as a table."""
+    if isinstance(value, list):
+        rows = [v for v in value if isinstance(v, dict)]
+        keys = [k for k in (rows[0] if rows else ()) if any(not isinstance(r[k], (dict, list))
+                                                            and r[k] not in (None, "") for r in rows
+                                                            if k in r)]
+        if len(rows) < len(value) or not keys:
+            return [render_cell(v) for v in value] or ["none"]
+        return render_table([[k.upper() for k in keys],
+                             *([render_cell(r.get(k)) for k in keys] for r in rows)])
+    if not isinstance(value, dict):
+        return [render_cell(value)]
+    lines = []
+    wide = max(map(cell_width, value), default=0)
+    for key, item in value.items():
+        inner = render_pit(item) if isinstance(item, (dict, list)) and item else []
+        if inner:
+            lines += [key, *(f"  {line}" for line in inner)]
+        elif isinstance(item, str) and "\n" in item:
+            lines += [key, *(f"  {clean_text(line)}" for line in item.splitlines())]
+        else:
+            lines.append(f"{pad_cells(key, wide)}  {render_cell(item)}".rstrip())
+    return lines
+
+
+def render_cell(value: Any) -> str:
+    """One value on one line."""
+    if value is None or value in ([], {}):
+        return "-"
+    return clean_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+# ======================================================================================
 # DEMO: a scripted agent and a demonstration run                                   [cli]
 # ======================================================================================
 # The scripted agent prints the events that claude prints and does what its prompt says, so
@@ -14057,6 +15475,7 @@ class Name(NamedTuple):
 
 NAMES = {n.name: n for n in (
     Name("pitboss", ()),
+    Name("pit", ("pit",)),
 )}
 
 
@@ -14133,6 +15552,12 @@ def complete_requests(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield asked["request_id"], f"{asked['task_id']}: {preview(asked['summary'])}"
 
 
+def complete_pit(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The commands of the ticket loop."""
+    for word in dict.fromkeys(c.name.split()[0] for c in PIT_COMMANDS.values()):
+        yield word, PIT_COMMANDS[word].help if word in PIT_COMMANDS else ""
+
+
 TYPED = {
     # metavar of the argument: what
     "MANIFEST": Typed("files"),
@@ -14143,6 +15568,7 @@ TYPED = {
     "OTHER": Typed("words", complete_runs),
     "ACTOR": Typed("words", complete_actors),
     "REQUEST": Typed("words", complete_requests),
+    "COMMAND": Typed("words", complete_pit),
     "TOOL": Typed("words"),
     "USD": Typed("words"),
     "AGE": Typed("words"),
@@ -14732,6 +16158,87 @@ def render_reference() -> str:
     return "\n".join(parts)
 
 
+PIT_FLAGS = (
+    (("--pretty",), {"action": "store_true", "help": "print text for people instead of JSON"}),
+    (("-C",), {"metavar": "DIR", "dest": "folder",
+               "help": "the project around this folder, not the current one"}),
+)
+
+
+def cmd_pit(options: Any) -> str:
+    """Drive agents through the tickets of epics, one epic a worktree; all answers are JSON."""
+    pretty = "--pretty" in options.words
+    try:
+        name, parsed, folder = parse_pit(options.words, pit_prog())
+        answer = run_pit(PIT_COMMANDS[name], parsed, folder, os.environ)
+        value, code = answer if isinstance(answer, Answer) else (answer, "ok")
+        if value is not None:
+            print("\n".join(render_pit(value)) if pretty else json.dumps(value, ensure_ascii=False))
+        return code
+    except PitbossError as e:
+        fault = e
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        fault = fault_of(e, f"pit {' '.join(options.words[:1])}".strip())
+    except Exception as e:  # boundary: a caller that reads JSON gets JSON for a bug, too
+        fault = Bug(f"this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}",
+                    hint=f"its traceback: {save_traceback()}")
+    mask = make_mask([os.environ])
+    if pretty:
+        say_error(f"pit: {mask.text(str(fault))}" + (f"\n  try: {fault.hint}" if fault.hint else ""))
+    else:
+        print(mask.text(json.dumps(pit_error(fault), ensure_ascii=False)))
+    return fault.code
+
+
+def pit_prog() -> str:
+    """What is typed to call the ticket loop, as it was called."""
+    return typed_name() if NAMES.get(called_as(), NAMES["pitboss"]).words else f"{typed_name()} pit"
+
+
+def parse_pit(argv: list[str], prog: str) -> tuple[str, Any, str]:
+    """(name of the command, its options, the folder) of a command line of the ticket loop.
+
+    Raises InvalidInput with what is allowed; prints help texts and leaves.
+    """
+    name, rest, pretty, folder = pit_words(argv)
+    if name in PIT_COMMANDS:
+        parser = make_parser(prog, name, PIT_COMMANDS.get(name), PIT_FLAGS)
+        options, odd = parser.parse_known_args(rest)
+        if odd:
+            flags = [f for names, _ in (*PIT_COMMANDS[name].args, *PIT_FLAGS) for f in names if f[:1] == "-"]
+            raise InvalidInput(f"{name}: unknown argument {show_value(odd[0])}{did_you_mean(odd[0], flags)}",
+                               hint=f"{parser.prog} --help")
+        options.pretty = options.pretty or pretty
+        return name, options, os.path.abspath(os.path.join(current_folder(), folder or "",
+                                                           options.folder or ""))
+    begun = [c for c in PIT_COMMANDS.values() if f"{c.name} ".startswith(f"{name} " if name else "")]
+    if rest[:1] in ([], ["-h"], ["--help"], ["help"]):
+        print(pit_help(begun, prog), end="", file=sys.stdout if rest else sys.stderr)
+        if rest:
+            sys.exit(0)
+        raise InvalidInput(f"{name or 'pit'}: a command is missing; allowed: {next_words(begun, name)}",
+                           hint=f"{prog} {name} --help".replace("  ", " "))
+    words = next_words(begun, name)
+    near = did_you_mean(rest[0], words.split(", "))
+    raise InvalidInput(f"unknown command {show_value(f'{name} {rest[0]}'.strip())}{near}; allowed: {words}",
+                       hint=f"{prog} --help")
+
+
+def next_words(commands: Iterable[PitCommand], begun: str) -> str:
+    """The words that can follow the beginning of a command's name."""
+    return ", ".join(dict.fromkeys(c.name[len(begun):].split()[0] for c in commands))
+
+
+def pit_help(commands: Iterable[PitCommand], prog: str) -> str:
+    """What some commands of the ticket loop do, and its exit codes."""
+    rows = [(f"{c.name} {c.usage}".strip(), c.help) for c in commands]
+    lines = render_table([[f"  {call}", what] for call, what in rows])
+    return (f"Example: {prog} ticket list\n\n{cmd_pit.__doc__}\n\ncommands:\n" + "\n".join(lines)
+            + f"\n\n{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}\n")
+
+
 class Cli(NamedTuple):
     """One command."""
 
@@ -14741,6 +16248,7 @@ class Cli(NamedTuple):
     args: tuple                # (flags, options) pairs for add_argument
     help: str                  # empty: internal, not shown
     example: str = ""
+    raw: bool = False          # its handler parses the words that follow its name
 
 
 _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"})
@@ -14876,6 +16384,10 @@ COMMANDS = {c.name: c for c in (
         (("-q", "--quiet"), {"action": "store_true", "help": "say nothing when it works"}),
         (("--remove",), {"action": "store_true", "help": "take away exactly what was installed there"})),
         "install this program for yourself, with completions", "install ~/.local/bin"),
+    Cli("pit", cmd_pit, "COMMAND", (
+        (("words",), {"metavar": "COMMAND", "nargs": "...",
+                      "help": "what it is to do; pit --help says more"}),),
+        "the ticket loop: agents work through the tickets of epics", "pit ticket list", raw=True),
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("complete", cmd_complete, "", ((("words",), {"nargs": "*"}), (("--line",), {})), ""),
@@ -14894,8 +16406,11 @@ COMMANDS = {c.name: c for c in (
 HELP_WIDTH = 98            # columns of a help text, on a wider terminal too
 
 
-def make_parser(prog: str, name: str) -> Any:
-    """The argument parser of one command, or with an empty name the one that lists them all."""
+def make_parser(prog: str, name: str, command: Any = None, flags: tuple = ()) -> Any:
+    """The argument parser of one command, or with an empty name the one that lists them all.
+
+    `command`: a row that is not in COMMANDS, with `flags` that all rows of its table take.
+    """
     import argparse
     import shutil
 
@@ -14918,16 +16433,16 @@ def make_parser(prog: str, name: str) -> Any:
     parser = Parser(prog=f"{prog} {name}".rstrip(), usage=None if name else f"{prog} COMMAND ...",
                     add_help=False, epilog=exit_codes_text(),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
-    command = COMMANDS.get(name)
+    command = command or COMMANDS.get(name)
     if command:
         about = (command.run.__doc__ or command.help).splitlines()[0]
         parser.first = f"Example: {prog} {command.example}\n\n{about}\n\n" if command.example else ""
     else:
         parser.first = f"Example: {prog} demo\n\nDeals work to coding agents and never loses a hand.\n\n"
         parser.description = (f"{commands_text()}\n\n{prog} COMMAND --help says more of one command.")
-    for flags, settings in [*(command.args if command else ()), *ALWAYS_FLAGS]:
+    for names, settings in [*(command.args if command else ()), *flags, *ALWAYS_FLAGS]:
         near = functools.partial(pick_choice, settings.get("choices", ()))
-        parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
+        parser.add_argument(*names, **{**({"type": near} if "choices" in settings else {}), **settings})
     return parser
 
 
@@ -14970,6 +16485,10 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
         known = [c.name for c in COMMANDS.values() if c.help]
         raise InvalidInput(f"unknown command {show_value(argv[0])}{did_you_mean(argv[0], known)}",
                            hint=f"{prog} --help")
+    if COMMANDS[argv[0]].raw:
+        import argparse
+
+        return argv[0], argparse.Namespace(words=argv[1:])
     if len(argv) == 1 and not COMMANDS[argv[0]].args:
         return argv[0], None           # argparse takes longer than such a command
     parser = make_parser(prog, argv[0])
