@@ -322,7 +322,7 @@ def test_what_is_no_object_is_one_problem(text, line):
 
 @pytest.mark.parametrize("field", pitboss.PIT_FIELDS, ids=lambda f: f.name)
 def test_every_setting_has_a_flag_and_refuses_another_type(field):
-    assert pitboss.PIT_FLAGS[field.name].startswith("--")
+    assert pitboss.SETTING_FLAGS[field.name].startswith("--")
     _, problems = pitboss.read_pit_config('{"%s": []}' % field.name)
     assert [p["key"] for p in problems] == [field.name]
 
