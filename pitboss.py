@@ -15408,6 +15408,7 @@ async def tmux_open(daemon: PitDaemon, epic: Epic, place: tuple[str, str]) -> No
         adopted = True
     else:
         prepared = seat_epic(daemon, epic, tracker)
+        os.makedirs(os.path.dirname(tmux.socket), mode=0o700, exist_ok=True)     # tmux does so without -S
         if pane:
             pane = await tmux.respawn(pane.pane_id, path, prepared.argv, prepared.env)
         else:
