@@ -12859,29 +12859,32 @@ def poke_daemon(socket_path: str, epic: str, name: str) -> bool:
         link.close()
 
 
-def start_daemon(session: str) -> None:
-    """Start the next daemon, as the session's restart.json says; without that file nobody wants one."""
+def wake_daemon(folder: str) -> None:
+    """Start the next daemon by the command in PIT_WAKE, a JSON list, at most once a second an epic."""
     import subprocess
 
-    try:
-        with open(os.path.join(session, "restart.json"), "rb") as f:
-            order = json.loads(f.read())
-    except (OSError, ValueError):
+    words = json.loads(os.environ.get("PIT_WAKE") or "[]")
+    stamp = os.path.join(folder, ".woken")
+    if not words or os.path.exists(stamp) and abs(time.time() - os.stat(stamp).st_mtime) < 1.0:
         return
-    subprocess.Popen(order["argv"], env=order.get("env"), cwd=order.get("cwd"), stdin=subprocess.DEVNULL,
-                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    with open(stamp, "w", encoding="ascii"):
+        pass
+    env = {k: v for k, v in os.environ.items() if k != "PIT_EPIC"}      # it is no command of the agent's
+    subprocess.Popen(words, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                     stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def hook_main(argv: list) -> int:
-    """One event of an agent: FOLDER AGENT EPIC SOCKET SESSION.  Prints nothing and always exits 0.
+    """One event of an agent: FOLDER AGENT EPIC SOCKET [poke].  Prints nothing and always exits 0.
 
     What a hook prints would go into the agent's conversation, and its failure onto the agent's screen.
+    With `poke` the event lies in the spool already.
     """
     try:
-        folder, agent, epic, socket_path, session = argv[:5]
-        name = "" if argv[5:] == ["poke"] else leave_event(folder, agent, epic, read_hook_input())
+        folder, agent, epic, socket_path = argv[:4]
+        name = "" if argv[4:] == ["poke"] else leave_event(folder, agent, epic, read_hook_input())
         if not poke_daemon(socket_path, epic, name):
-            start_daemon(session)
+            wake_daemon(folder)
     except Exception:  # boundary: an agent's turn must not suffer from what goes wrong here
         pass
     return 0
@@ -12940,7 +12943,7 @@ def pin_hook(session: str) -> None:
 def hook_argv(session: str, agent: str, epic: str, socket_path: str) -> list[str]:
     """The command by which an agent of `epic` tells what happens; its event comes on standard input."""
     return [sys.executable, "-I", "-S", os.path.join(session, "self", "hook"), epic_folder(session, epic),
-            agent, epic, socket_path, session]
+            agent, epic, socket_path]
 
 
 def epic_folder(session: str, epic: str) -> str:
@@ -13302,20 +13305,20 @@ def write_prepared(prepared: Prepared) -> None:
         write_file(path, text.encode("utf-8", "surrogateescape"))
 
 
-# hook of claude: (event, names of further facts in its input and in the event)
+# hook of claude: event
 CLAUDE_HOOKS = {
     "SessionStart": "started", "UserPromptSubmit": "prompt", "Stop": "turn_ended",
     "StopFailure": "turn_failed", "PermissionRequest": "permission", "Notification": "notice",
     "SessionEnd": "ended",
 }
 # SessionStart and SessionEnd mean something else for some sources and reasons
-CLAUDE_TURNS = {("started", "clear"): "cleared", ("started", "compact"): "notice",
-                ("ended", "clear"): "notice"}
+CLAUDE_TURNS = {("started", "clear"): "cleared", ("started", "compact"): "other", ("ended", "clear"): "other",
+                ("notice", "permission_prompt"): "other"}
 
 
 def read_claude(raw: dict) -> dict:
     """The input of one of claude's hooks as {"event", "session", facts}."""
-    kind = CLAUDE_HOOKS.get(str(raw.get("hook_event_name")), "notice")
+    kind = CLAUDE_HOOKS.get(str(raw.get("hook_event_name")), "other")
     word = str(raw.get("source") or raw.get("reason") or raw.get("notification_type") or "")
     event = {"event": CLAUDE_TURNS.get((kind, word), kind), "session": str(raw.get("session_id") or ""),
              "cwd": str(raw.get("cwd") or ""), "transcript": str(raw.get("transcript_path") or "")}
@@ -13323,9 +13326,13 @@ def read_claude(raw: dict) -> dict:
         event["kind"] = word
     if kind == "prompt":
         event["prompt"] = str(raw.get("prompt") or "")
-    if kind in ("turn_ended", "turn_failed"):
-        event["text"] = str(raw.get("last_assistant_message") or raw.get("error") or "")[-TOLD:]
+    if kind == "turn_ended":
+        event["last"] = str(raw.get("last_assistant_message") or "")[-TOLD:]
         event["background"] = len(raw.get("background_tasks") or ())
+    if kind == "turn_failed":
+        event["error"] = str(raw.get("last_assistant_message") or raw.get("error") or "")[-TOLD:]
+    if kind == "notice":
+        event["message"] = str(raw.get("message") or "")[:TOLD]
     if kind == "permission":
         event["tool"], event["input"] = str(raw.get("tool_name") or ""), told_input(raw.get("tool_input"))
     return event
@@ -13360,6 +13367,198 @@ def prepare_demo(seat: Seat) -> Prepared:
                                    seat.model or "demo", "--sessions", os.path.join(seat.folder, "demo")])
 
 
+# A plugin of opencode 1.18.33.  It is loaded twice at times, and by an opencode that the agent itself starts:
+# only the window's own program reports.  A subagent has a session with a parent, which is no turn of ours; an
+# idle comes again after an abort.
+OPENCODE_PLUGIN = """
+import fs from "node:fs"
+import net from "node:net"
+import path from "node:path"
+import { spawn } from "node:child_process"
+
+let last = 0n
+const leave = (raw) => {
+  const spool = path.join(PIT.folder, "spool")
+  fs.mkdirSync(spool, { recursive: true, mode: 0o700 })
+  const seen = fs.readdirSync(spool).map((n) => n.split("-")[0]).filter((n) => /^[0-9]+$/.test(n)).map(BigInt)
+  for (const at of [last, ...seen, BigInt(Date.now()) * 1000000n - 1n]) if (at >= last) last = at + 1n
+  const name = `${String(last).padStart(20, "0")}-${process.pid}.json`
+  const beside = path.join(spool, `.${process.pid}.new`)
+  fs.writeFileSync(beside, JSON.stringify({ agent: "opencode", epic: PIT.epic, at: Date.now() / 1000, raw }),
+                   { mode: 0o600 })
+  fs.renameSync(beside, path.join(spool, name))
+  const link = net.connect(PIT.socket, () => link.end(JSON.stringify(
+    { method: "agent-event", params: { epicId: PIT.epic, event: name } }) + "\\n"))
+  link.on("error", () => spawn(PIT.hook[0], [...PIT.hook.slice(1), "poke"],
+                               { detached: true, stdio: "ignore" }).unref())
+  link.unref()
+}
+const tell = (raw) => { try { leave(raw) } catch {} }
+
+export const Pit = async ({ directory }) => {
+  const own = [process.pid, process.ppid].includes(Number(process.env.PIT_AGENT_PID))
+  if (globalThis.pitIsLoaded || process.env.PIT_NESTED || !own) return {}
+  globalThis.pitIsLoaded = true
+  const children = new Set(), busy = new Set(), failed = new Map(), roles = new Map()
+  const words = new Map(), spent = new Map()
+  const on = {
+    "session.created": (p) => { if (p.info.parentID) children.add(p.info.id) },
+    "session.error": (p) => failed.set(p.sessionID, p.error),
+    "permission.asked": (p) => tell({ type: "permission", session: p.sessionID, tool: p.permission,
+                                      input: { ...p.metadata, patterns: p.patterns } }),
+    "question.asked": (p) => tell({ type: "permission", session: p.sessionID, tool: "question",
+                                    input: p.questions }),
+    "permission.replied": (p) => tell({ type: "answered", session: p.sessionID }),
+    "question.replied": (p) => tell({ type: "answered", session: p.sessionID }),
+    "message.updated": (p) => {
+      roles.set(p.info.id, p.info.role)
+      if (p.info.role === "assistant")
+        spent.set(p.info.id, { session: p.info.sessionID, cost: p.info.cost, tokens: p.info.tokens })
+    },
+    "message.part.updated": (p) => {
+      if (p.part.type === "text" && roles.get(p.part.messageID) === "assistant")
+        words.set(p.part.sessionID, p.part.text)
+    },
+    "session.idle": (p) => {
+      if (children.has(p.sessionID) || !busy.delete(p.sessionID)) return
+      const messages = [...spent.values()].filter((m) => m.session === p.sessionID)
+      tell({ type: "idle", session: p.sessionID, error: failed.get(p.sessionID), messages,
+             last: words.get(p.sessionID) })
+    },
+  }
+  tell({ type: "started", directory })
+  return {
+    event: async ({ event }) => on[event.type]?.(event.properties),
+    "chat.message": async (input, output) => {
+      if (children.has(input.sessionID)) return
+      busy.add(input.sessionID)
+      failed.delete(input.sessionID)
+      words.delete(input.sessionID)
+      const text = output.parts.filter((x) => x.type === "text").map((x) => x.text).join("\\n")
+      tell({ type: "prompt", session: input.sessionID, prompt: text })
+    },
+    "shell.env": async (input, output) => { output.env.PIT_NESTED = "1" },
+  }
+}
+"""
+
+
+def read_opencode(raw: dict) -> dict:
+    """What the plugin left, as {"event", "session", facts}."""
+    kind, event = str(raw.get("type")), {"session": str(raw.get("session") or "")}
+    error = raw.get("error") or {}
+    if kind == "started":
+        return {**event, "event": "started", "kind": "startup", "cwd": str(raw.get("directory") or "")}
+    if kind == "prompt":
+        return {**event, "event": "prompt", "prompt": str(raw.get("prompt") or "")}
+    if kind == "permission":
+        return {**event, "event": "permission", "tool": str(raw.get("tool") or ""),
+                "input": told_input(raw.get("input"))}
+    if kind != "idle" or error.get("name") == "MessageAbortedError":
+        return {**event, "event": "other", "kind": "interrupted" if error else kind}
+    event["usage"] = opencode_usage(raw.get("messages") or ())
+    if error:
+        said = (error.get("data") or {}).get("message")
+        return {**event, "event": "turn_failed", "error": f"{error.get('name')}: {said}"[:TOLD]}
+    return {**event, "event": "turn_ended", "last": str(raw.get("last") or "")[-TOLD:], "background": 0}
+
+
+def opencode_usage(messages: Iterable[dict]) -> dict:
+    """What the messages of a conversation have used so far; reasoning counts as output."""
+    used, cost = Usage(), 0.0
+    for message in messages:
+        tokens = message.get("tokens") or {}
+        cache = tokens.get("cache") or {}
+        counts = (tokens.get("input"), (tokens.get("output") or 0) + (tokens.get("reasoning") or 0),
+                  cache.get("read"), cache.get("write"))
+        used = used.plus(Usage(*(int(n or 0) for n in counts)))
+        cost += float(message.get("cost") or 0)
+    return {**used._asdict(), "cost_usd": cost}
+
+
+def prepare_opencode(seat: Seat) -> Prepared:
+    """opencode as a terminal program; nothing is written into the worktree (measured with 1.18.33).
+
+    The plugin comes by the configuration in the environment.  A configuration folder would do too, but
+    opencode first installs packages into each of those, which can take a minute.
+    """
+    words, plugin = (os.path.join(seat.folder, name) for name in ("instructions.md", "opencode.js"))
+    facts = {"folder": seat.folder, "epic": seat.epic, "socket": seat.hook[-1], "hook": list(seat.hook)}
+    try:
+        own = json.loads(seat.env.get("OPENCODE_CONFIG_CONTENT") or "{}")
+    except ValueError:
+        own = {}
+    content = {**own, "permission": {"*": "allow", "question": "deny"},
+               "plugin": [*own.get("plugin", ()), "file://" + quote_path(plugin)],
+               "instructions": [*own.get("instructions", ()), words]}
+    argv = [*seat.program, *(["--model", seat.model] if seat.model else [])]
+    env = {**clear_marks(seat.env), "OPENCODE_CONFIG_CONTENT": json.dumps(content),
+           "OPENCODE_DISABLE_AUTOUPDATE": "1"}
+    if "OPENCODE_CONFIG_DIR" in seat.env:
+        env["OPENCODE_CONFIG_DIR"] = seat.env["OPENCODE_CONFIG_DIR"]
+    return Prepared({plugin: f"const PIT = {json.dumps(facts)}\n" + OPENCODE_PLUGIN,
+                     words: seat.instructions}, argv, env)
+
+
+def quote_path(path: str) -> str:
+    """A path as it stands in a URL."""
+    import urllib.parse
+
+    return urllib.parse.quote(path)
+
+
+def transcript_usage(path: str) -> dict | None:
+    """What a conversation has used so far, from claude's transcript; None where that cannot be read.
+
+    A message stands there in several lines, one for each of its blocks, each with the usage so far.
+    """
+    used: dict[str, Usage] = {}
+    try:
+        with open(path, "rb") as f:
+            for line in f:
+                if b'"assistant"' in line and (told := message_usage(line)):
+                    used[told[0]] = told[1]
+    except OSError:
+        return None
+    total = Usage()
+    for usage in used.values():
+        total = total.plus(usage)
+    return {**total._asdict(), "cost_usd": None}
+
+
+def message_usage(line: bytes) -> tuple[str, Usage] | None:
+    """(id, usage) of an assistant's message in a transcript; None for any other line."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+        message = json.loads(line).get("message") or {}
+        told = message["usage"] if "usage" in message else {}
+        counts = [told.get(key) or 0 for key in ("input_tokens", "output_tokens", "cache_read_input_tokens",
+                                                 "cache_creation_input_tokens")]
+        if told:
+            return str(message.get("id")), Usage(*map(int, counts))
+    return None
+
+
+def is_queued(transcript: str, at: int, text: str) -> bool:
+    """Whether `text` was queued during a turn, after byte `at` of claude's transcript.
+
+    No event tells of it: the text reaches the agent between two of its steps (measured with 2.1.197).
+    """
+    squeezed = "".join(text.split())
+    try:
+        with open(transcript, "rb") as f:
+            f.seek(at)
+            for line in f:
+                if b'"queue-operation"' in line:
+                    with contextlib.suppress(ValueError, AttributeError):
+                        row = json.loads(line)
+                        if row.get("operation") == "enqueue" and squeezed in "".join(
+                                str(row.get("content")).split()):
+                            return True
+    except OSError:
+        pass
+    return False
+
+
 class TuiAgent(NamedTuple):
     """How one agent is driven in a terminal."""
 
@@ -13368,7 +13567,9 @@ class TuiAgent(NamedTuple):
     prepare: Callable          # (Seat) -> Prepared
     read: Callable             # (what its hook was told) -> {"event", "session", facts}
     clear: str                 # the command that begins a new conversation
-    tells_clear: bool          # an event `cleared` follows; else the next `prompt` bears another session
+    # title of its pane once it takes the prompt of a new conversation; empty: its events `started` and
+    # `cleared` tell that
+    home: str
     interrupt: tuple           # keys that interrupt a turn
     empties: tuple             # keys that empty its input line, harmless when it is empty
     dialogs: tuple = ()        # (pattern of a screen before the first event, what it means)
@@ -13384,9 +13585,11 @@ CLAUDE_DIALOGS = (
 )
 
 TUI_AGENTS = {a.name: a for a in (
-    TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", True, ("Escape",), ("C-c",),
+    TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", "", ("Escape",), ("C-c",),
              CLAUDE_DIALOGS),
-    TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", True, ("Escape",), ("C-c",)),
+    TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "OpenCode",
+             ("Escape", "Escape"), ()),
+    TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", "", ("Escape",), ("C-c",)),
 )}
 
 
@@ -13394,8 +13597,8 @@ def read_hook_spool(folder: str, after: str = "") -> list[dict]:
     """The events in an epic's folder whose names come after `after`, in their order.
 
     Each is {"event", "file", "epic", "at", "session", facts}; "event" is started, cleared, prompt,
-    turn_ended, turn_failed, permission, ended or notice.  A file that cannot be read is a notice of
-    kind `broken`.
+    turn_ended, turn_failed, permission, ended, notice (it has been idle for a while) or other.  A file that
+    cannot be read is an `other` of kind `broken`.
     """
     spool = os.path.join(folder, "spool")
     try:
@@ -13410,10 +13613,12 @@ def read_event(spool: str, name: str) -> dict:
     record = read_json(os.path.join(spool, name))
     record = record if isinstance(record, dict) else {}
     raw, row = record.get("raw"), TUI_AGENTS.get(str(record.get("agent")))
-    facts = {"event": "notice", "kind": "broken", "session": ""}
+    facts = {"event": "other", "kind": "broken", "session": ""}
     if row is not None and isinstance(raw, dict):
         with contextlib.suppress(TypeError, ValueError, AttributeError):
             facts = row.read(raw)
+    if facts["event"] in ("turn_ended", "turn_failed") and facts.get("transcript"):
+        facts["usage"] = transcript_usage(facts["transcript"])
     at = record.get("at")
     return {**facts, "file": name, "epic": str(record.get("epic") or ""),
             "at": at if isinstance(at, (int, float)) else 0.0}
@@ -13444,7 +13649,7 @@ def is_busy(title: str) -> bool:
 def explain_silence(row: TuiAgent, screen: str) -> str:
     """Why an agent has not told that it started, in words, and its screen's last lines."""
     meaning = next((words for pattern, words in row.dialogs if re.search(pattern, screen, re.I)), "")
-    lines = [line.strip() for line in clean_lines(screen) if line.strip(" ─│╭╮╰╯━┃*·.")]
+    lines = [line.strip(" │┃") for line in clean_lines(screen) if re.search(r"[^\W\d_]{2}", line)]
     return ": ".join(filter(None, (meaning, " / ".join(lines[-12:])))) or "its screen is empty"
 
 
@@ -13499,7 +13704,8 @@ async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable) -> b
 async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callable) -> bool:
     """Have an idle agent begin a new conversation; False when it did not say so: then respawn it.
 
-    `cleared`: async (seconds) -> whether the event of it comes in that time.
+    `cleared`: async (seconds) -> whether the event of it comes in that time; of an agent that tells none, its
+    title is looked at instead.
     """
     if row.empties:
         await tmux.press(pane_id, *row.empties)
@@ -13508,9 +13714,23 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
     for _ in range(MAX_ENTERS):
         await asyncio.sleep(PASTE_S)
         await tmux.press(pane_id, "Enter")
-        if await cleared(CLEAR_S / MAX_ENTERS):
+        patience_s = CLEAR_S / MAX_ENTERS
+        if await (wait_home(tmux, row, pane_id, patience_s) if row.home else cleared(patience_s)):
             return True
     return False
+
+
+async def wait_home(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float) -> bool:
+    """Whether an agent comes to take the prompt of a new conversation in that time, as its title tells.
+
+    opencode loads its plugins long before it takes keys.  True at once where the events tell it.
+    """
+    deadline = time.monotonic() + seconds
+    while row.home and (await tmux.pane(pane_id)).title != row.home:
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.1)
+    return True
 
 
 async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 5.0) -> bool:
