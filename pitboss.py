@@ -14217,19 +14217,17 @@ def decide_agent_event(epic: Epic, told: Mapping[str, Any]) -> tuple[str, dict] 
         return None if known else ("session_began", {"epic": epic.id, "session": session})
     if epic.session and session and session != epic.session:
         return None
-    last = str(told.get("text") or "")
+    last = str(told.get("last") or "")
     if kind == "prompt":
         return "prompted", {"epic": epic.id, **({"session": session} if session else {})}
-    idle = kind == "turn_ended" or (kind == "notice" and told.get("kind") == "idle_prompt"
-                                    and epic.phase == "work")
-    if idle:
+    if kind == "turn_ended" or kind == "notice" and epic.phase == "work":
         return None if told.get("background") else (
             "turn_ended", {"epic": epic.id, "last": last,
                            **({"usage": told["usage"]} if told.get("usage") else {})})
     may_pause = epic.state == "running" and epic.phase in ("send", "work", "ask")
     if kind == "turn_failed" and may_pause:
         return "epic_paused", {"epic": epic.id, "reason": "API_ERROR",
-                               "detail": last or "the agent did not say which"}
+                               "detail": str(told.get("error") or "the agent did not say which")}
     if kind == "permission" and may_pause:
         return "epic_paused", {"epic": epic.id, "reason": "PERMISSION", "detail": permission_words(told)}
     return None
@@ -14881,7 +14879,8 @@ class PitDaemon:
                         self.take_event(name, event)
                 except (KeyError, TypeError, ValueError) as e:
                     self.tell_bug(e)
-                remove_spooled(self.project.epic_dir(name), event["file"])
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.project.epic_dir(name), "spool", event["file"]))
 
     def take_event(self, name: str, event: Mapping[str, Any]) -> None:
         """Record what an agent told, as far as it means something."""
@@ -14890,10 +14889,7 @@ class PitDaemon:
         if begins and event.get("cwd") and not is_below(event["cwd"], epic.worktree):
             return self.record("epic_paused", epic=name, reason="WORKTREE", spool=event.get("file", ""),
                                detail=f"the agent is in {event['cwd']}, not in {epic.worktree}")
-        usage = None
-        if event["event"] == "turn_ended" and event.get("transcript"):
-            usage = usage_of_transcript(event["transcript"])
-        found = decide_agent_event(epic, {**event, "usage": usage})
+        found = decide_agent_event(epic, event)
         if found:
             kind, facts = found
             self.record(kind, **facts, spool=event.get("file", ""))
@@ -15420,27 +15416,6 @@ def attach_words(tmux: str | None, session: str | None) -> str | None:
     return render_argv(["tmux", *([] if plain else ["-S", tmux]), "attach", "-t", session])
 
 
-def usage_of_transcript(path: str) -> dict | None:
-    """What a conversation used so far, from claude's transcript; None: unknown.
-
-    It has a JSON line a message (2.1.197), once for each of its blocks, with the same id and usage.
-    """
-    used: dict[str, dict] = {}
-    try:
-        with open(path, "rb") as f:
-            for line in f:
-                if b'"usage"' in line:
-                    message = json.loads(line).get("message") or {}
-                    if isinstance(message.get("usage"), dict):
-                        used[str(message.get("id"))] = message["usage"]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    names = {"input": "input_tokens", "output": "output_tokens", "cache_read": "cache_read_input_tokens",
-             "cache_creation": "cache_creation_input_tokens"}
-    total = {key: sum(int(u.get(name) or 0) for u in used.values()) for key, name in names.items()}
-    return {**total, "cost_usd": None} if used else None
-
-
 # ---- worktrees of epics
 
 async def choose_epic_branch(git: Git, root: str, name: str) -> str:
@@ -15599,6 +15574,7 @@ def seat_epic(daemon: PitDaemon, epic: Epic, tracker: Tracker) -> Prepared:
     write_prepared(prepared)
     beads = os.path.join(project.root, ".beads")
     more = {"PIT_EPIC": epic.id, "PIT_SOCKET_PATH": project.socket,
+            "PIT_WAKE": json.dumps(daemon_argv(project, "wake")),
             "PATH": os.path.join(project.folder, "bin") + os.pathsep + env.get("PATH", os.defpath),
             **({"BEADS_DIR": beads} if os.path.isdir(beads) else {})}
     return prepared._replace(env={**prepared.env, **more})
@@ -15607,7 +15583,7 @@ def seat_epic(daemon: PitDaemon, epic: Epic, tracker: Tracker) -> Prepared:
 def pit_env(env: Mapping[str, str]) -> dict[str, str]:
     """A caller's environment for agents: without the marks of an agent around it, and git's variables."""
     return {k: v for k, v in clear_marks(env).items()
-            if k not in GIT_VARIABLES and k not in ("PIT_EPIC", "PIT_SOCKET_PATH")}
+            if k not in GIT_VARIABLES and k not in ("PIT_EPIC", "PIT_SOCKET_PATH", "PIT_WAKE")}
 
 
 async def find_pane(daemon: PitDaemon, epic: Epic) -> Pane | None:
@@ -15679,6 +15655,8 @@ async def tmux_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> bo
                 break
         await tmux.press(epic.pane, *row.empties)
         await asyncio.sleep(PASTE_S)
+    if not epic.session and row.home:
+        await wait_home(tmux, row, epic.pane, CLEAR_S)
     return await deliver(tmux, epic.pane, text, submitted)
 
 
@@ -15687,13 +15665,10 @@ async def tmux_clear(daemon: PitDaemon, epic: Epic) -> None:
     tmux, row = daemon.tmux_server(), TUI_AGENTS[epic.agent]
 
     async def cleared(seconds: float) -> bool:
-        if row.tells_clear:
-            return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
-        await asyncio.sleep(1.0)
-        return True
+        return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
 
     if await clear_context(tmux, row, epic.pane, cleared):
-        if not row.tells_clear:
+        if row.home:                       # it tells its new session with the next prompt
             daemon.record("session_began", epic=epic.id, session="")
         return
     prepared = seat_epic(daemon, epic, await daemon.open_tracker())
@@ -15870,8 +15845,6 @@ def prepare_session(project: PitPlace) -> None:
     write_file(path, f"#!/bin/sh\nexec {render_argv([*self_argv(project.folder), 'pit'])} \"$@\"\n".encode(),
                mode=0o700)
     write_file(os.path.join(project.folder, "project"), os.fsencode(project.root) + b"\n")
-    write_file(os.path.join(project.folder, "restart.json"), json.dumps(
-        {"argv": daemon_argv(project, "wake"), "env": pit_env(project.env), "cwd": "/"}).encode())
 
 
 def run_daemon(project: PitPlace) -> None:
@@ -15893,7 +15866,7 @@ def run_daemon(project: PitPlace) -> None:
         os.close(lock)
 
 
-def wake_daemon(project: PitPlace) -> None:
+def rouse_daemon(project: PitPlace) -> None:
     """Have a daemon where work is left that nobody does, unless it was told to stop."""
     state = read_session(project)
     work_left = any(e.state != "done" or verb_of(e) for e in state.epics.values())
@@ -16001,7 +15974,7 @@ def pit_add(call: PitCall) -> dict:
 def pit_status(call: PitCall) -> dict:
     """Show how every epic stands; one that is named also lists its tickets."""
     options, project = call.options, place_of_project(call)
-    wake_daemon(project)
+    rouse_daemon(project)
     state = read_session(project)
     return show_session(state, options.epics, daemon_facts(project))
 
@@ -16087,7 +16060,7 @@ def watch_lines(options: Any, project: PitPlace) -> Iterator[dict]:
     """What `watch` prints; after a line `timeout` nothing was reached."""
     names = [n for n in (options.epics or "").split(",") if n]
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
-    wake_daemon(project)
+    rouse_daemon(project)
     path, state = os.path.join(project.folder, "journal.jsonl"), PitState()
     since, news = options.since, []
     for event in read_journal(path) if os.path.exists(path) else ():
@@ -16117,7 +16090,7 @@ def watch_lines(options: Any, project: PitPlace) -> Iterator[dict]:
                 for n in step_pit(state, event)]
         if time.monotonic() - looked > 2.0:
             looked = time.monotonic()
-            wake_daemon(project) if not is_locked(project.folder) else None
+            rouse_daemon(project) if not is_locked(project.folder) else None
 
 
 def journal_end(path: str, seq: int) -> int:
@@ -16132,7 +16105,7 @@ def journal_end(path: str, seq: int) -> int:
     return at
 
 
-def pit_daemon(call: PitCall) -> dict:
+def pit_daemon(call: PitCall) -> Any:
     """Start, stop or look at the project's daemon."""
     options, project = call.options, place_of_project(call)
     return PIT_DAEMON_VERBS[options.verb](project)
@@ -16146,8 +16119,6 @@ def pit_daemon_start(project: PitPlace) -> dict:
 
 def pit_daemon_stop(project: PitPlace) -> dict:
     """End the daemon; agents go on, and nothing but a command starts the next."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(project.folder, "restart.json"))
     changed = is_running(project)
     if changed:
         call_daemon(project, "shutdown", {"why": "stop"})
@@ -16169,15 +16140,15 @@ def pit_daemon_restart(project: PitPlace) -> dict:
     return pit_daemon_start(project)
 
 
-def pit_daemon_run(project: PitPlace) -> dict:
+def pit_daemon_run(project: PitPlace) -> Answer:
     """Be the daemon."""
     run_daemon(project)
-    return {"running": False}
+    return Answer(None, "ok")
 
 
 def pit_daemon_wake(project: PitPlace) -> dict:
     """Have a daemon where there is work for one."""
-    wake_daemon(project)
+    rouse_daemon(project)
     return {"running": is_running(project)}
 
 

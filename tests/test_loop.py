@@ -123,7 +123,7 @@ def test_what_was_rechecked_goes_on_where_it_stood():
     book.tell("epic_paused", epic="a", reason="TRACKER", detail="locked", then="ask")
     book.tell("epic_rechecked", epic="a")
     assert book.look() == ("running", "", "ask", "a.1")
-    assert book.state.epics["a"].todo == {"last": "bye"}
+    assert book.state.epics["a"].todo == {"last": "bye", "usage": None}
 
 
 def test_no_more_epics_are_at_work_than_may_be():
@@ -215,7 +215,7 @@ EPIC = Epic("a", "x-a", "T", "demo", None, False, "pit/a", "main", "/w", state="
     (EPIC, {"event": "started", "session": "s2"}, ("session_began", {"epic": "a", "session": "s2"})),
     (EPIC, {"event": "cleared", "session": "s2"}, ("session_began", {"epic": "a", "session": "s2"})),
     (EPIC, {"event": "started", "session": "s1"}, None),
-    (EPIC, {"event": "prompt", "session": "s1"}, ("prompted", {"epic": "a"})),
+    (EPIC, {"event": "prompt", "session": "s1"}, ("prompted", {"epic": "a", "session": "s1"})),
     (EPIC, {"event": "prompt", "session": "s0"}, None),
     (EPIC, {"event": "turn_ended", "session": "s1", "last": "ok"}, ("turn_ended", {"epic": "a", "last": "ok"})),
     (EPIC, {"event": "turn_ended", "session": "s0", "last": "late"}, None),
