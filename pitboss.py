@@ -4185,7 +4185,7 @@ def finish_when_done(run: RunState) -> None:
     """
     may_come = not run.draining and any(not never_starts(run, run.actors[a].account)
                                         for line in (run.held, run.waiting) for a in line)
-    at_work = run.live or run.closing or may_come
+    at_work = run.live or run.closing or may_come or (run.facts.get("stays_open") and not run.draining)
     if at_work:
         run.owed.pop(("finish", ""), None)
     elif run.finished_at is None and run.draining != "no_space":
@@ -9845,6 +9845,7 @@ class Order(NamedTuple):
     only: tuple | None = None  # ids of the tasks to deal; None: all
     former: dict | None = None # actor to what a resumed one had: session_id and the fields of a place
     resumed_from: str | None = None
+    stays_open: bool = False   # tasks come one after another, until somebody says that it was the last
 
 
 def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
@@ -9886,7 +9887,7 @@ def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -
             "pitboss_version": VERSION, "claude_version": order.claude_version, "pid": os.getpid(),
             "host": os.uname().nodename, "parent_run_id": env.get("PITBOSS_RUN_ID"),
             "max_parallel": rules.max_parallel, "resumed_from": order.resumed_from, "only": order.only,
-            "former": order.former}
+            "former": order.former, **({"stays_open": True} if order.stays_open else {})}
 
 
 def render_resolved(order: Order, run_id: str) -> dict:
@@ -10004,6 +10005,7 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                **({"approval_policy": rules.approval_policy} if rules.approval_policy != "block" else {}),
                **({"policy": [list(rule) for rule in manifest.policy]} if manifest.policy else {}),
                **({"require_plan_approval": True} if rules.require_plan_approval else {}),
+               **({"stays_open": True} if meta.get("stays_open") else {}),
                **({"path_b": True} if manifest.routing == "path_b" else {}),
                **({"dump_shared_store": True} if rules.dump_shared_store else {}),
                **{key: value for key, value in rules.subleads.items() if value})
@@ -10974,6 +10976,41 @@ OPS = {
 }
 
 
+def inner_add_task(dispatcher: Dispatcher, message: dict) -> None:
+    """One more task like the first of a run that stays open; one that is there already is fine."""
+    name, run = message["task_id"], dispatcher.run
+    if name in run.actors:
+        return
+    if not run.facts.get("stays_open") or run.draining:
+        raise ToolRefusal("this run takes no more tasks")
+    task = dispatcher.manifest.tasks[0]._replace(id=name, prompt=message["prompt"], index=-1)
+    row = agent_row(task.agent, dispatcher.manifest.agents)
+    account = account_of(row, {**dispatcher.env, **task.env})
+    session = message["session"] if row.resumes else None
+    dispatcher.sync_before.append(write_plan(dispatcher.task_dir(name), task))
+    dispatcher.plans[name], dispatcher.accounts[name] = task, account
+    dispatcher.record("actor_added", actor=name, role=task.role, agent=task.agent, model=task.model,
+                      directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
+                      branch=task.branch, format=row.format, resumes=row.resumes, account=account,
+                      prompt_preview=preview(task.prompt),
+                      **({"session_id": session, "how": "again"} if session else {}))
+
+
+def inner_end_run(dispatcher: Dispatcher, message: dict) -> None:
+    """A run that stays open gets no more tasks."""
+    if not dispatcher.run.draining:
+        dispatcher.record("drained", why="closed")
+
+
+# what the ticket loop asks of a run that it opened itself; operators have no use for it
+INNER_OPS = {
+    "add_task": Op(inner_add_task, (_TASK, Field("prompt", "text", REQUIRED, "what it is asked"),
+                                    Field("session", "text", None, "that it goes on in")),
+                   "add a task to a run that stays open"),
+    "end_run":  Op(inner_end_run, (), "let a run that stays open end"),
+}
+
+
 class ControlSession:
     """One operator's connection: `hello` first, then operations; events of the run are told as they come."""
 
@@ -11031,7 +11068,7 @@ class ControlSession:
     def take(self, message: dict, extra: dict) -> None:
         """Carry one operation out."""
         op, task_id = message["op"], message.get("task_id")
-        row = OPS.get(op)
+        row = OPS.get(op) or INNER_OPS.get(op)
         if row is None:
             return self.send(event="op_unknown", op=op, **extra)
         values, problems = check_fields(row.fields, {k: v for k, v in message.items() if k not in ("op", "id")
@@ -13853,6 +13890,7 @@ class Epic(NamedTuple):
     messages: tuple = ()           # for its agent, oldest first: texts, or {"blob": sha256}
     spooled: str = ""              # name of the hook's file that was recorded last
     run_id: str | None = None      # of a headless one
+    hand: str | None = None        # the actor of that run that was started last
 
 
 class PitState:
@@ -14039,6 +14077,12 @@ def on_send_begun(state: PitState, event: dict) -> None:
     alter(state, epic.id, todo={**epic.todo, "begun": True})
 
 
+def on_hand_given(state: PitState, event: dict) -> None:
+    """What a headless agent is to do has a name in a run."""
+    epic = alter(state, event["epic"], run_id=event["run_id"], hand=event["hand"])
+    alter(state, epic.id, todo={**epic.todo, "hand": event["hand"], "session": event.get("session")})
+
+
 def on_prompted(state: PitState, event: dict) -> None:
     """The agent took something up: what it was sent, or what somebody typed into its window."""
     session = event.get("session")
@@ -14055,10 +14099,14 @@ def on_prompted(state: PitState, event: dict) -> None:
 def on_turn_ended(state: PitState, event: dict) -> None:
     """The agent is idle."""
     epic = alter(state, event["epic"], **spooled_in(event))
+    if event.get("session") and epic.ticket:
+        alter(state, epic.id, session=event["session"])
+        alter(state, epic.id, worked=note_started(state.epics[epic.id], event["at"]))
     woken = epic.state == "paused" and PAUSES[epic.reason].ends == "agent"
     if epic.phase == "work" or woken:
         alter(state, epic.id, state="running", reason="", detail="")
-        set_phase(state, epic.id, "ask", last=event.get("last", ""), usage=event.get("usage"))
+        set_phase(state, epic.id, "ask", last=event.get("last", ""), usage=event.get("usage"),
+                  **({"failed": event["failed"]} if event.get("failed") else {}))
 
 
 def on_ticket_closed(state: PitState, event: dict) -> None:
@@ -14174,7 +14222,8 @@ PIT_EVENTS: dict[str, Callable] = {
     "pit_opened": on_pit_opened, "pit_closed": on_pit_closed,
     "daemon_began": on_daemon_began, "daemon_left": on_daemon_left,
     "epic_added": on_epic_added, "epic_opened": on_epic_opened, "epic_looked": on_epic_looked,
-    "epic_picked": on_epic_picked, "send_begun": on_send_begun, "ticket_closed": on_ticket_closed,
+    "epic_picked": on_epic_picked, "send_begun": on_send_begun, "hand_given": on_hand_given,
+    "ticket_closed": on_ticket_closed,
     "session_began": on_session_began, "prompted": on_prompted, "turn_ended": on_turn_ended,
     "epic_paused": on_epic_paused, "epic_rested": on_epic_rested, "epic_rechecked": on_epic_rechecked,
     "epic_resumed": on_epic_resumed, "epic_messaged": on_epic_messaged, "epic_told": on_epic_told,
@@ -14310,6 +14359,20 @@ def decide_tear(epic: Epic, found: Mapping[str, Any], force: bool) -> dict | Non
         if epic.ticket:
             lost["ticket"] = epic.ticket
     return None if force or not lost else lost
+
+
+API_FAILURES = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument")
+
+
+def decide_unclosed(last: str, failed: Mapping[str, Any] | None) -> tuple[str, str]:
+    """(reason to pause, what is known) of a turn that ended while its ticket is not closed.
+
+    `failed` is how a headless agent's hand failed: {status, kind, message}.
+    """
+    if not failed:
+        return "NEEDS_HUMAN_INPUT", clip_cells(clean_text(last), 1000)
+    words = clip_cells(clean_text(f"{failed.get('status')}: {failed.get('message') or last}"), 1000)
+    return "API_ERROR" if failed.get("kind") in API_FAILURES else "AGENT_EXITED", words
 
 
 # ---- what agents are told
@@ -14577,7 +14640,7 @@ PIT_ROOT = "/tmp/pit"          # not TMPDIR: every caller has to find the socket
 IDLE_S = 60.0                  # how long a daemon stays when all epics are done and nobody watches
 RECHECK_S = 15.0               # between two looks at a tracker that fails, or has nothing ready
 SPOOL_EVERY_S = 0.2            # between two looks at the spools; a hook's poke comes sooner
-PANES_EVERY_S = 1.0            # between two looks at the windows
+PANES_EVERY_S = 0.5            # between two looks at the windows, and at headless hands
 DAEMON_START_S = 20.0          # how long a command waits for the daemon that it started
 SHOWN_LINES = 12               # of a screen that a reason shows
 START_FACTOR, START_LEAST_S = 6, 5.0       # an agent has six times initDelay to begin, and so long at least
@@ -14709,6 +14772,7 @@ class PitDaemon:
         self.why_left = ""
         self.idle_since: float | None = None
         self.starting: asyncio.Lock | None = None
+        self.reviving: set[str] = set()        # headless epics whose dispatcher is being started again
 
     # ---- recording
 
@@ -14905,6 +14969,7 @@ class PitDaemon:
                                 detail=f"{epic.ticket} took more than {minutes:g} minutes")
             try:
                 await self.look_at_panes()
+                look_at_hands(self)
             except PitbossError as e:
                 sys.stderr.write(f"{e}\n")
 
@@ -14938,14 +15003,24 @@ class PitDaemon:
 
     async def keep_status(self) -> None:
         """Keep what tmux's status bar shows current."""
-        shown = ""
         while True:
-            words = status_words(self.state)
-            if words != shown and self.state.facts.get("tmux"):
-                shown = words
+            words = shown = status_words(self.state)
+            if self.state.facts.get("tmux"):
                 with contextlib.suppress(PitbossError):
                     await self.tmux_server().set_status(words)
             await self.until(lambda: status_words(self.state) != shown, 3600.0)
+
+    async def revive(self, epic: Epic) -> None:
+        """Start the dispatcher of a headless epic again: it was killed."""
+        if epic.id in self.reviving:
+            return
+        self.reviving.add(epic.id)
+        try:
+            await have_dispatcher(self, epic)
+        except PitbossError as e:
+            sys.stderr.write(f"{e}\n")
+        finally:
+            self.reviving.discard(epic.id)
 
     # ---- what effects use
 
@@ -15019,6 +15094,7 @@ class PitDaemon:
         tracker = await self.open_tracker()
         ticket = await tracker.show(epic.ticket)
         template = get_blob(self.project.folder, self.state.facts.get("prompt_template")) or DEFAULT_PROMPT
+        template += HEADLESS_TAILS.get(epic.agent, "") if epic.headless else ""
         return render_pit_template(template, self.template_values(epic, tracker, ticket))
 
     def template_values(self, epic: Epic, tracker: Tracker, ticket: Any = None) -> dict[str, str]:
@@ -15041,8 +15117,8 @@ class PitDaemon:
         if ticket.status == "closed":
             return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows,
                                usage=epic.todo.get("usage"))
-        self.record("epic_paused", epic=epic.id, reason="NEEDS_HUMAN_INPUT", tickets=rows,
-                    detail=clip_cells(clean_text(str(epic.todo.get("last") or "")), 1000))
+        reason, detail = decide_unclosed(str(epic.todo.get("last") or ""), epic.todo.get("failed"))
+        self.record("epic_paused", epic=epic.id, reason=reason, tickets=rows, detail=detail)
 
     async def effect_clear(self, epic: Epic) -> None:
         """Give its agent a fresh conversation: the event of it ends this."""
@@ -15723,8 +15799,193 @@ async def keep_screen(daemon: PitDaemon, epic: Epic, pane: Pane) -> None:
         write_file(path, screen.encode("utf-8", "replace"))
 
 
+# ---- without windows: each ticket is one hand of a run that stays open
+
+HEADLESS_S = 30 * 86400        # the timeout of a hand: the loop has one of its own
+# the scripted agent reads no tickets where it has no terminal
+HEADLESS_TAILS = {"demo": "\n\n{{TICKET_BODY}}\n$ run {{TICKET_CLOSE}}\n"}
+
+
+def run_folder_of(daemon: PitDaemon, epic: Epic) -> str:
+    """The folder of an epic's run; empty where it has none."""
+    path = os.path.join(runs_folder(daemon.project.env), epic.run_id or "-")
+    return path if os.path.isdir(path) else ""
+
+
+def begin_headless_run(daemon: PitDaemon, epic: Epic, hand: str, text: str) -> str:
+    """Make the run of an epic, with its first task; returns its id.  Raises PitbossError."""
+    row = AGENTS[TUI_AGENTS[epic.agent].agent]
+    task = {"id": hand, "directory": epic.worktree, "use_worktree": False, "agent": row.name,
+            "timeout_secs": HEADLESS_S, "prompt": text, **({"model": epic.model} if epic.model else {})}
+    data = "\n".join([
+        "[run]", f"name = {render_toml(f'pit {epic.id}')}", "max_parallel = 1", 'worktree_cleanup = "never"',
+        "", "[[task]]", *(f"{key} = {render_toml(value)}" for key, value in task.items()), ""]).encode()
+    manifest = read_manifest(data, "stdin", stem="pit", env={}, agents=AGENTS,
+                             expand=functools.partial(expand_path, daemon.project.root))
+    if manifest.problems:
+        raise PitError("config", "; ".join(f"{p.path}: {p.message}" for p in manifest.problems))
+    order = Order(data, manifest, "stdin", "pit", daemon.project.root, runs_folder(daemon.project.env), None,
+                  stays_open=True)
+    return os.path.basename(create_run(order, daemon.project.env, make_mask([daemon.project.env])))
+
+
+async def have_dispatcher(daemon: PitDaemon, epic: Epic) -> None:
+    """Have a dispatcher for an epic's run.  Raises EnvironmentFault when none comes up."""
+    import subprocess
+
+    run_dir = run_folder_of(daemon, epic)
+    if is_locked(run_dir):
+        return
+    env = seat_epic(daemon, epic, await daemon.open_tracker()).env
+    with open(os.path.join(run_dir, "dispatch.log"), "ab") as log:
+        child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{daemon.umask:o}"],
+                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                 cwd="/", env=env)
+    deadline = time.monotonic() + DAEMON_START_S
+    while not (is_locked(run_dir) and read_sockets(run_dir)):
+        if time.monotonic() > deadline or child.poll() is not None:
+            raise EnvironmentFault("the dispatcher did not come up: "
+                                   + last_lines(read_end(os.path.join(run_dir, "dispatch.log"), 2000), 2))
+        await asyncio.sleep(0.05)
+    child.returncode = 0               # it goes on without this process
+
+
+async def ask_run(daemon: PitDaemon, epic: Epic, op: str, **fields: Any) -> bool:
+    """Have the dispatcher of an epic's run do something.  False: nobody is there, or it said no."""
+    run_dir = run_folder_of(daemon, epic)
+    path = (read_sockets(run_dir) or {}).get("control", os.path.join(run_dir, "control.sock"))
+    try:
+        reader, writer = await asyncio.open_unix_connection(path, limit=WIRE_LINE)
+    except OSError:
+        return False
+    try:
+        hello = {"op": "hello", "client_version": VERSION}
+        writer.write("".join(json.dumps(m) + "\n" for m in (hello, {"op": op, "id": 1, **fields})).encode())
+        async with asyncio.timeout(60.0):
+            while line := await reader.readline():
+                answer = json.loads(line)
+                if answer.get("id") == 1:
+                    return answer["event"] == "op_acked"
+    except (OSError, ValueError, TimeoutError):
+        pass
+    finally:
+        writer.close()
+    return False
+
+
+def hand_of(daemon: PitDaemon, epic: Epic) -> Actor | None:
+    """The actor that works, or worked last, on an epic's ticket."""
+    run_dir = run_folder_of(daemon, epic)
+    if not run_dir or not os.path.exists(os.path.join(run_dir, "journal.jsonl")):
+        return None
+    return fold_run(run_dir).actors.get(epic.hand)
+
+
+def look_at_hands(daemon: PitDaemon) -> None:
+    """Record the end of headless hands."""
+    for epic in tuple(daemon.state.epics.values()):
+        if not (epic.headless and epic.state == "running" and epic.phase == "work"):
+            continue
+        actor, run_dir = hand_of(daemon, epic), run_folder_of(daemon, epic)
+        if actor is not None and actor.state == "settled":
+            record = whole_record(run_dir, fold_run(run_dir), actor.id)
+            reason = record["failure_reason"] or {}
+            failed = None if record["status"] == "Success" else {
+                "status": record["status"], "kind": reason.get("kind"), "message": reason.get("message")}
+            daemon.record("turn_ended", epic=epic.id, last=record["final_message"] or "", failed=failed,
+                          session=record["claude_session_id"],
+                          usage={**record["token_usage"], "cost_usd": record["cost_usd"]})
+        elif not is_locked(run_dir) and epic.id not in daemon.doing:
+            daemon.group.create_task(daemon.revive(epic), name=f"revive {epic.id}")
+
+
+async def headless_open(daemon: PitDaemon, epic: Epic, place: tuple[str, str]) -> None:
+    """There is nothing to start yet."""
+    daemon.record("epic_opened", epic=epic.id, worktree=place[0], branch=place[1])
+
+
+async def headless_greet(daemon: PitDaemon, epic: Epic) -> None:
+    """There is nobody to wait for."""
+    daemon.record("session_began", epic=epic.id, session="")
+
+
+async def headless_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> bool:
+    """Deal a hand for a ticket; a message goes into the session of the one before."""
+    run_dir, session = run_folder_of(daemon, epic), None
+    begun_run = bool(run_dir) and os.path.exists(os.path.join(run_dir, "journal.jsonl"))
+    run = fold_run(run_dir) if begun_run else RunState()
+    given = epic.todo.get("hand")
+    if not given:
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", epic.ticket or epic.id)[:50]
+        number = 1 + sum(1 for name in run.actors if re.fullmatch(re.escape(base) + r"(-n\d+)?", name))
+        given = base if number == 1 else f"{base}-n{number}"
+        if "message" in epic.todo and epic.hand in run.actors:
+            session = run.actors[epic.hand].session_id or None
+        if not run_dir or run.finished_at is not None:
+            run_id = begin_headless_run(daemon, epic, given, text)
+        else:
+            run_id = epic.run_id
+        daemon.record("hand_given", epic=epic.id, run_id=run_id, hand=given, session=session)
+    epic = daemon.epic(epic.id)
+    await have_dispatcher(daemon, epic)
+    if not await ask_run(daemon, epic, "add_task", task_id=given, prompt=text,
+                         **({"session": epic.todo["session"]} if epic.todo.get("session") else {})):
+        raise EnvironmentFault(f"the run {epic.run_id} took no more tasks",
+                               hint=f"pitboss status {epic.run_id}")
+    while True:
+        actor = hand_of(daemon, epic)
+        if actor is not None and (actor.hands or actor.state == "settled"):
+            daemon.record("prompted", epic=epic.id)
+            return True
+        await asyncio.sleep(0.1)
+
+
+async def headless_clear(daemon: PitDaemon, epic: Epic) -> None:
+    """The next hand has a fresh conversation anyway."""
+    daemon.record("session_began", epic=epic.id, session="")
+
+
+async def headless_interrupt(daemon: PitDaemon, epic: Epic) -> None:
+    """End the hand that works; its session can be gone on with."""
+    actor = hand_of(daemon, epic)
+    if actor is not None and not actor.status:
+        await ask_run(daemon, epic, "cancel_worker", task_id=actor.id, reason="paused")
+
+
+async def headless_tell(daemon: PitDaemon, epic: Epic, text: str) -> None:
+    """Tell a hand that works something, in its session."""
+    await ask_run(daemon, epic, "reprompt_worker", task_id=epic.hand, prompt=text)
+
+
+async def headless_end(daemon: PitDaemon, epic: Epic) -> None:
+    """End the hand that works, and the run."""
+    await headless_interrupt(daemon, epic)
+    run_dir = run_folder_of(daemon, epic)
+    if run_dir and is_locked(run_dir):
+        await ask_run(daemon, epic, "end_run")
+        deadline = time.monotonic() + DAEMON_START_S
+        while is_locked(run_dir) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+
+async def headless_is_there(daemon: PitDaemon, epic: Epic) -> bool:
+    """A hand is started when it is needed."""
+    return True
+
+
+def read_headless_log(project: PitPlace, epic: Epic, lines: int) -> str:
+    """The last lines of what a headless agent said."""
+    path = os.path.join(runs_folder(project.env), epic.run_id or "-", "tasks", epic.hand or "-", "stdout.log")
+    form = AGENTS[TUI_AGENTS[epic.agent].agent].format
+    raw = read_end(path, 1 << 20).encode("utf-8", "replace").split(b"\n")
+    shown = [f"{mark} {text}" for line in raw if line for mark, text in render_log_line(line, form)]
+    return "\n".join(shown[-lines:])
+
+
 DRIVERS = {
     # headless: how
+    True: Driver(headless_open, headless_greet, headless_send, headless_clear, headless_interrupt,
+                 headless_tell, headless_end, headless_end, headless_is_there),
     False: Driver(tmux_open, tmux_greet, tmux_send, tmux_clear, tmux_interrupt, tmux_tell, tmux_end,
                   tmux_remove, tmux_is_there),
 }
@@ -15757,6 +16018,8 @@ async def read_epic_log(project: PitPlace, state: PitState, name: str, lines: in
             pane = (await tmux.panes()).get(epic.id)
             if pane:
                 return {**told, "source": "pane", "output": await tmux.capture(pane.pane_id, lines)}
+    if epic.headless:
+        return {**told, "source": "file", "output": read_headless_log(project, epic, lines)}
     text = read_text(os.path.join(project.epic_dir(epic.id), "screen.txt"))
     return {**told, "source": "file", "output": "\n".join(text.split("\n")[-lines:]) if lines > 0 else ""}
 

@@ -49,3 +49,22 @@ def test_two_epics_of_three_tickets_each(pit):
                                 "name": f"pit/{a}"}
     assert not os.path.exists(worktree) and pit.status()["epics"] == {}
     assert pit.pit("log", a, check=3)["error"]["code"] == "not_found"
+
+
+@pytest.mark.slow
+def test_an_epic_without_windows_is_one_run(pit):
+    a = pit.epic("Auth", *map(work, (1, 2, 3)))
+    answer = pit.pit("start", "--epics", a, "--headless", env={"PATH": os.environ["PATH"], "TMUX_TMPDIR": "/nonexistent"})
+    assert answer["attach"] is None
+    pit.watch("done")
+    epic = pit.status(a)
+    assert epic["headless"] and epic["progress"] == "3/3" and epic["window"] is None
+    assert pit.commits(f"pit/{a}") == ["work 1", "work 2", "work 3"]
+    shown = json.loads(pit.home.pitboss("status", epic["runId"], "--json", check=0).stdout)
+    assert [x["status"] for x in shown["actors"]] == ["Success"] * 3
+    assert len({x["claude_session_id"] for x in shown["actors"]}) == 3
+    assert [t["sessionId"] for t in epic["tickets"]] == [x["claude_session_id"] for x in shown["actors"]]
+    assert epic["usage"]["input"] == sum(x["token_usage"]["input"] for x in shown["actors"]) > 0
+    wait_for(lambda: json.loads(pit.home.pitboss("status", epic["runId"], "--json").stdout)["state"] == "complete",
+             20, "the end of the run")
+    assert pit.pit("log", a)["source"] == "file" and "work 3" in pit.pit("log", a)["output"]
