@@ -68,3 +68,118 @@ def test_an_epic_without_windows_is_one_run(pit):
     wait_for(lambda: json.loads(pit.home.pitboss("status", epic["runId"], "--json").stdout)["state"] == "complete",
              20, "the end of the run")
     assert pit.pit("log", a)["source"] == "file" and "work 3" in pit.pit("log", a)["output"]
+
+
+def prompts(pit: Pit, name: str) -> int:
+    """How many tickets an epic's agent was given."""
+    return sum(e["epic"] == name for e in pit.events("epic_picked"))
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_every_kind_of_pause_that_an_agent_causes_and_how_each_ends(pit):
+    pit.configure(ticketTimeout=0.1)
+    pit.epic("Leave", "$ leave Which file?\n$ write l.txt 1\n$ commit left")
+    pit.epic("Permit", "$ permit Bash\n$ write p.txt 1\n$ commit permitted")
+    pit.epic("Exit", "$ run test -e {0}/again || touch {0}/again\n$ exit 7".format(pit.home.root))
+    pit.epic("Api", "$ auth")
+    pit.epic("Slow", "$ sleep 600")
+    pit.pit("start", "--epics", "leave,permit,exit,api,slow")
+    pit.watch("settled")
+    epics = pit.status()["epics"]
+    assert {n: e["state"] for n, e in epics.items()} == dict.fromkeys(epics, "paused")
+    reasons = {n: e["reason"] for n, e in epics.items()}
+    assert reasons["leave"] == "NEEDS_HUMAN_INPUT: Which file?"
+    assert reasons["permit"].startswith("PERMISSION: Bash ")
+    assert reasons["exit"].startswith("AGENT_EXITED: status 7; ")
+    assert reasons["api"].startswith("API_ERROR: ")
+    assert reasons["slow"] == "TIMEOUT: repo-slow.1 took more than 0.1 minutes"
+    assert pit.statuses() == dict.fromkeys(pit.statuses(), "in_progress"), "a pause keeps the claim"
+
+    assert pit.pit("resume", "leave", "--message", "file l.txt")["changed"]
+    pit.tmux("send-keys", "-t", epics["permit"]["pane"], "Enter")
+    pit.watch("done", 50, "--epics", "leave,permit")
+    assert pit.commits("pit/leave") == ["left"] and pit.commits("pit/permit") == ["permitted"]
+    assert prompts(pit, "leave") == prompts(pit, "permit") == 1, "an answer goes on in the conversation"
+    told = [e for e in pit.events("epic_resumed") if e["epic"] == "leave"]
+    assert told[0]["message"] == "file l.txt"
+
+    answer = pit.pit("stop")
+    assert answer["epics"]["slow"] == {"state": "done", "reason": "STOPPED", "progress": "0/1", "changed": True}
+    assert answer["epics"]["leave"]["changed"] is False
+    left = {k: v for k, v in pit.statuses().items() if v != "closed"}
+    assert left == {"repo-exit.1": "open", "repo-api.1": "open", "repo-slow.1": "open"}
+    assert pit.error("pause", "slow", check=4)["code"] == "refused"
+    assert pit.pit("stop")["epics"]["slow"]["changed"] is False
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_pause_interrupts_and_a_resume_sends_the_same_ticket_again(pit):
+    flag = pit.home.root / "flag"
+    pit.epic("Auth", f"$ run touch {flag}.$$\n$ run test -e {flag} || sleep 300\n$ write a.txt 1\n$ commit once")
+    pit.pit("start", "--epics", "auth")
+    wait_for(lambda: list(pit.home.root.glob("flag.*")), 30, "the first step")
+    assert pit.pit("pause", "auth") == {"epic": "auth", "state": "paused", "reason": "MANUAL", "changed": True}
+    assert pit.pit("pause", "auth")["changed"] is False
+    assert pit.status("auth")["ticket"] == "repo-auth.1"
+    flag.touch()
+    assert pit.pit("resume", "auth")["changed"]
+    pit.watch("done")
+    assert pit.commits("pit/auth") == ["once"] and prompts(pit, "auth") == 2
+    assert pit.error("resume", "auth", check=4)["code"] == "refused"
+    pit.run("ticket", "reopen", "repo-auth.1")
+    (pit.repo / ".worktrees/auth/a.txt").write_text("2")
+    assert pit.pit("resume", "auth")["changed"], "a done epic goes on when it has open tickets"
+    pit.watch("done")
+    assert prompts(pit, "auth") == 3
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_killed_daemon_and_a_killed_tmux_server_lose_nothing(pit):
+    flag = pit.home.root / "flag"
+    first = f"$ run touch {flag}.$$\n$ run until test -e {flag}; do sleep 0.1; done\n" + work(1)
+    pit.epic("Auth", first, work(2))
+    pit.pit("start", "--epics", "auth")
+    wait_for(lambda: list(pit.home.root.glob("flag.*")), 30, "the first ticket")
+    old = pit.daemon_pid()
+    os.kill(old, signal.SIGKILL)
+    flag.touch()
+    wait_for(lambda: pit.statuses()["repo-auth.1"] == "closed", 30, "the agent works without a daemon")
+    pit.watch("done")
+    assert pit.commits("pit/auth") == ["work 1", "work 2"] and prompts(pit, "auth") == 2
+    assert len(pit.events("daemon_began")) >= 2
+
+    pit.epic("Pay", "$ sleep 300")
+    pit.pit("add", "pay")
+    wait_for(lambda: [e for e in pit.events("prompted") if e["epic"] == "pay"], 30, "the prompt")
+    pit.tmux("kill-server")
+    assert pit.watch("paused")[-1].get("reason", "").startswith("WINDOW_GONE") or \
+        pit.status("pay")["reason"].startswith("WINDOW_GONE")
+    assert pit.pit("log", "pay")["source"] == "file"
+    pit.run("ticket", "update", "repo-pay.1", "-d", "$ write p.txt 1\n$ commit paid")
+    pit.pit("resume", "pay", "--message", "again, please")
+    pit.watch("done")
+    assert pit.commits("pit/pay") == ["paid"]
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_what_a_teardown_would_lose_is_refused_then_saved(pit):
+    pit.epic("Auth", work(1) + "\n$ write left.txt here")
+    pit.epic("Pay", "$ run true")
+    pit.pit("start", "--epics", "auth,pay")
+    pit.watch("done")
+    error = pit.error("teardown", check=4)
+    assert error["code"] == "refused" and error["lost"] == {"auth": {"files": ["?? left.txt"]}}
+    assert os.path.exists(pit.status("pay")["worktree"]), "all or none"
+    told = pit.pit("teardown", "--force")
+    ref = told["epics"]["auth"]["rescue"]
+    assert ref.startswith("refs/pitboss/rescue/pit/auth/")
+    assert git(pit.repo, "show", f"{ref}:left.txt") == "here\n"
+    assert told["epics"]["pay"]["branch"] == "removed" and told["epics"]["auth"]["branch"] == "kept"
+    assert "pit/pay" not in git(pit.repo, "branch", "--list", "pit/*")
+    assert pit.tmux("list-sessions", check=False) == ""
+    assert pit.pit("teardown") == {"epics": {}, "daemon": "stopped"}
+    assert pit.pit("daemon", "status")["running"] is False
