@@ -13221,6 +13221,8 @@ class Tmux:
     async def paste(self, pane_id: str, text: str) -> None:
         """Paste a text of any size, as one bracketed paste, whatever mode a person left the pane in."""
         await self.pane(pane_id)
+        if not clean_paste(text):
+            return                     # tmux makes no buffer of nothing
         name = f"pit-{os.urandom(6).hex()}"
         await self.run("load-buffer", "-b", name, "-", input=clean_paste(text).encode())
         try:
@@ -13575,21 +13577,25 @@ def message_usage(line: bytes) -> tuple[str, Usage] | None:
     return None
 
 
+def squeeze(text: str) -> str:
+    """What of a text is the same after it was pasted: agents turn tabs into blanks and cut ends."""
+    return "".join(clean_paste(text).split())
+
+
 def is_queued(transcript: str, at: int, text: str) -> bool:
     """Whether `text` was queued during a turn, after byte `at` of claude's transcript.
 
     No event tells of it: the text reaches the agent between two of its steps (measured with 2.1.197).
     """
-    squeezed = "".join(text.split())
+    squeezed = squeeze(text)
     try:
         with open(transcript, "rb") as f:
             f.seek(at)
             for line in f:
                 if b'"queue-operation"' in line:
-                    with contextlib.suppress(ValueError, AttributeError):
+                    with contextlib.suppress(ValueError, KeyError, AttributeError):
                         row = json.loads(line)
-                        if row.get("operation") == "enqueue" and squeezed in "".join(
-                                str(row.get("content")).split()):
+                        if row.get("operation") == "enqueue" and squeezed in squeeze(str(row["content"])):
                             return True
     except OSError:
         pass
@@ -13604,7 +13610,7 @@ class TuiAgent(NamedTuple):
     prepare: Callable          # (Seat) -> Prepared
     read: Callable             # (what its hook was told) -> {"event", "session", facts}
     clear: str                 # the command that begins a new conversation
-    # title of its pane once it takes the prompt of a new conversation; empty: its events `started` and
+    # what its screen shows once it takes the prompt of a new conversation; empty: its events `started` and
     # `cleared` tell that
     home: str
     interrupt: tuple           # keys that interrupt a turn
@@ -13624,8 +13630,8 @@ CLAUDE_DIALOGS = (
 TUI_AGENTS = {a.name: a for a in (
     TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", "", ("Escape",), ("C-c",),
              CLAUDE_DIALOGS),
-    TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "OpenCode",
-             ("Escape", "Escape"), ()),
+    TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "Ask anything",
+             ("Escape", "Escape"), ("C-u", "BSpace") * 3),
     TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", "", ("Escape",), ("C-c",)),
 )}
 
@@ -13698,8 +13704,8 @@ def clean_lines(screen: str) -> list[str]:
 # ---- telling agents
 
 PASTE_S = 0.25             # from a paste to its Enter: an agent takes a paste in during that time
-CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
-MAX_ENTERS = 3
+CONFIRM_S = (2.0, 2.0, 20.0)      # from each Enter to the event that tells of the prompt
+CLEAR_ENTERS = 3
 ESCAPE_S = 1.5             # from an interrupt to the next try, while the title still tells of a turn
 CLEAR_S = 10.0             # from a command that clears to its event
 
@@ -13719,21 +13725,21 @@ def is_prompt(event: dict, text: str) -> bool:
     """Whether an event tells that `text` was submitted; blanks do not count, and more may stand around it."""
     if event["event"] != "prompt":
         return False
-    squeezed, told = ("".join(t.split()) for t in (text, event.get("prompt", "")))
-    return squeezed in told
+    return squeeze(text) in squeeze(event.get("prompt", ""))
 
 
 async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable) -> bool:
     """Hand a prompt to an agent; False when it was never confirmed.
 
     `submitted`: async (seconds) -> whether the event of this prompt comes in that time.  An Enter is pressed
-    again only after it did not.  Raises TmuxFailed and its kinds.
+    again only after it did not; after the last one an agent that has only just started is waited for.  Raises
+    TmuxFailed and its kinds.
     """
     await tmux.paste(pane_id, guard_prompt(text))
     await asyncio.sleep(PASTE_S)
-    for _ in range(MAX_ENTERS):
+    for seconds in CONFIRM_S:
         await tmux.press(pane_id, "Enter")
-        if await submitted(CONFIRM_S):
+        if await submitted(seconds):
             return True
     return False
 
@@ -13742,28 +13748,29 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
     """Have an idle agent begin a new conversation; False when it did not say so: then respawn it.
 
     `cleared`: async (seconds) -> whether the event of it comes in that time; of an agent that tells none, its
-    title is looked at instead.
+    screen is looked at instead.
     """
     if row.empties:
         await tmux.press(pane_id, *row.empties)
         await asyncio.sleep(PASTE_S)
     await tmux.type(pane_id, row.clear)
-    for _ in range(MAX_ENTERS):
+    for _ in range(CLEAR_ENTERS):
         await asyncio.sleep(PASTE_S)
         await tmux.press(pane_id, "Enter")
-        patience_s = CLEAR_S / MAX_ENTERS
+        patience_s = CLEAR_S / CLEAR_ENTERS
         if await (wait_home(tmux, row, pane_id, patience_s) if row.home else cleared(patience_s)):
             return True
     return False
 
 
 async def wait_home(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float) -> bool:
-    """Whether an agent comes to take the prompt of a new conversation in that time, as its title tells.
+    """Whether an agent comes to take the prompt of a new conversation in that time, as its screen shows.
 
-    opencode loads its plugins long before it takes keys.  True at once where the events tell it.
+    opencode loads its plugins seconds before it takes keys, and tells nothing of `/new`; its title does not
+    tell the start page from a conversation without a title.  True at once where the events tell it.
     """
     deadline = time.monotonic() + seconds
-    while row.home and (await tmux.pane(pane_id)).title != row.home:
+    while row.home and row.home not in await tmux.capture(pane_id, WINDOW_SIZE[1]):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(0.1)
