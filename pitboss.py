@@ -11807,7 +11807,8 @@ def find_deadlock(issues: Mapping[str, dict]) -> list[str]:
     return []
 
 
-def find_issue(issues: Mapping[str, Any], given: str) -> str:
+def find_issue(issues: Mapping[str, Any], given: str,
+               hint: str = "pit ticket list --all shows every ticket") -> str:
     """The id that a full or short id means: `uuh.1` is `repo-uuh.1`.  Raises NoSuchTicket."""
     if given in issues:
         return given
@@ -11822,7 +11823,7 @@ def find_issue(issues: Mapping[str, Any], given: str) -> str:
     names = list(dict.fromkeys([*short, *begun, *close] if given else []))[:5]
     said = f"{given} is the short id of {len(short)} tickets" if short else f"no ticket {show_value(given)}"
     raise NoSuchTicket(said + (f"; did you mean {' or '.join(names)}?" if names else ""),
-                       hint="pit ticket list --all shows every ticket", id=given, candidates=names)
+                       hint=hint, id=given, candidates=names)
 
 
 # The embedded store: rows of issues, what they depend on, and comments.
@@ -12312,15 +12313,16 @@ class BeadsTracker(Tracker):
 
     def take(self, issue_id: str, actor: str) -> bool:
         """Claim one issue; where that failed, how the issue stands now decides what it means."""
+        fault = TrackerFailed(f"{self.name} update {issue_id} --claim did not tell of the claim")
         try:
-            for item in self.ask("update", issue_id, "--claim", actor=actor):
-                if item["id"] == issue_id and item.get("status") == "in_progress":
-                    if item.get("assignee") in (actor, None):
-                        return True
-                    raise TrackerFailed(f"{self.name} claimed {issue_id} for {item['assignee']}, not {actor}")
-            fault = TrackerFailed(f"{self.name} update {issue_id} --claim did not tell of the claim")
+            told = self.ask("update", issue_id, "--claim", actor=actor)
         except TrackerFailed as e:
-            fault = e
+            told, fault = [], e
+        for item in told:
+            if item["id"] == issue_id and item.get("status") == "in_progress":
+                if item.get("assignee") in (actor, None):
+                    return True
+                raise TrackerFailed(f"{self.name} claimed {issue_id} for {item['assignee']}, not {actor}")
         now = self.read_one(issue_id)
         if now.status == "in_progress" and now.assignee == actor:
             return True
