@@ -8424,8 +8424,15 @@ def first_words(deal: Deal) -> str:
 
 
 def accounts_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
-    """The account of each task's hands."""
-    return {t.id: account_of(agent_row(t.agent, manifest.agents), {**env, **t.env}) for t in manifest.tasks}
+    """The account of each task's hands; worked out once for all tasks that differ in nothing."""
+    accounts: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for task in manifest.tasks:
+        key = (task.agent, *sorted(task.env.items()))
+        if key not in seen:
+            seen[key] = account_of(agent_row(task.agent, manifest.agents), {**env, **task.env})
+        accounts[task.id] = seen[key]
+    return accounts
 
 
 def account_of(row: Agent, env: Mapping[str, str]) -> str:
@@ -8606,6 +8613,9 @@ def whole_record(run_dir: str, run: RunState, name: str) -> dict:
     """The TaskRecord of an actor, its texts in full."""
     record = record_of(run, run.actors[name], os.path.join(run_dir, "tasks", name, "stdout.log"))
     return {**record, "final_message": get_blob(run_dir, record["final_message"])}
+
+
+HEARD = ("SIGINT", "SIGTERM", "SIGHUP")       # signals that a dispatcher answers
 
 
 class Dispatcher:
@@ -8864,11 +8874,13 @@ class Dispatcher:
         import signal
 
         loop = asyncio.get_running_loop()
-        wanted = {signal.SIGINT: lambda: self.guard(self.on_signal, "INT"),
-                  signal.SIGTERM: lambda: self.guard(self.on_signal, "TERM"),
-                  signal.SIGHUP: lambda: None}
+        does = {"SIGINT": lambda: self.guard(self.on_signal, "INT"),
+                "SIGTERM": lambda: self.guard(self.on_signal, "TERM"),
+                "SIGHUP": lambda: None}
+        wanted = {getattr(signal, name): does[name] for name in HEARD}
         for number, handler in wanted.items():
             loop.add_signal_handler(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)      # what came while this process began
         try:
             yield
         finally:
@@ -12554,6 +12566,7 @@ def cmd_dispatch(options: Any) -> str:
     run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
     if options.background:
         return start_background(run_dir, order, umask)
+    hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options, manifest=loaded.manifest)
 
 
@@ -12612,10 +12625,36 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     return "ok"
 
 
+def hand_over(run_dir: str, umask: int, options: Any) -> None:
+    """Become the run's pinned copy, where that is what runs here: a process that has compiled this file keeps
+    some 45 MB of that for good.  Returns where it could not, and the run is dealt from here.
+
+    Signals that come on the way wait until the dispatcher hears them.
+    """
+    import signal
+
+    if not (RUNNING_CODE and sys.executable and __file__.endswith(".py")):
+        return
+    flags = [flag for flag in ("quiet", "verbose") if getattr(options, flag)]
+    try:
+        with open(os.path.join(run_dir, "self", "pitboss.py"), "rb") as f:
+            if f.read() != read_self():
+                return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, map(signal.Signals.__getitem__, HEARD))
+    except OSError:
+        return
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}",
+                                  *(f"--{flag}" for flag in flags)])
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def cmd_deal(options: Any) -> str:
-    """Deal a run whose folder was made (for the dispatcher in the background)."""
+    """Deal a run whose folder was made: what `hand_over` and the background start."""
     os.umask(0o077)
-    options.quiet, options.verbose = False, False
     return deal_and_report(options.run_dir_path, int(options.umask, 8), options)
 
 
@@ -12672,6 +12711,7 @@ def cmd_resume(options: Any) -> str:
         find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"),
                       ask=False)
     umask = os.umask(0o077)
+    hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options)
 
 
@@ -12704,8 +12744,9 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
                   meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
                   os.path.basename(run_dir))
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
-                           options)
+    created = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    hand_over(created, umask, options)
+    return deal_and_report(created, umask, options)
 
 
 def resume_foreign(run_dir: str, options: Any) -> str:
@@ -12739,8 +12780,9 @@ def resume_foreign(run_dir: str, options: Any) -> str:
     order = Order(loaded.data, loaded.manifest, label, stem, base_dir, runs_dir, version,
                   tuple(wanted) or None, former, run_id)
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
-                           options)
+    created = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    hand_over(created, umask, options)
+    return deal_and_report(created, umask, options)
 
 
 def foreign_origin(past: Foreign) -> tuple[str, str, str]:
@@ -14865,7 +14907,9 @@ COMMANDS = {c.name: c for c in (
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("complete", cmd_complete, "", ((("words",), {"nargs": "*"}), (("--line",), {})), ""),
-    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
+    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"}),
+                               (("--quiet",), {"action": "store_true"}),
+                               (("--verbose",), {"action": "store_true"})), ""),
     Cli("mcp-bridge", cmd_mcp_bridge, "", (
         (("socket",), {}), (("--actor-id",), {"required": True, "metavar": "I"}),
         (("--actor-role",), {"required": True, "metavar": "R"}), (("--token-file",), {"metavar": "F"}),
