@@ -44,6 +44,7 @@ Where do I add ...
     a shell             one script and one row in SHELLS
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
+    a model's price     one row in PRICES; a user's own table is read by parse_prices
 """
 from __future__ import annotations
 
@@ -100,6 +101,7 @@ EXIT_CODES = {
     "missing": (3, "the run or actor that was named does not exist"),
     "refused": (4, "somebody else holds the run, or a rule forbids it"),
     "environment": (5, "the environment is at fault (no space, no permission); the run can be resumed"),
+    "dear": (6, "`tree --check`: the worst case costs more than that, or has no end"),
     "bug": (70, "pitboss itself broke; the message says where the traceback is"),
     "interrupted": (130, "a signal came before the last actor settled"),
     "terminated": (143, "the same, and the first signal was TERM"),
@@ -136,6 +138,12 @@ class Refused(PitbossError):
     """Somebody else holds the run, or a rule forbids it."""
 
     code = "refused"
+
+
+class TooDear(PitbossError):
+    """The worst case costs more than was allowed, or has no end."""
+
+    code = "dear"
 
 
 class ToolRefusal(Refused):
@@ -1912,12 +1920,68 @@ PRICES = {
     "sonnet": (3.0, 15.0, 0.30, 3.75),
     "haiku":  (1.0, 5.0, 0.10, 1.25),
 }
+MIDDLE = "sonnet"          # the row for a model that no row names, where something has to be said
+
+PRICE_FIELDS = (           # of prices.toml: one model, or all whose names have NAME in them
+    Field("input", "number", REQUIRED, "USD per million tokens of input", low=0, example=1.25),
+    Field("output", "number", REQUIRED, "USD per million tokens of output", low=0, example=10.0),
+    Field("cache_read", "number", None, "USD per million tokens that come from the provider's cache", low=0,
+          shown="as `input`"),
+    Field("cache_creation", "number", None, "USD per million tokens that go into that cache", low=0,
+          shown="as `input`"),
+)
+
+RATE_FIELDS = (            # assumed, not measured: a request of 200 000 cached tokens every two seconds
+    Field("input", "count", 500, "tokens of input that one agent causes in a second at most", low=0),
+    Field("output", "count", 200, "tokens of output", low=0),
+    Field("cache_read", "count", 100_000, "tokens from the provider's cache", low=0),
+    Field("cache_creation", "count", 2_000, "tokens into that cache", low=0),
+)
+
+PRICE_TABLES = {
+    #  header  fields         many     what it is
+    "model": (PRICE_FIELDS,  "named", "prices of the models that have NAME in their names; the longest NAME "
+                                      "counts"),
+    "rate":  (RATE_FIELDS,   "one",   "what one agent can use at most, for `pitboss tree`"),
+}
 
 
-def price_usd(model: str, usage: Usage) -> float:
-    """What `usage` costs at list prices; an unknown model counts as the middle one."""
-    prices = next((p for name, p in PRICES.items() if name in model.lower()), PRICES["sonnet"])
-    return sum(count * price for count, price in zip(usage, prices)) / 1e6
+class Pricing(NamedTuple):
+    """What tokens cost, and how many of them one agent can use in a second."""
+
+    models: Mapping[str, tuple] = PRICES
+    rate: tuple = tuple(f.default for f in RATE_FIELDS)
+
+
+def parse_prices(data: bytes, label: str) -> Pricing:
+    """The prices of `prices.toml`, and the built-in ones.  Raises InvalidInput with all that is wrong."""
+    text = decode_manifest(data, label)
+    doc = parse_toml(text, label)
+    problems = [Problem(name, f"unknown table{did_you_mean(name, PRICE_TABLES)}", (name,)) for name in doc
+                if name not in PRICE_TABLES]
+    tables = {}
+    for name, (fields, many, _) in PRICE_TABLES.items():
+        tables[name], wrong = read_table(name, doc.get(name), fields, many)
+        problems += wrong
+    problems += [Problem("model", "found a name that is empty; allowed: a part of a model's name", ("model",))
+                 for name, _ in tables["model"] if not name.strip()]
+    if problems:
+        raise ManifestError(label, problems, locate_keys(text), {})
+    own = {name.strip().lower(): tuple(row["input"] if row[f.name] is None else row[f.name]
+                                       for f in PRICE_FIELDS) for name, row in tables["model"]}
+    return Pricing({**PRICES, **own}, tuple(tables["rate"][0][f.name] for f in RATE_FIELDS))
+
+
+def find_price(model: str, prices: Mapping[str, tuple] = PRICES) -> tuple | None:
+    """The row of the longest name that is a part of a model's; None where there is none."""
+    names = [name for name in prices if name in model.lower()]
+    return prices[max(names, key=len)] if names else None
+
+
+def price_usd(model: str, usage: Usage, prices: Mapping[str, tuple] = PRICES) -> float:
+    """What `usage` costs at the prices of a table; a model that it does not know counts as the middle one."""
+    row = find_price(model, prices) or prices[MIDDLE]
+    return sum(count * price for count, price in zip(usage, row)) / 1e6
 
 
 CHARS_PER_TOKEN = 4        # claude tells true output tokens only in its result: until then, an estimate
@@ -1950,8 +2014,9 @@ def read_word(value: Any) -> str:
 class Talk:
     """What an agent has said in one hand: filled by the functions of FORMATS, read by all."""
 
-    def __init__(self, model: str = "") -> None:
+    def __init__(self, model: str = "", prices: Mapping[str, tuple] = PRICES) -> None:
         self.model = model
+        self.prices = prices
         self.session_id = ""          # as the agent tells it
         self.began = False            # the first message was answered
         # its session is in the log, which is only a hint that the session was kept
@@ -2002,7 +2067,7 @@ class Talk:
 
     def cost_usd(self) -> float:
         """Cost of this hand so far: told, plus list prices for what no result has covered yet."""
-        return self.known_usd + price_usd(self.model, self.estimate())
+        return self.known_usd + price_usd(self.model, self.estimate(), self.prices)
 
     def turn(self) -> bytes:
         """What follows a message of the main conversation."""
@@ -4744,6 +4809,26 @@ def home_folder(env: Mapping[str, str]) -> str:
         raise EnvironmentFault(f"HOME is not set, and user {os.getuid()} has no folder of its own",
                                hint="set HOME or XDG_DATA_HOME")
     return home
+
+
+def prices_path(env: Mapping[str, str]) -> str:
+    """`$XDG_CONFIG_HOME/pitboss/prices.toml`, else below `~/.config`."""
+    base = env.get("XDG_CONFIG_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.join(home_folder(env), ".config"), "pitboss",
+                        "prices.toml")
+
+
+def read_prices(env: Mapping[str, str]) -> Pricing:
+    """The user's prices and the built-in ones.  Raises InvalidInput for a file that says something wrong."""
+    path = prices_path(env)
+    try:
+        with open(path, "rb") as f:
+            data = f.read(MAX_MANIFEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return Pricing()
+    except OSError as e:
+        raise InvalidInput(f"{path}: {e.strerror}; allowed: a TOML file with prices, or none") from None
+    return parse_prices(data, path)
 
 
 def runs_folder(env: Mapping[str, str], given: str | None = None) -> str:
@@ -8485,7 +8570,8 @@ READ_AT_ONCE = 256 << 10               # bytes of one log before the others get 
 class LiveHand:
     """What this process knows of a hand that lives, beyond the journal."""
 
-    def __init__(self, actor: Actor, child: bool, log: str, began: float) -> None:
+    def __init__(self, actor: Actor, child: bool, log: str, began: float,
+                 prices: Mapping[str, tuple]) -> None:
         self.actor = actor.id
         self.hand = actor.hand
         self.handle: dict = {}
@@ -8494,7 +8580,7 @@ class LiveHand:
         self.unsent = b""                  # what did not fit into it yet
         self.form = actor.format
         self.tail = Tail(log, actor.log_at)
-        self.talk = Talk(actor.model)
+        self.talk = Talk(actor.model, prices)
         if FORMATS[actor.format].counts_on:
             self.talk.base = session_base(actor)
         self.began = began                 # monotonic moment of its start
@@ -8623,8 +8709,9 @@ class Dispatcher:
 
     def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *,
                  env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
-                 doors: Callable) -> None:
+                 doors: Callable, prices: Mapping[str, tuple]) -> None:
         self.run_dir = run_dir
+        self.prices = prices
         self.manifest = manifest
         self.plans = {t.id: t for t in manifest.tasks}
         self.journal = journal
@@ -9235,7 +9322,7 @@ class Dispatcher:
         """Start the process of a hand that was dealt.  Raises OSError."""
         folder, row = self.task_dir(actor.id), agent_row(actor.agent, self.manifest.agents)
         deal = self.make_deal(actor, row, folder)
-        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic())
+        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic(), self.prices)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         live.tail.fd = os.open(live.tail.path, flags, 0o600)
         with contextlib.ExitStack() as stack:
@@ -9382,7 +9469,8 @@ class Dispatcher:
         age = age_of(actor.handle)
         if age is None:
             age = max(0.0, self.journal.now() - actor.hand_at)
-        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age)
+        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age,
+                        self.prices)
         live.handle = actor.handle
         return live
 
@@ -10068,9 +10156,10 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
+    prices = read_prices(env).models
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
-                            notice=notice, draw=draw, doors=doors)
+                            notice=notice, draw=draw, doors=doors, prices=prices)
     dispatcher.cancel_first = cancel
     try:
         asyncio.run(dispatcher.serve())
@@ -11553,6 +11642,128 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
     return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
+class Seat(NamedTuple):
+    """One line of the tree of a manifest: an actor, or all that may be spawned in one place."""
+
+    role: str                  # task lead worker sublead
+    depth: int                 # of a task and the root lead 0
+    id: str                    # of who is spawned: how it will be called
+    at_most: int | None        # at once, sub-leads in the whole run; None: no limit
+    agent: str
+    model: str | None          # None: any
+    timeout_s: int
+    budget_usd: float | None   # its purse, or envelope
+    time_usd: float | None     # what all its time can cost; None: that has no end
+
+
+class Outlook(NamedTuple):
+    """What a manifest can come to: its tree, and what that costs at worst."""
+
+    seats: tuple
+    worst_usd: float | None    # None: no end
+    by: str                    # the key that makes the end
+    missing: tuple             # what would make one
+    time_usd: float | None     # by timeouts and prices alone
+
+
+def foresee(manifest: Manifest, pricing: Pricing) -> Outlook:
+    """The tree of a manifest, and its worst case.
+
+    An actor costs at most its time, at the highest rate of tokens, at the price of its model.  A lead whose
+    agent tells its cost spawns nobody beyond its budget; of another one the budget sees nothing.
+    """
+    tree = manifest.mode == "hierarchical"
+    seats, missing = seat_tree(manifest, pricing) if tree else seat_tasks(manifest, pricing)
+    time_usd = None if missing else math.fsum(seat.time_usd for seat in seats)
+    tells = FORMATS[agent_row(manifest.tasks[0].agent, manifest.agents).format].tells_cost
+    budget = manifest.rules.budget_usd if tree and tells else None
+    if budget is not None and (time_usd is None or budget <= time_usd):
+        return Outlook(tuple(seats), budget, "budget_usd", (), time_usd)
+    return Outlook(tuple(seats), time_usd, "lead_timeout_secs" if tree else "timeout_secs",
+                   tuple(dict.fromkeys(missing)), time_usd)
+
+
+def usd_per_second(price: tuple, pricing: Pricing) -> float:
+    """What one agent costs in a second at most."""
+    return sum(count * usd for count, usd in zip(pricing.rate, price)) / 1e6
+
+
+def price_time(task: Task, place: str, pricing: Pricing) -> tuple[float | None, list[str]]:
+    """(what all the time of an actor costs, what is missing to say that)."""
+    price = find_price(task.model, pricing.models)
+    if price is None:
+        return None, [f"[model.{json.dumps(task.model)}] in prices.toml" if task.model else f"{place}.model"]
+    return task.timeout_s * usd_per_second(price, pricing), []
+
+
+def seat_tasks(manifest: Manifest, pricing: Pricing) -> tuple[list[Seat], list[str]]:
+    """(a seat for each task, what is missing to say what their time costs)."""
+    seats, missing = [], []
+    for task in manifest.tasks:
+        usd, lack = price_time(task, f"task[{task.index}]", pricing)
+        seats.append(Seat("task", 0, task.id, 1, task.agent, task.model, task.timeout_s, None, usd))
+        missing += lack
+    return seats, missing
+
+
+def seat_tree(manifest: Manifest, pricing: Pricing) -> tuple[list[Seat], list[str]]:
+    """(the lead's seat and those of all that it may spawn, what is missing to say what their time costs).
+
+    Who is spawned may have any model, so the dearest one counts; it ends when the root lead ends.
+    """
+    lead, rules, subleads = manifest.tasks[0], manifest.rules, manifest.rules.subleads
+    usd, missing = price_time(lead, "lead", pricing)
+    one = lead.timeout_s * max(usd_per_second(price, pricing) for price in pricing.models.values())
+    across, most = subleads.get("max_workers_across_tree"), subleads.get("max_subleads")
+    live = min(rules.max_workers, across or rules.max_workers)
+    seats = [Seat("lead", 0, lead.id, 1, lead.agent, lead.model, lead.timeout_s, rules.budget_usd, usd),
+             Seat("worker", 1, "worker-N", live, lead.agent, None, lead.worker_timeout_s, None, live * one)]
+    if "allow_subleads" not in subleads:
+        return seats, missing
+    defaults, lack = subleads["sublead_defaults"], [] if most else ["lead.max_subleads"]
+    pool = next(int(f.high) for f in SUBLEAD_FIELDS if f.name == "max_workers")  # what a spawn may ask for
+    below = across - live if across else most * pool if most else None
+    envelope = subleads.get("max_sublead_budget_usd", defaults.get("budget_usd"))
+    seats += [Seat("sublead", 1, "sublead-N", most, lead.agent, None,
+                   defaults.get("lead_timeout_secs") or lead.timeout_s, envelope, most and most * one),
+              Seat("worker", 2, "worker-N", below, lead.agent, None, lead.worker_timeout_s, None,
+                   None if below is None else below * one)]
+    return seats, [*missing, *lack]
+
+
+def public_outlook(outlook: Outlook) -> dict:
+    """The same for programs."""
+    def plain(record: NamedTuple) -> dict:
+        return {("timeout_secs" if k == "timeout_s" else k): round(v, 6) if isinstance(v, float) else v
+                for k, v in record._asdict().items()}
+
+    return {**plain(outlook), "seats": [plain(seat) for seat in outlook.seats]}
+
+
+def render_outlook(outlook: Outlook, width: int) -> list[str]:
+    """The tree of a manifest as lines, its worst case last."""
+    rows = [["ROLE", "ID", "MOST", "AGENT", "SECONDS", "BUDGET", "BY TIME", "MODEL"]]
+    for seat in outlook.seats:
+        most = "-" if seat.at_most is None else str(seat.at_most)
+        usd = "no end" if seat.time_usd is None else render_usd(seat.time_usd)
+        model = "any" if seat.model is None else clean_text(seat.model)
+        rows.append(["  " * seat.depth + seat.role, seat.id, most, clean_text(seat.agent),
+                     str(seat.timeout_s), render_usd(seat.budget_usd), usd, model])
+    lines = [*render_table(rows, (2, 4, 5, 6), width), "", render_worst(outlook)]
+    if outlook.by == "budget_usd":
+        rest = "without end" if outlook.time_usd is None else f"up to {render_usd(outlook.time_usd)} in all"
+        lines.append("Nobody is spawned beyond the budget; who runs when it is spent goes on until the end "
+                     f"of its time, {rest}.")
+    return lines
+
+
+def render_worst(outlook: Outlook) -> str:
+    """The worst case in one line."""
+    if outlook.worst_usd is None:
+        return f"worst case: no end; missing: {', '.join(outlook.missing)}"
+    return f"worst case: {render_usd(outlook.worst_usd)} (by {outlook.by})"
+
+
 def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[str]:
     """What `dispatch --dry-run` says of one task."""
     branch = task.branch or f"pitboss/<run8>/{task.id}"
@@ -11597,6 +11808,7 @@ class DemoAgent:
         self.lingers = self.deaf = False
         self.echo: dict | None = None
         self.speech = "claude"     # a key of SPEECHES
+        self.prices: Mapping[str, tuple] = PRICES
         self.pending: dict = {}    # of a tool call: what its result is told with
         self.items = 0
         self.inbox: list[dict | None] = []
@@ -11688,7 +11900,7 @@ class DemoAgent:
     def result(self, text: str | None, *, subtype: str = "success", error: bool = False,
                status: int | None = None, reason: str = "completed", errors: tuple = ()) -> None:
         """Print the result event of a turn."""
-        cost = price_usd(self.model, self.usage)
+        cost = price_usd(self.model, self.usage, self.prices)
         told = {"input_tokens": self.usage.input, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 0, "output_tokens": self.usage.output}
         models = {self.model: {"inputTokens": self.usage.input, "outputTokens": self.usage.output,
@@ -12184,7 +12396,7 @@ def speak_opencode(agent: DemoAgent, event: dict) -> list[dict]:
         tokens = {"total": sum(used), "input": used.input, "output": used.output, "reasoning": 0,
                   "cache": {"write": 0, "read": 0}}
         return [line("step_finish", "step-finish", reason=reason, tokens=tokens,
-                     cost=price_usd(agent.model, used))]
+                     cost=price_usd(agent.model, used, agent.prices))]
 
     time_ = {"start": now, "end": now}
     if block.get("type") == "text":
@@ -12420,6 +12632,7 @@ def read_given(path: str, kind: str, what: str) -> bytes:
 def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str],
                    say: Callable[[str], None]) -> Loaded:
     """A manifest's bytes, read and checked with the file system.  Raises ManifestError with all problems."""
+    read_prices(env)           # what is wrong there is said before anything starts
     manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS,
                              expand=functools.partial(expand_path, base_dir))
     problems = [*manifest.problems, *check_places(manifest)]
@@ -12548,6 +12761,41 @@ def render_sublead_rules(rules: dict) -> str:
     flat = {key: value for key, value in rules.items() if not isinstance(value, dict)}
     flat.update({f"sublead_defaults.{key}": value for key, value in rules["sublead_defaults"].items()})
     return "".join(f", {key}" if value is True else f", {key}={value:g}" for key, value in flat.items())
+
+
+WORST_CASE = """\
+What the worst case takes for granted:
+  - Of a run with a lead its budget_usd counts, which the envelopes of its sub-leads are part of,
+    or what its timeouts allow, whichever is less. Nobody is spawned beyond the budget; who runs
+    when it is spent goes on, and the last line says how far.
+  - Of a flat run, and of a lead whose agent tells no cost, timeouts and prices count: each agent
+    works all its time, uses as many tokens a second as [rate] of prices.toml says, and pays the
+    price of its model. Who is spawned is as its lead, with the dearest model that has a price,
+    and ends when the root lead does. A model without a price, and sub-leads without
+    max_subleads, have no end.
+  - Nobody pauses an actor, and no finished run is dealt again.
+$XDG_CONFIG_HOME/pitboss/prices.toml may have tables [model.NAME] and [rate]; without them list
+prices count, and a rate of {rate}.
+""".format(rate=", ".join(f"{f.default} {f.name}" for f in RATE_FIELDS))
+
+
+def cmd_tree(options: Any) -> str:
+    """Show what a manifest can come to: its actors, and what they cost at worst."""
+    if options.check is not None and not (math.isfinite(options.check) and options.check >= 0):
+        raise InvalidInput(f"--check: found {options.check}; allowed: a number of USD >= 0")
+    loaded = load_manifest(options.manifest, os.environ, say_error)
+    outlook = foresee(loaded.manifest, read_prices(os.environ))
+    worst = outlook.worst_usd
+    good = options.check is None or worst is not None and worst <= options.check
+    if options.json:
+        print(json.dumps({"mode": loaded.manifest.mode, **public_outlook(outlook), "check_usd": options.check,
+                          "ok": good}, indent=2))
+    else:
+        print("\n".join(render_outlook(outlook, terminal_width())))
+    if not good:
+        raise TooDear(f"{loaded.label}: {render_worst(outlook)}; allowed: {render_usd(options.check)}",
+                      hint="" if worst is not None else f"prices.toml is {prices_path(os.environ)}")
+    return "ok"
 
 
 def cmd_dispatch(options: Any) -> str:
@@ -13222,7 +13470,8 @@ def foreign_record(past: Foreign, name: str, deep: bool) -> dict:
                           claude_session_id=talk.session_id or None)
     usage = Usage(**record["token_usage"])
     if record["cost_usd"] is None and record["model"] and any(usage):
-        record["cost_usd"] = round(price_usd(record["model"], usage), 10)     # that tool keeps tokens alone
+        prices = read_prices(os.environ).models      # that tool keeps tokens alone
+        record["cost_usd"] = round(price_usd(record["model"], usage, prices), 10)
     return record
 
 
@@ -13804,7 +14053,7 @@ def cmd_demo_agent(options: Any) -> str:
     if not re.fullmatch(r"(ses_)?[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
     agent = DemoAgent(options.model, session_id, path, options.mcp_config)
-    agent.speech = options.speak
+    agent.speech, agent.prices = options.speak, read_prices(os.environ).models
     if options.resume:
         session = read_json(path)
         if session is None:
@@ -14733,6 +14982,8 @@ def render_reference() -> str:
     for t in reference_tables():
         parts += [f"#### `{header_of(t.name)}`: {t.what}", "", reference_of(t.own), ""]
         parts += [f"Also {t.also}.", ""] if t.also else []
+    for name, (fields, many, what) in PRICE_TABLES.items():
+        parts += [f"#### `{MANY[many][0].format(name)}` of prices.toml: {what}", "", reference_of(fields), ""]
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
     parts += [f"| `{f'{c.name} {c.usage}'.strip()}` | {c.help} |" for c in COMMANDS.values() if c.help]
     parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
@@ -14769,6 +15020,7 @@ class Cli(NamedTuple):
     args: tuple                # (flags, options) pairs for add_argument
     help: str                  # empty: internal, not shown
     example: str = ""
+    more: str = ""             # what its own help text says besides
 
 
 _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"})
@@ -14797,6 +15049,12 @@ COMMANDS = {c.name: c for c in (
         (("--background",), {"action": "store_true", "help": "check, start a dispatcher of its own, print "
                                                              "its ids as JSON"})),
         "deal a run; the last line is the run folder", "dispatch fix.toml"),
+    Cli("tree", cmd_tree, "MANIFEST", (
+        _MANIFEST, _JSON,
+        (("--check",), {"metavar": "USD", "type": float, "help": "exit 6 when the worst case costs more, or "
+                                                                 "has no end"})),
+        "show what a manifest can come to, and what that costs at worst", "tree fix.toml --check 20",
+        WORST_CASE),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
         (("--failed",), {"action": "store_true",
@@ -14952,6 +15210,7 @@ def make_parser(prog: str, name: str) -> Any:
     if command:
         about = (command.run.__doc__ or command.help).splitlines()[0]
         parser.first = f"Example: {prog} {command.example}\n\n{about}\n\n" if command.example else ""
+        parser.description = command.more or None
     else:
         parser.first = f"Example: {prog} demo\n\nDeals work to coding agents and never loses a hand.\n\n"
         parser.description = (f"{commands_text()}\n\n{prog} COMMAND --help says more of one command.")
