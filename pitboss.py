@@ -42,6 +42,7 @@ Where do I add ...
     a command           one handler and one row in COMMANDS
     a completed value   one row in TYPED, under the metavar of the argument
     a shell             one script and one row in SHELLS
+    a need of operators one row in NEEDS, and a line of attention
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
 """
@@ -173,22 +174,23 @@ class Status(NamedTuple):
     wire: str                  # its state on the control socket
     meaning: str
     outcome: str = "error"     # of a sub-lead, as its root and control clients are told
+    wanted: bool = False       # somebody wanted it to end so: no operator need look at it
 
 
 STATUSES = {s.name: s for s in (
     #      name          glyph  colour    good   tool           wire                 meaning
     Status("Success",     "✓", "green",   True,  "Completed",   "done_success",      "a result that is not "
-           "an error, exit status 0, and nobody stopped it", outcome="success"),
+           "an error, exit status 0, and nobody stopped it", outcome="success", wanted=True),
     Status("Failed",      "✗", "red",     False, "Failed",      "done_failed",       "the agent ended "
            "otherwise; failure_reason says how"),
     Status("TimedOut",    "⧗", "yellow",  False, "TimedOut",    "done_timed_out",    "stopped when its "
            "timeout_secs had passed", outcome="timeout"),
     Status("Cancelled",   "⊘", "yellow",  False, "Cancelled",   "done_cancelled",    "stopped by an operator "
-           "or its lead, or because its lead ended", outcome="cancel"),
+           "or its lead, or because its lead ended", outcome="cancel", wanted=True),
     Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
            "process could not be made"),
     Status("ApprovalRejected", "⊝", "yellow", False, "ApprovalRejected", "done_approval_rejected", "it ended "
-           "soon after it was told no"),
+           "soon after it was told no", wanted=True),
     Status("ApprovalTimedOut", "⊖", "yellow", False, "ApprovalTimedOut", "done_approval_timed_out", "it "
            "ended soon after nobody had answered it in time"),
 )}
@@ -3527,6 +3529,7 @@ class RunState:
         self.signal = ""                          # the first one that came
         self.finished_at: float | None = None
         self.seq = 0                              # of the last event
+        self.heard: dict[str, float] = {}         # when an event last told of an actor
         self.sinks: dict[str, tuple] = {}         # who is told: name to (events or None, least severity)
         self.notices: dict[str, None] = {}        # what was told or is owed: `KIND` or `KIND:ID`
         self.owed: dict[tuple, dict] = {}         # (verb, actor) to its facts, oldest first
@@ -3546,6 +3549,8 @@ def step(run: RunState, event: dict) -> None:
     row = EVENTS.get(event["kind"])
     if row:
         row.handler(run, event)
+    if row and event.get("actor") in run.actors:
+        run.heard[event["actor"]] = event["at"]
     if "call" in event:
         shared = SHARED_EVENTS.get(event["kind"])
         answer = event.get("answer") or (shared.answer(event) if shared and shared.answer else None)
@@ -11225,6 +11230,93 @@ LOG_EVENTS = {
                "tool_result": _log_gemini_answer, "result": _log_end},
     "text": {},
 }
+
+
+STALL_S = 600.0            # longer than an answer or a call of a tool usually takes
+AT_REST = ("paused", "frozen")
+
+
+class NeedKind(NamedTuple):
+    """One way in which a run needs its operator."""
+
+    colour: str
+    advice: str                # the command that shows or mends it, with {run} and {actor}
+    told_apart: bool           # `status` shows it in a line of its own, not in another place
+    meaning: str
+
+
+NEEDS = {
+    # kind                   colour    advice                            told_apart
+    "dispatcher": NeedKind("red",    "pitboss resume {run}",           False, "nobody deals the run"),
+    "approval":   NeedKind("yellow", "pitboss approvals {run}",        False, "a request waits for a word"),
+    "hold":       NeedKind("red",    "pitboss doctor",                 False, "credentials were refused"),
+    "space":      NeedKind("red",    "pitboss resume {run}",           True,  "there is no room on the disk"),
+    "rest":       NeedKind("yellow", "pitboss continue {run} {actor}", True,  "all that lives is paused"),
+    "stall":      NeedKind("yellow", "pitboss attach {run} {actor}",   True,  "it has said nothing for long"),
+    "failure":    NeedKind("red",    "pitboss attach {run} {actor}",   False, "it ended as nobody wanted"),
+}
+
+
+class Need(NamedTuple):
+    """Something for which a run needs its operator."""
+
+    kind: str                  # a key of NEEDS
+    actor: str                 # empty: it is of the run as a whole
+    text: str                  # one clean line
+    at: float                  # since when, unix seconds
+    request: str = ""          # of an approval its id
+
+
+def attention(run: RunState, now: float, heard: Mapping[str, float] | None = None,
+              alone: int | None = None) -> list[Need]:
+    """What of a run needs an operator, in the order of NEEDS, in each kind the oldest first.
+
+    `now` in unix seconds; `heard`: when the log of an actor last grew, where that is known; `alone`: how many
+    agents live without a dispatcher, None while there is one.
+    """
+    needs = [Need("failure", a.id, clean_text(f"{a.status}  {(a.reason or {}).get('message') or ''}").strip(),
+                  a.ended_at or run.last_at) for a in run.actors.values()
+             if a.status and not STATUSES[a.status].wanted and not a.needless]
+    if run.finished_at is not None:
+        return needs
+    needs += [Need("approval", a.actor, clean_text(f"asks ({a.category}): {preview(a.summary)}"), a.asked_at,
+                   a.id) for a in run.approvals.values()]
+    needs += [Need("hold", "", clean_text(f"{h.account.partition(':')[0]}: {HOLDS[h.kind].words}"), h.since)
+              for h in run.holds.values() if HOLDS[h.kind].final]
+    if run.draining == "no_space":
+        needs.append(Need("space", "", "no space left: nothing new starts", run.last_at))
+    if alone is None:
+        needs += find_idle(run, now, heard or {})
+    else:
+        living = f"; {count_alive(alone)} without it" if alone else ""
+        needs.append(Need("dispatcher", "", f"its dispatcher died{living}", run.last_at))
+    return sorted(needs, key=lambda need: ([*NEEDS].index(need.kind), need.at))
+
+
+def find_idle(run: RunState, now: float, heard: Mapping[str, float]) -> Iterator[Need]:
+    """The actors that do nothing and that nobody goes on with.
+
+    A lead says nothing while it waits for those below it, and who asked for approval is one that waits.
+    """
+    living = [a for a in run.actors.values() if STATES[a.state].live]
+    resting = [a for a in living if a.state in AT_REST]
+    if resting and len(resting) == len(living) and not run.held:
+        for actor in resting:
+            yield Need("rest", actor.id, f"is {actor.state}, and nothing else of the run goes on",
+                       run.heard.get(actor.id, run.last_at))
+    waits = {a.parent for a in run.actors.values() if not a.status and a.state not in AT_REST}
+    waits |= {asked.actor for asked in run.approvals.values()}
+    for actor in living:
+        last = max(run.heard.get(actor.id, actor.hand_at), heard.get(actor.id, 0.0))
+        if actor.state == "running" and actor.id not in waits and now - last >= STALL_S:
+            yield Need("stall", actor.id, f"has said nothing for {render_duration(now - last)}", last)
+
+
+def show_need(need: Need, run_id: str) -> dict:
+    """A need as JSON has it."""
+    return {"kind": need.kind, "actor": need.actor or None, "text": need.text, "since": render_time(need.at),
+            "request_id": need.request or None,
+            "advice": NEEDS[need.kind].advice.format(run=run_id, actor=need.actor)}
 
 
 def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
