@@ -353,6 +353,24 @@ def test_what_xml_cannot_hold_is_left_out():
     metrics_of(pitboss.render_prometheus(report_of(pitboss.Chronicle(), [made_up('a\n"\\', "Failed")])))
 
 
+def test_no_word_of_an_agent_becomes_a_tag():
+    """Every text that a page shows, all of them rude."""
+    told = pitboss.Chronicle()
+    told.spans["a"] = [pitboss.Span(NASTY, 1.0, 2.0)]
+    told.moments = [pitboss.Moment("a", 1.5, "reprompted")]
+    reason = {"kind": NASTY, "message": NASTY}
+    texts = {k: NASTY for k in ("branch", "worktree_path", "worktree_kept", "rescue_ref", "claude_session_id", "agent",
+                                "model", "role", "final_message", "final_message_preview")}
+    odd = {**made_up(NASTY, NASTY, failure_reason=reason, parent_task_id="a", **texts)}
+    work = {"a": NASTY, "b": NASTY, "files": [{"path": NASTY, "added": 1, "removed": None}], "note": NASTY, "patch": NASTY}
+    asked = pitboss.Request(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0, NASTY)
+    head = {k: NASTY for k in ("run_id", "name", "state")}
+    report = report_of(told, [made_up("a", "Success"), odd], **head)._replace(
+        requests=[asked], logs={NASTY: [(">", NASTY)]}, changes={NASTY: work}, version=NASTY)
+    page = whole_page(pitboss.render_page(report))
+    assert page.texts["body"].count("<script>") >= 20
+
+
 def test_a_circle_of_parents_is_drawn_and_ends():
     actors = [made_up("a", "Failed", parent_task_id="b"), made_up("b", "Failed", parent_task_id="a")]
     whole_page(pitboss.render_page(report_of(pitboss.Chronicle(), actors)))
