@@ -23,6 +23,7 @@ Street map.  Each section may name only the sections above it.
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    REPORT     a run as one page, and in the formats of other programs             [pure]
     DEMO       a scripted agent and a demonstration run                            [cli]
     COMMANDS   command table, handlers, completions, main                          [cli]
 
@@ -41,6 +42,7 @@ Where do I add ...
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     a command           one handler and one row in COMMANDS
     a completed value   one row in TYPED, under the metavar of the argument
+    a report's format   one row in REPORTS; a metric one row in METRICS; a part of the page PAGE_PARTS
     a shell             one script and one row in SHELLS
     a need of operators one row in NEEDS, and a line of attention
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
@@ -183,12 +185,13 @@ class Status(NamedTuple):
     meaning: str
     outcome: str = "error"     # of a sub-lead, as its root and control clients are told
     wanted: bool = False       # somebody wanted it to end so: no operator need look at it
+    junit: str = "failure"     # the element of a JUnit report that says so; empty: none
 
 
 STATUSES = {s.name: s for s in (
     #      name          glyph  colour    good   tool           wire                 meaning
     Status("Success",     "✓", "green",   True,  "Completed",   "done_success",      "a result that is not "
-           "an error, exit status 0, and nobody stopped it", outcome="success", wanted=True),
+           "an error, exit status 0, and nobody stopped it", outcome="success", wanted=True, junit=""),
     Status("Failed",      "✗", "red",     False, "Failed",      "done_failed",       "the agent ended "
            "otherwise; failure_reason says how"),
     Status("TimedOut",    "⧗", "yellow",  False, "TimedOut",    "done_timed_out",    "stopped when its "
@@ -196,7 +199,7 @@ STATUSES = {s.name: s for s in (
     Status("Cancelled",   "⊘", "yellow",  False, "Cancelled",   "done_cancelled",    "stopped by an operator "
            "or its lead, or because its lead ended", outcome="cancel", wanted=True),
     Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
-           "process could not be made"),
+           "process could not be made", junit="error"),
     Status("ApprovalRejected", "⊝", "yellow", False, "ApprovalRejected", "done_approval_rejected", "it ended "
            "soon after it was told no", wanted=True),
     Status("ApprovalTimedOut", "⊖", "yellow", False, "ApprovalTimedOut", "done_approval_timed_out", "it "
@@ -5951,6 +5954,15 @@ class Git:
         if code:
             raise GitError(err)
         return read_numstat(out)
+
+    async def show_changes(self, repo: str, old: str, new: str, limit: int) -> str:
+        """The whole difference between two commits, cut after `limit` bytes with a line that says so."""
+        code, out, err = await self.run(repo, "diff", "--patch", "--no-color", "--no-renames",
+                                        "--no-ext-diff", "--no-textconv", old, new, "--")
+        if code:
+            raise GitError(err)
+        more = f"\n… and {len(out) - limit} bytes more" if len(out) > limit else ""
+        return out[:limit].decode("utf-8", "replace") + more
 
     async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str,
                              scratch: str) -> dict:
@@ -11942,6 +11954,591 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
 
 
 # ======================================================================================
+# REPORT: a run as one page, and in the formats of other programs                 [pure]
+# ======================================================================================
+# A Chronicle is what the journal tells beyond the records: who stood how, when; what was
+# spent by when; what was asked.  The page has no script and loads nothing, so it opens from
+# a disk and can be mailed; every word of an agent goes through `esc`.
+# To add a format: one row in REPORTS; a metric: one row in METRICS; a part of the page: one
+# row in PAGE_PARTS.
+
+class Span(NamedTuple):
+    """A time in which an actor stood in one state, a key of STATES.  Unix seconds."""
+
+    state: str
+    start: float
+    end: float
+
+
+class Moment(NamedTuple):
+    """Something that happened to an actor or, with an empty name, to the run: `kind` is a key of MOMENTS."""
+
+    actor: str
+    at: float
+    kind: str
+
+
+MOMENTS = {
+    # kind of event: in words
+    "dispatcher_started": "a dispatcher began",
+    "cancelled": "the run was cancelled",
+    "drained": "nothing new starts from here",
+    "hold_began": "a provider takes no requests",
+    "hold_ended": "the provider takes requests again",
+    "reprompted": "told something else",
+    "stop_decided": "to be stopped",
+    "approval_asked": "asks for approval",
+    "approval_decided": "its request is answered",
+}
+
+
+class Request(NamedTuple):
+    """A request for approval and what became of it; `summary` and `plan` may be blobs' names."""
+
+    id: str
+    actor: str
+    category: str
+    summary: Any
+    plan: Any
+    asked_at: float
+    ended_at: float | None
+    answer: str                # in words; empty: it waits
+
+
+class Chronicle:
+    """A run's events, read once, as drawings need them."""
+
+    def __init__(self) -> None:
+        self.run = RunState()
+        self.spans: dict[str, list[Span]] = {}
+        self.moments: list[Moment] = []
+        self.spent: list[tuple[float, float, int]] = []      # (moment, USD, tokens) of the run by then
+        self.requests: dict[str, Request] = {}
+        self.signals: dict[str, int] = {}                    # that ended an actor's last hand
+        self._totals: dict[str, tuple[float, int]] = {}
+        self._since: dict[str, tuple[str, float]] = {}
+
+    def follow(self, event: dict) -> None:
+        """Fold one more event."""
+        step(self.run, event)
+        name, kind, at = event.get("actor", ""), event["kind"], event["at"]
+        for one in [name] if name in self.run.actors else [] if name else self.run.actors:
+            self._stand(self.run.actors[one], at)
+        if kind in MOMENTS and (kind != "dispatcher_started" or self.spans):      # the first is the beginning
+            self.moments.append(Moment(name, at, kind))
+        if kind in ("usage", "hand_ended"):
+            self._spend(self.run.actors[name], at)
+        if kind == "hand_ended":
+            self.signals[name] = event.get("signal") or 0
+        if event.get("request_id"):
+            self._ask(event)
+
+    def _stand(self, actor: Actor, at: float) -> None:
+        state, since = self._since.get(actor.id, ("", at))
+        if state != actor.state:
+            if state:
+                self.spans.setdefault(actor.id, []).append(Span(state, since, at))
+            self._since[actor.id] = (actor.state, at)
+
+    def _spend(self, actor: Actor, at: float) -> None:
+        self._totals[actor.id] = ((actor.cost_usd or 0.0) + actor.hand_usd,
+                                  sum(actor.usage) + sum(actor.hand_usage))
+        known = self._totals.values()
+        self.spent.append((at, sum(usd for usd, _ in known), sum(tokens for _, tokens in known)))
+
+    def _ask(self, event: dict) -> None:
+        name, answer = event["request_id"], self.run.decided.get(event["request_id"], "")
+        old = self.requests.get(name) or Request(name, event["actor"], event.get("category", ""),
+                                                 event.get("summary"), event.get("plan"), event["at"], None,
+                                                 "")
+        self.requests[name] = old._replace(answer=answer, ended_at=event["at"] if answer else None)
+
+    def close(self, until: float) -> None:
+        """End the spans of those that have not settled at `until`."""
+        for name, (state, since) in self._since.items():
+            if state != "settled":
+                self.spans.setdefault(name, []).append(Span(state, since, max(since, until)))
+        self._since = {}
+
+
+def read_chronicle(events: Iterable[dict], until: float | None) -> Chronicle:
+    """The chronicle of a run; what goes on goes on until `until`, None: the last event."""
+    told = Chronicle()
+    for event in events:
+        told.follow(event)
+    told.close(told.run.last_at if until is None else until)
+    return told
+
+
+def chronicle_of_records(records: Iterable[dict], until: float) -> Chronicle:
+    """What the records of a run without a journal tell: when each actor began and ended, and its cost."""
+    told, ended = Chronicle(), []
+    for r in records:
+        start = seconds_of(r["started_at"])
+        if start is None:
+            continue
+        end = seconds_of(r["ended_at"])
+        told.spans[r["task_id"]] = [Span("running", start, until if end is None else max(start, end))]
+        ended.append((until if end is None else end, r["cost_usd"] or 0.0, sum(r["token_usage"].values())))
+    usd, tokens = 0.0, 0
+    for at, more_usd, more_tokens in sorted(ended):
+        usd, tokens = usd + more_usd, tokens + more_tokens
+        told.spent.append((at, usd, tokens))
+    return told
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Unix seconds of an RFC 3339 time; None for anything else."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(text or "").timestamp()
+    except ValueError:
+        return None
+
+
+class Report(NamedTuple):
+    """All that a report is made of; its texts are masked."""
+
+    head: dict                 # as `status --json` has it
+    actors: list               # records in the order of the tree, unsettled ones with a state
+    told: Chronicle
+    requests: list             # Request with texts
+    logs: dict                 # actor to the last lines of its log: (mark of LOG_MARKS, text) pairs
+    changes: dict              # actor to {a, b, files, note, patch} of its work in git
+    now: float
+    version: str
+
+
+_NOT_XML = r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+
+
+def esc(value: Any) -> str:
+    """A text as HTML and XML take it, in an element or an attribute; what XML cannot hold is left out."""
+    import html
+
+    return html.escape(re.sub(_NOT_XML, "", str(value)))
+
+
+def bounds_of(report: Report) -> tuple[float, float]:
+    """The first and the last moment of a report's time line, never the same one."""
+    spans = [s for all_of in report.told.spans.values() for s in all_of]
+    times = [t for s in spans for t in (s.start, s.end)] + [m.at for m in report.told.moments]
+    start, end = (min(times), max(times)) if times else (report.now, report.now)
+    return start, max(end, start + 0.001)
+
+
+TICKS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200,
+           86400, 172800, 604800)
+ROW_PX, LABEL_PX, WIDE_PX = 18, 190, 1000      # of a drawing: a row, its names, all of it
+
+
+def render_ticks(start: float, end: float, height: int) -> list[str]:
+    """Vertical lines with the time since the start, at most twelve."""
+    size = next((t for t in TICKS_S if (end - start) / t <= 12), (end - start) / 10)
+    marks = [n * size for n in range(int((end - start) / size) + 1)]
+    drawn = []
+    for since in marks:
+        x = place_of(start + since, start, end)
+        drawn.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}"/>'
+                     f'<text class="label" x="{x:.1f}" y="10">{esc(render_duration(since))}</text>')
+    return drawn
+
+
+def place_of(at: float, start: float, end: float) -> float:
+    """Where a moment stands in a drawing, pixels from its left."""
+    return LABEL_PX + (WIDE_PX - LABEL_PX - 10) * (min(max(at, start), end) - start) / (end - start)
+
+
+def open_svg(height: int, about: str) -> str:
+    """The beginning of a drawing."""
+    return (f'<svg viewBox="0 0 {WIDE_PX} {height}" width="100%" role="img" aria-label="{esc(about)}" '
+            f'xmlns="http://www.w3.org/2000/svg">')
+
+
+def render_timeline(report: Report) -> list[str]:
+    """A row for each actor, a box for each time that it stood in one state, a dot for what happened to it."""
+    start, end = bounds_of(report)
+    rows = {r["task_id"]: 18 + ROW_PX * n for n, r in enumerate(report.actors)}
+    height, depths = 22 + ROW_PX * len(rows), depths_of(report.actors)
+    drawn = [open_svg(height, "time line of all actors"), *render_ticks(start, end, height)]
+    for record in report.actors:
+        name, y = record["task_id"], rows[record["task_id"]]
+        drawn.append(f'<text class="name" x="{8 * depths[name]}" y="{y + 11}">'
+                     f'{esc(clip_cells(clean_text(name), 26))}</text>')
+        for span in report.told.spans.get(name, ()):
+            x, wide = place_of(span.start, start, end), place_of(span.end, start, end)
+            says = (f"{name}: {span.state} for {render_duration(span.end - span.start)}, "
+                    f"from {render_time(span.start)}")
+            drawn.append(f'<rect class="s-{esc(span.state)}" x="{x:.1f}" y="{y}" '
+                         f'width="{max(1.0, wide - x):.1f}" height="12"><title>{esc(says)}</title></rect>')
+    for moment in report.told.moments:
+        x, says = place_of(moment.at, start, end), f"{MOMENTS[moment.kind]}, {render_time(moment.at)}"
+        title = f"<title>{esc(f'{moment.actor}: {says}' if moment.actor else says)}</title>"
+        if moment.actor in rows:
+            drawn.append(f'<circle class="moment" cx="{x:.1f}" cy="{rows[moment.actor] + 6}" r="4">'
+                         f'{title}</circle>')
+        elif not moment.actor:
+            drawn.append(f'<line class="whole" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}">'
+                         f'{title}</line>')
+    key = " ".join(f'<span class="key"><svg width="12" height="12"><rect class="s-{s.name}" width="12" '
+                   f'height="12"/></svg> {s.name}: {esc(s.meaning)}</span>' for s in STATES.values()
+                   if s.name != "settled")
+    return [*drawn, "</svg>", f'<p class="small">{key}</p>']
+
+
+def depths_of(actors: list[dict]) -> dict[str, int]:
+    """How many leads stand above each actor."""
+    parents = {r["task_id"]: r["parent_task_id"] for r in actors}
+    depths = {}
+    for first in parents:
+        depth, name = 0, parents[first]
+        while name in parents and depth < 8:
+            depth, name = depth + 1, parents[name]
+        depths[first] = depth
+    return depths
+
+
+MAX_POINTS = 400           # of a curve
+
+
+def render_spending(report: Report) -> list[str]:
+    """Cost and tokens of the whole run over time, two curves in one drawing."""
+    start, end = bounds_of(report)
+    spent = report.told.spent
+    spent = spent[::max(1, len(spent) // MAX_POINTS)] + spent[-1:]
+    if not spent:
+        return ["<p>No actor has told of tokens or cost.</p>"]
+    height = 160
+    drawn = [open_svg(height, "cost and tokens over time"), *render_ticks(start, end, height)]
+    for column, name, show in ((1, "cost", render_usd), (2, "tokens", render_tokens)):
+        most = max(point[column] for point in spent)
+        points, y = [(place_of(start, start, end), height - 6.0)], height - 6.0
+        for point in spent:
+            x = place_of(point[0], start, end)
+            points.append((x, y))
+            y = height - 6 - (height - 36) * (point[column] / most if most > 0 else 0)
+            points.append((x, y))
+        points.append((place_of(end, start, end), y))
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        drawn.append(f'<polyline class="c-{name}" points="{line}"><title>{name}</title></polyline>'
+                     f'<text class="name t-{name}" x="0" y="{40 + 20 * column}">{name}: {esc(show(most))}'
+                     f'</text>')
+    return [*drawn, "</svg>"]
+
+
+def render_bar(share: float, name: str) -> str:
+    """A small bar, `share` from 0 to 1 long."""
+    return (f'<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"><rect class="b-{name}" '
+            f'width="{100 * min(1.0, max(0.0, share)):.1f}" height="8"/></svg>')
+
+
+def render_actors(report: Report) -> list[str]:
+    """A table of all actors: status and reason, time, tokens and cost with bars."""
+    tokens = {r["task_id"]: sum(r["token_usage"].values()) for r in report.actors}
+    most = max([*tokens.values(), 1])
+    dearest = max([r["cost_usd"] or 0.0 for r in report.actors] + [1e-9])
+    depths = depths_of(report.actors)
+    lines = ["<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in (
+        "actor", "status", "role", "agent", "time", "tokens", "", "cost", "", "hands", "what it said last"))
+             + "</tr></thead><tbody>"]
+    for r in report.actors:
+        row, reason = STATUSES.get(r["status"] or ""), r["failure_reason"] or {}
+        word = f"{row.glyph} {row.name}" if row else r["status"] or r.get("state") or ""
+        why = f"{reason.get('kind')}: {reason.get('message')}" if reason else ""
+        words = "".join(f'<div class="{c}">{esc(t)}</div>' for c, t in (
+            ("why", why), ("", r["final_message_preview"] or r.get("words") or "")) if t)
+        usage = ", ".join(f"{n} {c}" for n, c in r["token_usage"].items())
+        cells = (f'<td><a href="#actor-{esc(r["task_id"])}" style="padding-left:'
+                 f'{depths[r["task_id"]]}em">{esc(r["task_id"])}</a></td>',
+                 f'<td class="{row.colour if row else "cyan"}">{esc(word)}</td>',
+                 f'<td>{esc(r["role"])}</td>', f'<td>{esc(r["agent"])}<br><small>{esc(r["model"] or "")}'
+                 f'</small></td>', f'<td class="n">{esc(render_duration(age_s(r, report.now)))}</td>',
+                 f'<td class="n" title="{esc(usage)}">{esc(render_tokens(tokens[r["task_id"]]))}</td>',
+                 f'<td>{render_bar(tokens[r["task_id"]] / most, "tokens")}</td>',
+                 f'<td class="n">{esc(render_usd(r["cost_usd"]))}</td>',
+                 f'<td>{render_bar((r["cost_usd"] or 0.0) / dearest, "cost")}</td>',
+                 f'<td class="n">{esc(r.get("hands", 1))}</td>', f'<td class="wide">{words}</td>')
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return [*lines, "</tbody></table>"]
+
+
+def render_tree(report: Report) -> list[str]:
+    """Who spawned whom, with what each lead and all below it cost."""
+    if report.head["mode"] != "hierarchical":
+        return []
+    names = {r["task_id"] for r in report.actors}
+    below: dict[Any, list] = {}
+    for r in report.actors:
+        above = r["parent_task_id"]
+        below.setdefault(above if above in names and above != r["task_id"] else None, []).append(r)
+
+    def grow(name: Any) -> tuple[list[str], float]:
+        lines, total = ["<ul>"] if name in below else [], 0.0
+        for r in below.get(name, ()):
+            inner, more = grow(r["task_id"])
+            cost = (r["cost_usd"] or 0.0) + more
+            sum_words = f", {render_usd(cost)} with all below it" if inner else ""
+            lines += [f'<li>{esc(r["task_id"])} <span class="small">{esc(r["role"])}, '
+                      f'{esc(r["status"] or r.get("state") or "")}, {esc(render_usd(r["cost_usd"]))}'
+                      f'{esc(sum_words)}</span>', *inner, "</li>"]
+            total += cost
+        return lines + (["</ul>"] if name in below else []), total
+
+    return grow(None)[0]
+
+
+def render_requests(report: Report) -> list[str]:
+    """Every request for approval: who asked for what, how long it took, what the answer was."""
+    if not report.requests:
+        return ["<p>Nothing was asked.</p>"]
+    lines = ["<table><thead><tr><th>asked at</th><th>actor</th><th>category</th><th>for what</th>"
+             "<th>waited</th><th>answer</th></tr></thead><tbody>"]
+    for r in report.requests:
+        plan = f"<details><summary>plan</summary><pre>{esc(r.plan)}</pre></details>" if r.plan else ""
+        waited = render_duration((r.ended_at or report.now) - r.asked_at)
+        lines.append(f"<tr><td>{esc(render_time(r.asked_at))}</td><td>{esc(r.actor)}</td>"
+                     f"<td>{esc(r.category)}</td><td class='wide'>{esc(r.summary or '')}{plan}</td>"
+                     f'<td class="n">{esc(waited)}</td><td>{esc(r.answer or "it waits")}</td></tr>')
+    return [*lines, "</tbody></table>"]
+
+
+def render_works(report: Report) -> list[str]:
+    """A part for each actor: what it changed in git, and the end of its log."""
+    lines = []
+    for r in report.actors:
+        name = r["task_id"]
+        facts = [f"branch {r['branch']}" if r["branch"] else "", f"kept in {r['worktree_path']}"
+                 if r["worktree_path"] else "", r.get("worktree_kept") or "",
+                 f"saved as {r['rescue_ref']}" if r["rescue_ref"] else "",
+                 f"session {r['claude_session_id']}" if r["claude_session_id"] else ""]
+        lines += [f'<h3 id="actor-{esc(name)}">{esc(name)}</h3>',
+                  f'<p class="small">{esc("; ".join(f for f in facts if f))}</p>']
+        lines += render_work(report.changes.get(name))
+        shown = "\n".join(f'<span class="{LOG_MARKS[mark][0]}">{esc(mark)} {esc(text)}</span>'
+                          for mark, text in report.logs.get(name, ()))
+        lines.append(f"<details><summary>the end of its log</summary><pre>{shown}</pre></details>"
+                     if shown else "<p>It has no log.</p>")
+    return lines
+
+
+def render_work(work: dict | None) -> list[str]:
+    """What an actor changed in git: a line for each file, then the patch where it is wanted."""
+    if not work:
+        return []
+    note = [f'<p class="small">{esc(work["note"])}</p>'] if work["note"] else []
+    files = work["files"]
+    if not files:
+        return note or ["<p>It changed nothing in git.</p>"]
+    stat = render_table([[clean_text(f["path"]), "binary" if f["added"] is None else f"+{f['added']}",
+                          "" if f["removed"] is None else f"-{f['removed']}"] for f in files], right=(1,))
+    title = (f"{len(files)} file{'s' * (len(files) != 1)}, +{sum(f['added'] or 0 for f in files)} "
+             f"-{sum(f['removed'] or 0 for f in files)}: {work['a']} .. {work['b']}")
+    whole = []
+    if work["patch"]:
+        colours = {"+": "green", "-": "red", "@": "cyan"}
+        body = "\n".join(f'<span class="{colours[line[0]]}">{esc(line)}</span>' if line[:1] in colours
+                         else esc(line) for line in work["patch"].split("\n"))
+        whole = [f"<details><summary>the whole difference</summary><pre>{body}</pre></details>"]
+    return [f"<p>{esc(title)}</p>", "<pre>" + esc("\n".join(stat)) + "</pre>", *note, *whole]
+
+
+PAGE_PARTS = (
+    # heading                its lines
+    ("Time line",            render_timeline),
+    ("Actors",               render_actors),
+    ("Tree",                 render_tree),
+    ("Cost and tokens",      render_spending),
+    ("Approvals",            render_requests),
+    ("Work and logs",        render_works),
+)
+
+# Nothing is loaded and nothing runs, whatever an agent has printed.
+PAGE_SHUT = "default-src 'none'; style-src 'unsafe-inline'"
+PAGE_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d8dee4;
+  --green: #1a7f37; --red: #c0262c; --yellow: #8a6100; --cyan: #0b6e8a; --magenta: #8250df;
+  --running: #2da44e; --wait: #d0d7de; --held: #d4a72c; --paused: #8c959f; --stop: #cf5b56; }
+@media (prefers-color-scheme: dark) { :root { --back: #14181d; --text: #dfe5ec; --soft: #98a2ad;
+  --line: #303740; --green: #57c36c; --red: #ff7b72; --yellow: #e0b341; --cyan: #5cc8e0;
+  --magenta: #c297ff; --running: #2f8f46; --wait: #3a424c; --held: #9e7a1a; --paused: #6b7480;
+  --stop: #b3443f; } }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1.2em;
+  background: var(--back); color: var(--text); } p, dd, h1, h3 { overflow-wrap: anywhere; }
+h1 { font-size: 1.5em; margin: 0 0 .3em; } h2 { font-size: 1.15em; margin: 1.8em 0 .5em;
+  border-bottom: 1px solid var(--line); } h3 { font-size: 1em; margin: 1.4em 0 .2em; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; color: var(--soft);
+  font-weight: 500; } th, td { padding: .25em .6em .25em 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; white-space: nowrap; } td.n { text-align: right; } a { color: inherit; }
+td.wide { white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
+pre { font: 12px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: color-mix(in srgb, var(--text) 5%, transparent); padding: .6em; }
+dl { display: flex; flex-wrap: wrap; gap: .3em 2em; margin: 0; } dt { color: var(--soft);
+  font-size: .85em; } dd { margin: 0; } .small, small { color: var(--soft); font-size: .85em; }
+.key { margin-right: 1em; white-space: nowrap; } .why { color: var(--red); } .bar { width: 90px;
+  height: 8px; } .b-cost, .b-tokens { fill: var(--cyan); } .b-cost { fill: var(--magenta); }
+.green { color: var(--green); } .red { color: var(--red); } .yellow { color: var(--yellow); }
+.cyan { color: var(--cyan); } .magenta { color: var(--magenta); } .white { color: var(--text); }
+svg text { fill: var(--text); font: 11px system-ui, sans-serif; } svg text.label { fill: var(--soft);
+  text-anchor: middle; } .tick { stroke: var(--line); } .whole { stroke: var(--red);
+  stroke-dasharray: 3 3; } .moment { fill: var(--yellow); stroke: var(--back); }
+.s-running { fill: var(--running); } .s-waiting, .s-placing, .s-dealing, .s-closing { fill: var(--wait); }
+.s-held { fill: var(--held); } .s-paused, .s-frozen { fill: var(--paused); } .s-stopping {
+  fill: var(--stop); } polyline { fill: none; stroke-width: 1.6; } .c-cost { stroke: var(--magenta); }
+.c-tokens { stroke: var(--cyan); } svg text.t-cost { fill: var(--magenta); } svg text.t-tokens {
+  fill: var(--cyan); }
+"""
+
+
+def render_page(report: Report) -> str:
+    """The run as one HTML page: its own styles and drawings, no script, nothing from elsewhere."""
+    head, (start, end) = report.head, bounds_of(report)
+    name = head["name"] or head["run_id"]
+    facts = (("run", head["run_id"]), ("mode", head["mode"] or "-"), ("state", head["state"]),
+             ("began", render_time(start)), ("took", render_duration(end - start)),
+             ("actors", head["tasks_total"]), ("not a success", head["tasks_failed"]),
+             ("not started", head["tasks_not_started"]), ("cost", render_usd(head["total_cost_usd"])),
+             ("tokens", render_tokens(sum(sum(r["token_usage"].values()) for r in report.actors))))
+    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
+             f'<meta http-equiv="Content-Security-Policy" content="{esc(PAGE_SHUT)}">',
+             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+             f"<title>{esc(name)}: {esc(head['state'])}</title>", f"<style>{PAGE_STYLE}</style>", "</head>",
+             "<body>", f"<h1>{esc(name)}</h1>",
+             "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{esc(v)}</dd></div>" for k, v in facts) + "</dl>"]
+    for title, render in PAGE_PARTS:
+        part = render(report)
+        lines += [f"<section><h2>{title}</h2>", *part, "</section>"] if part else []
+    lines.append(f'<p class="small">Made by pitboss {esc(report.version)} at {esc(render_time(report.now))}.'
+                 f'</p></body></html>')
+    return "\n".join(lines) + "\n"
+
+
+JOB_COLUMNS = ("Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command")
+
+
+def render_joblog(report: Report) -> str:
+    """The settled actors as GNU parallel's --joblog has its jobs, in the order in which they ended.
+
+    Measured with parallel 20221122: a job that a signal ended has Exitval 0, one whose time was over -1;
+    Receive counts what it printed.  An actor that is no success for another reason has -1, too.
+    """
+    lines = ["\t".join(JOB_COLUMNS)]
+    ended = [r for r in report.actors if r["status"] and r["started_at"]]
+    for number, r in enumerate(sorted(ended, key=lambda r: (r["ended_at"] or "", r["task_id"])), 1):
+        by = report.told.signals.get(r["task_id"], 0)
+        code = 0 if is_good(r["status"]) or by else r["exit_code"] or -1
+        lines.append("\t".join((str(number), ":", f"{seconds_of(r['started_at']) or 0:.3f}",
+                                f"{r['duration_ms'] / 1000:10.3f}", "0", str(r.get("log_bytes", 0)),
+                                str(code), str(by), clean_text(f"{r['agent']} {r['task_id']}"))))
+    return "\n".join(lines) + "\n"
+
+
+def render_junit(report: Report) -> str:
+    """The run as a JUnit report: a test case for each actor; what has not settled is skipped."""
+    run = report.told.run
+    cases, counts = [], {"failure": 0, "error": 0, "skipped": 0}
+    for r in report.actors:
+        row, actor, reason = STATUSES.get(r["status"] or ""), run.actors.get(r["task_id"]), ""
+        what = "skipped" if not r["status"] or actor and actor.needless else row.junit if row else "failure"
+        why = (r["failure_reason"] or {}).get("message") or r.get("state") or ""
+        if what:
+            counts[what] += 1
+            kind = "" if what == "skipped" else f' type="{esc(r["status"])}"'
+            reason = f'<{what} message="{esc(why)}"{kind}/>'
+        said = f"<system-out>{esc(r['final_message'] or '')}</system-out>" if r["final_message"] else ""
+        cases.append(f'    <testcase classname="{esc(report.head["name"] or "run")}" '
+                     f'name="{esc(r["task_id"])}" time="{r["duration_ms"] / 1000:.3f}">{reason}{said}'
+                     f"</testcase>")
+    start, end = bounds_of(report)
+    told = (f'tests="{len(cases)}" failures="{counts["failure"]}" errors="{counts["error"]}" '
+            f'skipped="{counts["skipped"]}" time="{end - start:.3f}"')
+    name = esc(report.head["name"] or report.head["run_id"])
+    moment = (render_time(start) or "")[:19]
+    return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', f'<testsuites name="{name}" {told}>',
+                      f'  <testsuite name="{name}" id="{esc(report.head["run_id"])}" timestamp="{moment}" '
+                      f'{told}>', *cases, "  </testsuite>", "</testsuites>"]) + "\n"
+
+
+def metric_label(value: Any) -> str:
+    """A label's value as Prometheus' text format takes it."""
+    return clean_text(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+
+
+def count_statuses(report: Report) -> Iterator[tuple[dict, float]]:
+    """How many actors ended how, a row for every status there is, or wait and run."""
+    words = [r["status"] or r.get("state") or "" for r in report.actors]
+    for word in dict.fromkeys([*STATUSES, *(s.tool for s in STATES.values() if s.name != "settled"),
+                               *words]):
+        yield {"status": word}, words.count(word)
+
+
+def each_actor(value: Callable[[dict], Any]) -> Callable:
+    """A metric with a row for each actor that `value` tells something of."""
+    def rows(report: Report) -> Iterator[tuple[dict, float]]:
+        for r in report.actors:
+            if value(r) is not None:
+                yield {"actor": r["task_id"], "role": r["role"], "agent": r["agent"]}, value(r)
+    return rows
+
+
+def count_actor_tokens(report: Report) -> Iterator[tuple[dict, float]]:
+    """The tokens of each actor by kind."""
+    for r in report.actors:
+        for kind, count in r["token_usage"].items():
+            yield {"actor": r["task_id"], "kind": kind}, count
+
+
+METRICS = (
+    # name, what it is, (report) -> (labels, value) pairs
+    ("run_start_timestamp_seconds", "when the run began",
+     lambda report: [({}, round(bounds_of(report)[0], 3))]),
+    ("run_duration_seconds", "how long the run took, or goes on",
+     lambda report: [({}, round(bounds_of(report)[1] - bounds_of(report)[0], 3))]),
+    ("run_finished", "1 when every record is final",
+     lambda report: [({}, int(report.head["state"] == "complete"))]),
+    ("run_actors", "actors by status, or by state", count_statuses),
+    ("run_failed_actors", "actors that count as failed", lambda report: [({}, report.head["tasks_failed"])]),
+    ("run_cost_usd", "what the run cost",
+     lambda report: [({}, report.head["total_cost_usd"])] if report.head["total_cost_usd"] is not None
+     else []),
+    ("run_approvals_waiting", "requests that wait for an operator",
+     lambda report: [({}, sum(1 for r in report.requests if not r.answer))]),
+    ("actor_duration_seconds", "how long an actor took", each_actor(lambda r: r["duration_ms"] / 1000)),
+    ("actor_cost_usd", "what an actor cost", each_actor(lambda r: r["cost_usd"])),
+    ("actor_tokens", "tokens of an actor by kind", count_actor_tokens),
+)
+
+
+def render_prometheus(report: Report) -> str:
+    """The run as gauges for the textfile collector of Prometheus' node exporter."""
+    run = {"run": report.head["run_id"], "name": report.head["name"] or ""}
+    lines = []
+    for name, about, rows in METRICS:
+        found = list(rows(report))
+        lines += [f"# HELP pitboss_{name} {about}", f"# TYPE pitboss_{name} gauge"] if found else []
+        for labels, value in found:
+            told = ",".join(f'{k}="{metric_label(v)}"' for k, v in {**run, **labels}.items())
+            lines.append(f"pitboss_{name}{{{told}}} {value}")
+    return "\n".join(lines) + "\n"
+
+
+class ReportFormat(NamedTuple):
+    """One way to write a report."""
+
+    render: Callable           # (Report) -> text
+    about: str
+    is_page: bool = False      # it shows logs and what differs in git, and goes to a file of its own
+
+
+REPORTS = {
+    "html":       ReportFormat(render_page, "one HTML page that loads nothing", is_page=True),
+    "joblog":     ReportFormat(render_joblog, "the columns of GNU parallel's --joblog"),
+    "junit":      ReportFormat(render_junit, "JUnit's XML"),
+    "prometheus": ReportFormat(render_prometheus, "metrics for Prometheus' textfile collector"),
+}
+
+
+# ======================================================================================
 # DEMO: a scripted agent and a demonstration run                                   [cli]
 # ======================================================================================
 # The scripted agent prints the events that claude prints and does what its prompt says, so
@@ -13839,6 +14436,128 @@ def cmd_diff(options: Any) -> str:
     return "ok"
 
 
+REPORT_LINES = 30          # of each log, in a report
+MAX_PATCH = 400_000        # bytes of one actor's whole difference
+
+
+def cmd_report(options: Any) -> str:
+    """Write a run as one HTML page, or in the format of another program."""
+    formats = options.formats or ["html"]
+    if len(set(formats)) > 1:
+        raise InvalidInput(f"report: found --{' and --'.join(formats)}; allowed: one of them")
+    row = REPORTS[formats[0]]
+    if options.diffs and not row.is_page:
+        raise InvalidInput(f"report: --diffs has no place in {row.about}; allowed: without --{formats[0]}")
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    text = row.render(gather_report(run_dir, row.is_page, options.diffs)).encode("utf-8", "replace")
+    out = options.out or (f"pitboss-{os.path.basename(run_dir)[:13]}.html" if row.is_page else "-")
+    if out == "-":
+        sys.stdout.buffer.write(text)
+        return "ok"
+    if os.path.isdir(out):
+        raise InvalidInput(f"--out: found {show_value(out)}, a folder; allowed: the path of a file, or -")
+    try:
+        write_file(out, text, mode=0o666 & ~current_umask())
+    except OSError as e:
+        raise fault_of(e, f"writing {clean_text(out)}") from None
+    print(out)
+    return "ok"
+
+
+def current_umask() -> int:
+    """The umask of this process."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def gather_report(run_dir: str, page: bool, patches: bool) -> Report:
+    """All that a report of a run is made of; `page`: with logs and work in git, `patches`: with the whole."""
+    seen, now = look_at_run(run_dir, deep=True), time.time()
+    journal = os.path.join(run_dir, "journal.jsonl")
+    if os.path.exists(journal):
+        told = read_chronicle(read_journal(journal), now if seen.head["state"] == "running" else None)
+        seen = seen._replace(run=told.run)
+    else:
+        told = chronicle_of_records(seen.actors, now)
+    mask = report_mask(run_dir, seen)
+    actors = []
+    for r in sort_tree(seen.actors) if seen.head["mode"] == "hierarchical" else seen.actors:
+        with contextlib.suppress(OSError):
+            r = {**r, "log_bytes": os.stat(log_of(run_dir, seen, r)).st_size}
+        actors.append(mask_all(mask, r))
+    requests = [r._replace(summary=mask.text(str(get_blob(run_dir, r.summary) or "")),
+                           plan=mask.text(str(get_blob(run_dir, r.plan) or "")))
+                for r in told.requests.values()]
+    logs, changes = {}, {}
+    if page:
+        logs = {r["task_id"]: log_end(run_dir, seen, r, mask) for r in seen.actors}
+        changes = mask_all(mask, asyncio.run(find_changes(run_dir, seen, patches)))
+    return Report(mask_all(mask, seen.head), actors, told, requests, logs, changes, now, VERSION)
+
+
+def report_mask(run_dir: str, seen: Overview) -> Mask:
+    """The mask of a run as its dispatcher has it, as far as its manifest can still be read."""
+    if not seen.foreign:
+        with contextlib.suppress(PitbossError):
+            return mask_for(read_snapshot(run_dir, read_json(os.path.join(run_dir, "meta.json")) or {})[1],
+                            os.environ)
+    return make_mask([os.environ])
+
+
+def mask_all(mask: Mask, value: Any) -> Any:
+    """A JSON value with every text masked, wherever it stands."""
+    if isinstance(value, str):
+        return mask.text(value)
+    if isinstance(value, dict):
+        return {k: mask_all(mask, v) for k, v in value.items()}
+    return [mask_all(mask, v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def log_of(run_dir: str, seen: Overview, record: dict) -> str:
+    """Where an actor's log is now: a run folder may have moved."""
+    return record["log_path"] or "" if seen.foreign else os.path.join(run_dir, "tasks", record["task_id"],
+                                                                      "stdout.log")
+
+
+def log_end(run_dir: str, seen: Overview, record: dict, mask: Mask) -> list[tuple[str, str]]:
+    """The last lines of an actor's log, as `attach` shows them, each clipped."""
+    log = log_of(run_dir, seen, record)
+    known = seen.run.actors.get(record["task_id"]) if seen.run else None
+    tail = Tail(log, last_lines_at(log, REPORT_LINES))
+    lines = [*tail.read(READ_AT_ONCE), *tail.rest()]
+    tail.close()
+    shown = [pair for line in lines for pair in render_log_line(line, known.format if known else "claude")]
+    return [(mark, mask.text(clip_cells(text, 600))) for mark, text in shown[-REPORT_LINES:]]
+
+
+async def find_changes(run_dir: str, seen: Overview, patches: bool) -> dict[str, dict]:
+    """What each actor changed in git since it began: {a, b, files, note, patch}; without a base nothing."""
+    git, found = Git(os.environ, 0o077), {}
+    for name, work in works_of(run_dir, seen).items():
+        known = seen.run.actors.get(name) if seen.run else None
+        base = ((known.place if known else None) or {}).get("base")
+        if base and work.repo and work.revisions:
+            found[name] = await change_since(git, base, work, patches)
+    return found
+
+
+async def change_since(git: Git, base: str, work: Work, patches: bool) -> dict:
+    """What differs between the commit that an actor began at and its work."""
+    told = {"a": short_ref(base), "b": None, "files": None, "note": "", "patch": ""}
+    try:
+        there = await git.find_work(work.repo, work.revisions)
+        if there is None:
+            return {**told, "note": "its branch is gone"}
+        files = await git.count_changes(work.repo, base, there[1])
+        kinds = await git.list_unsaved(work.path) if work.path else []
+        patch = await git.show_changes(work.repo, base, there[1], MAX_PATCH) if patches and files else ""
+    except (GitError, OSError) as e:
+        return {**told, "note": clean_text(str(e))}
+    note = f"not counted: {', '.join(kinds)} in {work.path}" if kinds else ""
+    return {**told, "b": short_ref(there[0]), "files": files, "note": note, "patch": patch}
+
+
 STALE_S = 4 * 3600.0       # how long nothing has changed in a run that prune takes for orphaned
 
 
@@ -15292,6 +16011,14 @@ COMMANDS = {c.name: c for c in (
         _RUNS_DIR),
         "show two runs side by side: status, time, cost, what differs in git",
         "diff 0192f3 0192f8"),
+    Cli("report", cmd_report, "RUN", (
+        _RUN, _RUNS_DIR,
+        (("--out",), {"metavar": "OUT", "help": "the file to write, or - for standard output "
+                                                "(pitboss-<run>.html here; other formats: -)"}),
+        (("--diffs",), {"action": "store_true", "help": "on the page, with what every actor changed, whole"}),
+        *(((f"--{name}",), {"dest": "formats", "action": "append_const", "const": name, "help": row.about})
+          for name, row in REPORTS.items())),
+        "write a run as one HTML page, or for other programs", "report 0192f3 --out night.html"),
     Cli("prune", cmd_prune, "", (
         (("--apply",), {"action": "store_true", "help": "do it; without this, only say what would be done"}),
         (("--remove",), {"action": "store_true", "help": "remove run folders, logs and journal included, and "
