@@ -5491,60 +5491,74 @@ def house_path(env: Mapping[str, str]) -> str:
     return os.path.join(data_folder(env), "house.sqlite")
 
 
-@contextlib.contextmanager
-def open_house(path: str, write: bool) -> Iterator[Any]:
+class Shape(NamedTuple):
+    """The shape of a database, and how it is used."""
+
+    what: str                  # its name in errors
+    steps: tuple               # what each version adds to the one before
+    patience_s: float          # for one that somebody else writes
+    fault: type                # raised for whatever is wrong with it
+
+
+def open_house(path: str, write: bool) -> Any:
     """A connection to the shared database, brought up to date to be written.  Raises HouseFault."""
+    return open_database(path, write, Shape("the shared database", HOUSE_STEPS, HOUSE_PATIENCE_S, HouseFault))
+
+
+@contextlib.contextmanager
+def open_database(path: str, write: bool, shape: Shape) -> Iterator[Any]:
+    """A connection to a database, brought up to date to be written.  Raises the fault of its shape."""
     import urllib.parse
 
     try:
         import sqlite3
     except ImportError:
-        raise HouseFault("this Python has no sqlite3") from None
+        raise shape.fault("this Python has no sqlite3") from None
     db = None
     try:
         if write:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         # rw: never made here, and read only where the file is; ro could not mend what a killed writer left
-        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=HOUSE_PATIENCE_S,
+        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=shape.patience_s,
                              isolation_level=None)
         if write:
-            migrate_house(db, path)
+            migrate_database(db, path, shape)
         else:
-            check_house_version(house_version(db), path)
+            check_version(database_version(db), path, shape)
         yield db
     except sqlite3.Error as e:
-        raise HouseFault(f"the shared database {path}: {e}") from None
+        raise shape.fault(f"{shape.what} {path}: {e}") from None
     except OSError as e:
-        raise HouseFault(f"the shared database {path}: {e.strerror or e}") from None
+        raise shape.fault(f"{shape.what} {path}: {e.strerror or e}") from None
     finally:
         if db is not None:
             db.close()
 
 
-def house_version(db: Any) -> int:
-    """How many of HOUSE_STEPS a database has seen."""
+def database_version(db: Any) -> int:
+    """How many steps of its shape a database has seen."""
     return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def check_house_version(version: int, path: str) -> None:
-    """Raise HouseFault for a database of a newer version."""
-    if version > len(HOUSE_STEPS):
-        raise HouseFault(f"the shared database {path} has version {version}; this pitboss knows versions "
-                         f"up to {len(HOUSE_STEPS)}")
+def check_version(version: int, path: str, shape: Shape) -> None:
+    """Raise the shape's fault for a database of a newer version."""
+    if version > len(shape.steps):
+        raise shape.fault(f"{shape.what} {path} has version {version}; this pitboss knows versions "
+                          f"up to {len(shape.steps)}")
 
 
-def migrate_house(db: Any, path: str) -> None:
-    """Bring a database forwards in one transaction.  Raises HouseFault for one of a newer version."""
-    if house_version(db) == len(HOUSE_STEPS):
+def migrate_database(db: Any, path: str, shape: Shape) -> None:
+    """Bring a database forwards in one transaction.  Raises the shape's fault for one of a newer version."""
+    if database_version(db) == len(shape.steps):
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        version = house_version(db)        # somebody else may have moved it just now
-        check_house_version(version, path)
-        for words in HOUSE_STEPS[version:]:
+        version = database_version(db)     # somebody else may have moved it just now
+        check_version(version, path, shape)
+        for words in shape.steps[version:]:
             db.execute(words)
-        db.execute(f"PRAGMA user_version = {len(HOUSE_STEPS)}")
+        db.execute(f"PRAGMA user_version = {len(shape.steps)}")
         db.execute("COMMIT")
     except BaseException:  # boundary: an open transaction is never left behind
         db.execute("ROLLBACK")
@@ -5556,7 +5570,7 @@ def read_health(path: str) -> dict[str, Health]:
     if not os.path.exists(path):
         return {}
     with open_house(path, write=False) as db:
-        if not house_version(db):
+        if not database_version(db):
             return {}
         rows = db.execute(f"SELECT {', '.join(Health._fields)} FROM health").fetchall()
     found = [Health(str(a), str(state), read_number(since) or 0.0, read_number(until), bool(told),
