@@ -23,6 +23,7 @@ Street map.  Each section may name only the sections above it.
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    REPORT     a run as one page, and in the formats of other programs             [pure]
     TRACKERS   tickets of an epic: the embedded store, bd and br in one shape      [io]
     TMUX       windows, keys and pastes of one tmux server; TUI agents' hooks      [async]
     LOOP       the ticket loop's state and its one reducer                         [pure]
@@ -48,10 +49,13 @@ Where do I add ...
     a command of pit    one handler and one row in PIT_COMMANDS; of its tickets: in TICKET_VERBS
     a tracker           one subclass of Tracker and one row in TRACKERS
     a completed value   one row in TYPED, under the metavar of the argument
+    a report's format   one row in REPORTS; a metric one row in METRICS; a part of the page PAGE_PARTS
     a shell             one script and one row in SHELLS
+    a need of operators one row in NEEDS, and a line of attention
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
     an event of pit     one handler and one row in PIT_EVENTS; a reason to pause one row in PAUSES
+    a model's price     one row in PRICES; a user's own table is read by parse_prices
 """
 from __future__ import annotations
 
@@ -108,6 +112,7 @@ EXIT_CODES = {
     "missing": (3, "the run or actor that was named does not exist"),
     "refused": (4, "somebody else holds the run, or a rule forbids it"),
     "environment": (5, "the environment is at fault (no space, no permission); the run can be resumed"),
+    "dear": (6, "`tree --check`: the worst case costs more than that, or has no end"),
     "bug": (70, "pitboss itself broke; the message says where the traceback is"),
     "interrupted": (130, "a signal came before the last actor settled"),
     "terminated": (143, "the same, and the first signal was TERM"),
@@ -146,6 +151,12 @@ class Refused(PitbossError):
     code = "refused"
 
 
+class TooDear(PitbossError):
+    """The worst case costs more than was allowed, or has no end."""
+
+    code = "dear"
+
+
 class ToolRefusal(Refused):
     """A lead, a worker or an operator asked for what cannot be; the message says what to do next."""
 
@@ -181,22 +192,24 @@ class Status(NamedTuple):
     wire: str                  # its state on the control socket
     meaning: str
     outcome: str = "error"     # of a sub-lead, as its root and control clients are told
+    wanted: bool = False       # somebody wanted it to end so: no operator need look at it
+    junit: str = "failure"     # the element of a JUnit report that says so; empty: none
 
 
 STATUSES = {s.name: s for s in (
     #      name          glyph  colour    good   tool           wire                 meaning
     Status("Success",     "✓", "green",   True,  "Completed",   "done_success",      "a result that is not "
-           "an error, exit status 0, and nobody stopped it", outcome="success"),
+           "an error, exit status 0, and nobody stopped it", outcome="success", wanted=True, junit=""),
     Status("Failed",      "✗", "red",     False, "Failed",      "done_failed",       "the agent ended "
            "otherwise; failure_reason says how"),
     Status("TimedOut",    "⧗", "yellow",  False, "TimedOut",    "done_timed_out",    "stopped when its "
            "timeout_secs had passed", outcome="timeout"),
     Status("Cancelled",   "⊘", "yellow",  False, "Cancelled",   "done_cancelled",    "stopped by an operator "
-           "or its lead, or because its lead ended", outcome="cancel"),
+           "or its lead, or because its lead ended", outcome="cancel", wanted=True),
     Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
-           "process could not be made"),
+           "process could not be made", junit="error"),
     Status("ApprovalRejected", "⊝", "yellow", False, "ApprovalRejected", "done_approval_rejected", "it ended "
-           "soon after it was told no"),
+           "soon after it was told no", wanted=True),
     Status("ApprovalTimedOut", "⊖", "yellow", False, "ApprovalTimedOut", "done_approval_timed_out", "it "
            "ended soon after nobody had answered it in time"),
 )}
@@ -1920,12 +1933,68 @@ PRICES = {
     "sonnet": (3.0, 15.0, 0.30, 3.75),
     "haiku":  (1.0, 5.0, 0.10, 1.25),
 }
+MIDDLE = "sonnet"          # the row for a model that no row names, where something has to be said
+
+PRICE_FIELDS = (           # of prices.toml: one model, or all whose names have NAME in them
+    Field("input", "number", REQUIRED, "USD per million tokens of input", low=0, example=1.25),
+    Field("output", "number", REQUIRED, "USD per million tokens of output", low=0, example=10.0),
+    Field("cache_read", "number", None, "USD per million tokens that come from the provider's cache", low=0,
+          shown="as `input`"),
+    Field("cache_creation", "number", None, "USD per million tokens that go into that cache", low=0,
+          shown="as `input`"),
+)
+
+RATE_FIELDS = (            # assumed, not measured: a request of 200 000 cached tokens every two seconds
+    Field("input", "count", 500, "tokens of input that one agent causes in a second at most", low=0),
+    Field("output", "count", 200, "tokens of output", low=0),
+    Field("cache_read", "count", 100_000, "tokens from the provider's cache", low=0),
+    Field("cache_creation", "count", 2_000, "tokens into that cache", low=0),
+)
+
+PRICE_TABLES = {
+    #  header  fields         many     what it is
+    "model": (PRICE_FIELDS,  "named", "prices of the models that have NAME in their names; the longest NAME "
+                                      "counts"),
+    "rate":  (RATE_FIELDS,   "one",   "what one agent can use at most, for `pitboss tree`"),
+}
 
 
-def price_usd(model: str, usage: Usage) -> float:
-    """What `usage` costs at list prices; an unknown model counts as the middle one."""
-    prices = next((p for name, p in PRICES.items() if name in model.lower()), PRICES["sonnet"])
-    return sum(count * price for count, price in zip(usage, prices)) / 1e6
+class Pricing(NamedTuple):
+    """What tokens cost, and how many of them one agent can use in a second."""
+
+    models: Mapping[str, tuple] = PRICES
+    rate: tuple = tuple(f.default for f in RATE_FIELDS)
+
+
+def parse_prices(data: bytes, label: str) -> Pricing:
+    """The prices of `prices.toml`, and the built-in ones.  Raises InvalidInput with all that is wrong."""
+    text = decode_manifest(data, label)
+    doc = parse_toml(text, label)
+    problems = [Problem(name, f"unknown table{did_you_mean(name, PRICE_TABLES)}", (name,)) for name in doc
+                if name not in PRICE_TABLES]
+    tables = {}
+    for name, (fields, many, _) in PRICE_TABLES.items():
+        tables[name], wrong = read_table(name, doc.get(name), fields, many)
+        problems += wrong
+    problems += [Problem("model", "found a name that is empty; allowed: a part of a model's name", ("model",))
+                 for name, _ in tables["model"] if not name.strip()]
+    if problems:
+        raise ManifestError(label, problems, locate_keys(text), {})
+    own = {name.strip().lower(): tuple(row["input"] if row[f.name] is None else row[f.name]
+                                       for f in PRICE_FIELDS) for name, row in tables["model"]}
+    return Pricing({**PRICES, **own}, tuple(tables["rate"][0][f.name] for f in RATE_FIELDS))
+
+
+def find_price(model: str, prices: Mapping[str, tuple] = PRICES) -> tuple | None:
+    """The row of the longest name that is a part of a model's; None where there is none."""
+    names = [name for name in prices if name in model.lower()]
+    return prices[max(names, key=len)] if names else None
+
+
+def price_usd(model: str, usage: Usage, prices: Mapping[str, tuple] = PRICES) -> float:
+    """What `usage` costs at the prices of a table; a model that it does not know counts as the middle one."""
+    row = find_price(model, prices) or prices[MIDDLE]
+    return sum(count * price for count, price in zip(usage, row)) / 1e6
 
 
 CHARS_PER_TOKEN = 4        # claude tells true output tokens only in its result: until then, an estimate
@@ -1958,8 +2027,9 @@ def read_word(value: Any) -> str:
 class Talk:
     """What an agent has said in one hand: filled by the functions of FORMATS, read by all."""
 
-    def __init__(self, model: str = "") -> None:
+    def __init__(self, model: str = "", prices: Mapping[str, tuple] = PRICES) -> None:
         self.model = model
+        self.prices = prices
         self.session_id = ""          # as the agent tells it
         self.began = False            # the first message was answered
         # its session is in the log, which is only a hint that the session was kept
@@ -2010,7 +2080,7 @@ class Talk:
 
     def cost_usd(self) -> float:
         """Cost of this hand so far: told, plus list prices for what no result has covered yet."""
-        return self.known_usd + price_usd(self.model, self.estimate())
+        return self.known_usd + price_usd(self.model, self.estimate(), self.prices)
 
     def turn(self) -> bytes:
         """What follows a message of the main conversation."""
@@ -3514,6 +3584,7 @@ class RunState:
         self.layers: dict[str, Layer] = {}        # by the lead
         self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
         self.shared = SharedTables()
+        self.store_use: dict[str, tuple] = {}     # of each actor its calls: (of the store, of leases)
         self.policy: tuple = ()                   # ApprovalRule, the first that matches counts
         self.approvals: dict[str, Approval] = {}  # those that wait for an answer, oldest first
         self.decided: dict[str, str] = {}         # other requests, by id: how it ended, in words
@@ -3535,6 +3606,7 @@ class RunState:
         self.signal = ""                          # the first one that came
         self.finished_at: float | None = None
         self.seq = 0                              # of the last event
+        self.heard: dict[str, float] = {}         # when an event last told of an actor
         self.sinks: dict[str, tuple] = {}         # who is told: name to (events or None, least severity)
         self.notices: dict[str, None] = {}        # what was told or is owed: `KIND` or `KIND:ID`
         self.owed: dict[tuple, dict] = {}         # (verb, actor) to its facts, oldest first
@@ -3554,6 +3626,8 @@ def step(run: RunState, event: dict) -> None:
     row = EVENTS.get(event["kind"])
     if row:
         row.handler(run, event)
+    if row and event.get("actor") in run.actors:
+        run.heard[event["actor"]] = event["at"]
     if "call" in event:
         shared = SHARED_EVENTS.get(event["kind"])
         answer = event.get("answer") or (shared.answer(event) if shared and shared.answer else None)
@@ -3929,6 +4003,11 @@ def on_shared(run: RunState, event: dict) -> None:
     apply_shared(run.shared, event)
 
 
+def on_store_used(run: RunState, event: dict) -> None:
+    """How often actors have called for the store and for leases so far, refused calls included."""
+    run.store_use.update({name: tuple(counts) for name, counts in event["counters"].items()})
+
+
 def on_policy_set(run: RunState, event: dict) -> None:
     """An operator put other rules about approvals in the place of those there were."""
     run.policy = tuple(ApprovalRule(*row) for row in event["rules"])
@@ -4029,6 +4108,7 @@ EVENTS = {
     "hand_ended":         EventKind(on_hand_ended,         True),
     "closed":             EventKind(on_closed),
     **{kind: EventKind(on_shared, row.durable) for kind, row in SHARED_EVENTS.items()},
+    "store_used":         EventKind(on_store_used),
     "policy_set":         EventKind(on_policy_set,         True),
     "approval_asked":     EventKind(on_approval_asked),
     "approval_decided":   EventKind(on_approval_decided,   True),
@@ -4754,6 +4834,26 @@ def home_folder(env: Mapping[str, str]) -> str:
     return home
 
 
+def prices_path(env: Mapping[str, str]) -> str:
+    """`$XDG_CONFIG_HOME/pitboss/prices.toml`, else below `~/.config`."""
+    base = env.get("XDG_CONFIG_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.join(home_folder(env), ".config"), "pitboss",
+                        "prices.toml")
+
+
+def read_prices(env: Mapping[str, str]) -> Pricing:
+    """The user's prices and the built-in ones.  Raises InvalidInput for a file that says something wrong."""
+    path = prices_path(env)
+    try:
+        with open(path, "rb") as f:
+            data = f.read(MAX_MANIFEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return Pricing()
+    except OSError as e:
+        raise InvalidInput(f"{path}: {e.strerror}; allowed: a TOML file with prices, or none") from None
+    return parse_prices(data, path)
+
+
 def runs_folder(env: Mapping[str, str], given: str | None = None) -> str:
     """Where run folders are: `given`, else in the data folder."""
     return os.path.abspath(given) if given else os.path.join(data_folder(env), "runs")
@@ -5046,6 +5146,41 @@ def mend_journal(path: str) -> int:
 def fold_run(run_dir: str) -> RunState:
     """The state of a run, from its journal.  Raises JournalError."""
     return fold(read_journal(os.path.join(run_dir, "journal.jsonl")))
+
+
+class Follower:
+    """A journal that is read on as it grows, and the run that it has made so far."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.path = os.path.join(run_dir, "journal.jsonl")
+        self.run = RunState()
+        self.at = 0                # bytes that were folded: whole lines
+
+    def news(self) -> Iterator[dict]:
+        """Every event since the last call; the run is as it was right after the one that is given.
+
+        Without a journal there is none yet.  Raises JournalError for a broken line before the last one.
+        """
+        try:
+            if os.stat(self.path).st_size == self.at:
+                return
+            with open(self.path, "rb") as f:
+                f.seek(self.at)
+                for line in f:
+                    event = parse_event(line)
+                    if event is None and f.readline():
+                        raise JournalError(f"{self.path}: the line at byte {self.at} is broken",
+                                           hint="the journal was changed by something else")
+                    if event is None:
+                        return                 # being written, or torn off
+                    self.at += len(line)
+                    step(self.run, event)
+                    self.run.fresh.clear()
+                    yield event
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise fault_of(e, "reading the journal") from None
 
 
 LOCK_PATIENCE_S = 1.0      # a reader that probes the lock must not turn its next holder away
@@ -5841,6 +5976,15 @@ class Git:
         if code:
             raise GitError(err)
         return read_numstat(out)
+
+    async def show_changes(self, repo: str, old: str, new: str, limit: int) -> str:
+        """The whole difference between two commits, cut after `limit` bytes with a line that says so."""
+        code, out, err = await self.run(repo, "diff", "--patch", "--no-color", "--no-renames",
+                                        "--no-ext-diff", "--no-textconv", old, new, "--")
+        if code:
+            raise GitError(err)
+        more = f"\n… and {len(out) - limit} bytes more" if len(out) > limit else ""
+        return out[:limit].decode("utf-8", "replace") + more
 
     async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str,
                              scratch: str) -> dict:
@@ -8446,8 +8590,15 @@ def first_words(deal: Deal) -> str:
 
 
 def accounts_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
-    """The account of each task's hands."""
-    return {t.id: account_of(agent_row(t.agent, manifest.agents), {**env, **t.env}) for t in manifest.tasks}
+    """The account of each task's hands; worked out once for all tasks that differ in nothing."""
+    accounts: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for task in manifest.tasks:
+        key = (task.agent, *sorted(task.env.items()))
+        if key not in seen:
+            seen[key] = account_of(agent_row(task.agent, manifest.agents), {**env, **task.env})
+        accounts[task.id] = seen[key]
+    return accounts
 
 
 def account_of(row: Agent, env: Mapping[str, str]) -> str:
@@ -8493,6 +8644,7 @@ ECHO_S = 10.0                          # from a message that interrupts to its e
 # bytes in a pipe (ioctl_tty(2), <sys/filio.h>)
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 SPOOL_S = 2.0                          # a file of approvals that says nothing may still be written to
+STORE_TOLD_S = 2.0                     # between two events about how much the store is used
 TICK_S, BUSY_TICK_S = 0.25, 0.05       # between two looks at logs and timers: nothing new, something new
 READ_AT_ONCE = 256 << 10               # bytes of one log before the others get their turn
 
@@ -8500,7 +8652,8 @@ READ_AT_ONCE = 256 << 10               # bytes of one log before the others get 
 class LiveHand:
     """What this process knows of a hand that lives, beyond the journal."""
 
-    def __init__(self, actor: Actor, child: bool, log: str, began: float) -> None:
+    def __init__(self, actor: Actor, child: bool, log: str, began: float,
+                 prices: Mapping[str, tuple]) -> None:
         self.actor = actor.id
         self.hand = actor.hand
         self.handle: dict = {}
@@ -8509,7 +8662,7 @@ class LiveHand:
         self.unsent = b""                  # what did not fit into it yet
         self.form = actor.format
         self.tail = Tail(log, actor.log_at)
-        self.talk = Talk(actor.model)
+        self.talk = Talk(actor.model, prices)
         if FORMATS[actor.format].counts_on:
             self.talk.base = session_base(actor)
         self.began = began                 # monotonic moment of its start
@@ -8630,13 +8783,17 @@ def whole_record(run_dir: str, run: RunState, name: str) -> dict:
     return {**record, "final_message": get_blob(run_dir, record["final_message"])}
 
 
+HEARD = ("SIGINT", "SIGTERM", "SIGHUP")       # signals that a dispatcher answers
+
+
 class Dispatcher:
     """The one owner of a run's tasks: records events, acts on what is owed."""
 
     def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *,
                  env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
-                 doors: Callable) -> None:
+                 doors: Callable, prices: Mapping[str, tuple]) -> None:
         self.run_dir = run_dir
+        self.prices = prices
         self.manifest = manifest
         self.plans = {t.id: t for t in manifest.tasks}
         self.journal = journal
@@ -8670,6 +8827,8 @@ class Dispatcher:
         self.news: dict[tuple, set] = {}   # topic to the futures of those who wait for news of it
         self.tokens: dict[str, str] = {}   # actor to its token
         self.lease_timer: asyncio.TimerHandle | None = None
+        self.store_use: dict[str, list[int]] = {}      # what is not in the journal yet
+        self.store_told_at = 0.0                       # monotonic
         self.refused_budgets: set[str] = set()         # leads that were refused a spawn for want of one
         self.notifier = Notifier(run_dir, sinks_of(manifest, env), env)
         self.approval_timer: asyncio.TimerHandle | None = None
@@ -8750,6 +8909,19 @@ class Dispatcher:
                 live.told_at = time.monotonic()
                 self.record("usage", actor=lead, hand=actors[lead].hand, usage=list(live.talk.usage()),
                             cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
+
+    def count_use(self, actor: str, place: int) -> None:
+        """Count a call for the store or for a lease."""
+        self.store_use.setdefault(actor, [0, 0])[place] += 1
+
+    def note_store_use(self, pause_s: float = STORE_TOLD_S) -> None:
+        """Record how much the store was used, when something changed and `pause_s` have passed since."""
+        if not self.store_use or time.monotonic() - self.store_told_at < pause_s:
+            return
+        used, self.store_use, self.store_told_at = self.store_use, {}, time.monotonic()
+        old = self.run.store_use
+        self.record("store_used", counters={name: [a + b for a, b in zip(old.get(name, (0, 0)), counts)]
+                                            for name, counts in used.items()})
 
     def settle_leases(self) -> None:
         """Record what has become of leases, and look again when the next one is due."""
@@ -8886,11 +9058,13 @@ class Dispatcher:
         import signal
 
         loop = asyncio.get_running_loop()
-        wanted = {signal.SIGINT: lambda: self.guard(self.on_signal, "INT"),
-                  signal.SIGTERM: lambda: self.guard(self.on_signal, "TERM"),
-                  signal.SIGHUP: lambda: None}
+        does = {"SIGINT": lambda: self.guard(self.on_signal, "INT"),
+                "SIGTERM": lambda: self.guard(self.on_signal, "TERM"),
+                "SIGHUP": lambda: None}
+        wanted = {getattr(signal, name): does[name] for name in HEARD}
         for number, handler in wanted.items():
             loop.add_signal_handler(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)      # what came while this process began
         try:
             yield
         finally:
@@ -8983,6 +9157,7 @@ class Dispatcher:
                     return await self.abandon()
                 self.consult_house()
                 self.look_at_holds()
+                self.note_store_use()
                 if self.run.approvals:
                     self.look_at_spool()
             except EnvironmentFault as e:
@@ -9245,7 +9420,7 @@ class Dispatcher:
         """Start the process of a hand that was dealt.  Raises OSError."""
         folder, row = self.task_dir(actor.id), agent_row(actor.agent, self.manifest.agents)
         deal = self.make_deal(actor, row, folder)
-        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic())
+        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic(), self.prices)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         live.tail.fd = os.open(live.tail.path, flags, 0o600)
         with contextlib.ExitStack() as stack:
@@ -9392,7 +9567,8 @@ class Dispatcher:
         age = age_of(actor.handle)
         if age is None:
             age = max(0.0, self.journal.now() - actor.hand_at)
-        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age)
+        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age,
+                        self.prices)
         live.handle = actor.handle
         return live
 
@@ -9616,6 +9792,7 @@ class Dispatcher:
         await self.end_strangers()
         if ("finish", "") not in self.run.owed:
             return                         # a lifted drain: it goes on
+        self.note_store_use(0.0)
         records = [whole_record(self.run_dir, self.run, name) for name in self.run.settled]
         ended_at = round(self.journal.now(), 6)
         write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
@@ -10080,9 +10257,10 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
+    prices = read_prices(env).models
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
-                            notice=notice, draw=draw, doors=doors)
+                            notice=notice, draw=draw, doors=doors, prices=prices)
     dispatcher.cancel_first = cancel
     try:
         asyncio.run(dispatcher.serve())
@@ -10667,6 +10845,10 @@ class Tool(NamedTuple):
     needs: str = ""            # a fact of run_opened without which nobody has the tool; empty: none
     # (what the journal says of the answer, arguments) -> what is sent, where that differs
     render: Callable | None = None
+    counts: int | None = None  # where its calls are counted in store_used; None: nowhere
+
+
+OF_STORE, OF_LEASES = 0, 1     # places in the counters of store_used
 
 
 def _shared(*names: str) -> tuple:
@@ -10771,35 +10953,36 @@ TOOLS = {t.name: t for t in (
         Field("tool_use_id", "text", None, "the agent's own name for that use")), {}, tool_permission_prompt,
         "what an agent's permission gate asks; not for models", needs="path_b", render=render_permission),
     Tool("kv_get", "Read a value", EVERYBODY, True, _shared("path"), {"entry": "object?"}, tool_kv_get,
-         "read from the shared store"),
+         "read from the shared store", counts=OF_STORE),
     Tool("kv_set", "Write a value", EVERYBODY, False, (*_shared("path"), _VALUE, *_shared("override_flag")),
-         {"version": "count"}, tool_kv_set, "write into the shared store"),
+         {"version": "count"}, tool_kv_set, "write into the shared store", counts=OF_STORE),
     Tool("kv_cas", "Compare and write", EVERYBODY, False, (
         *_shared("path", "expected_version"), _VALUE._replace(name="new_value"), *_shared("override_flag")),
         {"version": "count", "swapped": "flag"}, tool_kv_cas,
-        "write only over the version that you know; 0: only where nothing is"),
+        "write only over the version that you know; 0: only where nothing is", counts=OF_STORE),
     Tool("kv_delete", "Delete a value", EVERYBODY, False, _shared("path", "override_flag"),
          {"existed": "flag"},
-         tool_kv_delete, "delete from the shared store"),
+         tool_kv_delete, "delete from the shared store", counts=OF_STORE),
     Tool("kv_list", "List values", EVERYBODY, True, _shared("glob"),
          {"entries": "object[]", "truncated": "flag", "total_matched": "count"}, tool_kv_list,
-         "paths and versions of what you may read"),
+         "paths and versions of what you may read", counts=OF_STORE),
     Tool("kv_wait", "Wait for a value", EVERYBODY, True, (
         *_shared("path"), WAIT._replace(default=REQUIRED, help="how long to wait"), *_shared("min_version")),
-        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it"),
+        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it", counts=OF_STORE),
     Tool("lease_acquire", "Take a lease", EVERYBODY, False, _shared("name", "ttl_secs", "wait_secs"), _LEASE,
          tool_lease_acquire, "be the only one in this layer to do something, until released or ttl_secs "
-                             "passed"),
+                             "passed", counts=OF_LEASES),
     Tool("lease_release", "Give a lease back", EVERYBODY, False, _shared("lease_id"), _OK, tool_lease_release,
-         "end a lease that you hold"),
+         "end a lease that you hold", counts=OF_LEASES),
     Tool("lease_list", "List leases", EVERYBODY, True, (), {"leases": "object[]"}, tool_lease_list,
-         "the leases of this layer and who holds them"),
+         "the leases of this layer and who holds them", counts=OF_LEASES),
     Tool("run_lease_acquire", "Take a lease of the tree", EVERYBODY, False,
          _shared("key", "ttl_secs", "wait_secs"), _LEASE, tool_run_lease_acquire,
-         "be the only one in the whole tree to do something"),
+         "be the only one in the whole tree to do something", counts=OF_LEASES),
     Tool("run_lease_release", "Give a lease of the tree back", EVERYBODY, False, (
         SHARED_FIELDS["lease_id"]._replace(default=None), SHARED_FIELDS["key"]._replace(default=None)), _OK,
-        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key"),
+        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key",
+        counts=OF_LEASES),
 )}
 
 
@@ -10831,6 +11014,8 @@ def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, cal
         raise InvalidInput("; ".join(f"{p.path}: {p.message}" for p in problems))
     if call in dispatcher.run.answers:
         return finish_again(dispatcher, row, values, call)
+    if row.counts is not None:
+        dispatcher.count_use(actor.id, row.counts)
     try:
         return row.run(dispatcher, actor, values, call)
     except EnvironmentFault as e:
@@ -11054,6 +11239,7 @@ class ControlSession:
         for name in run.layers:
             if run.actors[name].parent and not run.actors[name].status:
                 self.tell_sublead(name)
+        self.tell_store_use(run.store_use)
 
     def tell_asked(self, asked: Approval) -> None:
         """Tell the client of a request that waits for an operator."""
@@ -11106,6 +11292,13 @@ class ControlSession:
                   max_workers=layer.max_workers or None, read_down=layer.read_down,
                   actor_path=path_of(run, name))
 
+    def tell_store_use(self, used: Mapping[str, Any]) -> None:
+        """Tell the client how often actors have called for the store and for leases so far."""
+        counters = [{"actor_id": name, "kv_ops": counts[OF_STORE], "lease_ops": counts[OF_LEASES]}
+                    for name, counts in used.items()]
+        if counters:
+            self.send(event="store_activity", counters=counters)
+
     def tell(self, event: dict) -> None:
         """Tell the client of an event that people want to know."""
         if self.link.choked:
@@ -11127,6 +11320,8 @@ class ControlSession:
         elif event["kind"] in ("approval_decided", "approval_withdrawn"):
             self.send(event="approval_resolved", request_id=event["request_id"],
                       approved=event.get("approved", False), by=event.get("by", "withdrawn"))
+        elif event["kind"] == "store_used":
+            self.tell_store_use(event["counters"])
         elif event["kind"] == "run_finished":
             self.send(event="run_finished", summary={"tasks_total": event["tasks_total"],
                                                      "tasks_failed": event["tasks_failed"]})
@@ -11284,6 +11479,93 @@ LOG_EVENTS = {
                "tool_result": _log_gemini_answer, "result": _log_end},
     "text": {},
 }
+
+
+STALL_S = 600.0            # longer than an answer or a call of a tool usually takes
+AT_REST = ("paused", "frozen")
+
+
+class NeedKind(NamedTuple):
+    """One way in which a run needs its operator."""
+
+    colour: str
+    advice: str                # the command that shows or mends it, with {run} and {actor}
+    told_apart: bool           # `status` shows it in a line of its own, not in another place
+    meaning: str
+
+
+NEEDS = {
+    # kind                   colour    advice                            told_apart
+    "dispatcher": NeedKind("red",    "pitboss resume {run}",           False, "nobody deals the run"),
+    "approval":   NeedKind("yellow", "pitboss approvals {run}",        False, "a request waits for a word"),
+    "hold":       NeedKind("red",    "pitboss doctor",                 False, "credentials were refused"),
+    "space":      NeedKind("red",    "pitboss resume {run}",           True,  "there is no room on the disk"),
+    "rest":       NeedKind("yellow", "pitboss continue {run} {actor}", True,  "all that lives is paused"),
+    "stall":      NeedKind("yellow", "pitboss attach {run} {actor}",   True,  "it has said nothing for long"),
+    "failure":    NeedKind("red",    "pitboss attach {run} {actor}",   False, "it ended as nobody wanted"),
+}
+
+
+class Need(NamedTuple):
+    """Something for which a run needs its operator."""
+
+    kind: str                  # a key of NEEDS
+    actor: str                 # empty: it is of the run as a whole
+    text: str                  # one clean line
+    at: float                  # since when, unix seconds
+    request: str = ""          # of an approval its id
+
+
+def attention(run: RunState, now: float, heard: Mapping[str, float] | None = None,
+              alone: int | None = None) -> list[Need]:
+    """What of a run needs an operator, in the order of NEEDS, in each kind the oldest first.
+
+    `now` in unix seconds; `heard`: when the log of an actor last grew, where that is known; `alone`: how many
+    agents live without a dispatcher, None while there is one.
+    """
+    needs = [Need("failure", a.id, clean_text(f"{a.status}  {(a.reason or {}).get('message') or ''}").strip(),
+                  a.ended_at or run.last_at) for a in run.actors.values()
+             if a.status and not STATUSES[a.status].wanted and not a.needless]
+    if run.finished_at is not None:
+        return needs
+    needs += [Need("approval", a.actor, clean_text(f"asks ({a.category}): {preview(a.summary)}"), a.asked_at,
+                   a.id) for a in run.approvals.values()]
+    needs += [Need("hold", "", clean_text(f"{h.account.partition(':')[0]}: {HOLDS[h.kind].words}"), h.since)
+              for h in run.holds.values() if HOLDS[h.kind].final]
+    if run.draining == "no_space":
+        needs.append(Need("space", "", "no space left: nothing new starts", run.last_at))
+    if alone is None:
+        needs += find_idle(run, now, heard or {})
+    else:
+        living = f"; {count_alive(alone)} without it" if alone else ""
+        needs.append(Need("dispatcher", "", f"its dispatcher died{living}", run.last_at))
+    return sorted(needs, key=lambda need: ([*NEEDS].index(need.kind), need.at))
+
+
+def find_idle(run: RunState, now: float, heard: Mapping[str, float]) -> Iterator[Need]:
+    """The actors that do nothing and that nobody goes on with.
+
+    A lead says nothing while it waits for those below it, and who asked for approval is one that waits.
+    """
+    living = [a for a in run.actors.values() if STATES[a.state].live]
+    resting = [a for a in living if a.state in AT_REST]
+    if resting and len(resting) == len(living) and not run.held:
+        for actor in resting:
+            yield Need("rest", actor.id, f"is {actor.state}, and nothing else of the run goes on",
+                       run.heard.get(actor.id, run.last_at))
+    waits = {a.parent for a in run.actors.values() if not a.status and a.state not in AT_REST}
+    waits |= {asked.actor for asked in run.approvals.values()}
+    for actor in living:
+        last = max(run.heard.get(actor.id, actor.hand_at), heard.get(actor.id, 0.0))
+        if actor.state == "running" and actor.id not in waits and now - last >= STALL_S:
+            yield Need("stall", actor.id, f"has said nothing for {render_duration(now - last)}", last)
+
+
+def show_need(need: Need, run_id: str) -> dict:
+    """A need as JSON has it."""
+    return {"kind": need.kind, "actor": need.actor or None, "text": need.text, "since": render_time(need.at),
+            "request_id": need.request or None,
+            "advice": NEEDS[need.kind].advice.format(run=run_id, actor=need.actor)}
 
 
 def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -11600,12 +11882,719 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
     return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
+class Seat(NamedTuple):
+    """One line of the tree of a manifest: an actor, or all that may be spawned in one place."""
+
+    role: str                  # task lead worker sublead
+    depth: int                 # of a task and the root lead 0
+    id: str                    # of who is spawned: how it will be called
+    at_most: int | None        # at once, sub-leads in the whole run; None: no limit
+    agent: str
+    model: str | None          # None: any
+    timeout_s: int
+    budget_usd: float | None   # its purse, or envelope
+    time_usd: float | None     # what all its time can cost; None: that has no end
+
+
+class Outlook(NamedTuple):
+    """What a manifest can come to: its tree, and what that costs at worst."""
+
+    seats: tuple
+    worst_usd: float | None    # None: no end
+    by: str                    # the key that makes the end
+    missing: tuple             # what would make one
+    time_usd: float | None     # by timeouts and prices alone
+
+
+def foresee(manifest: Manifest, pricing: Pricing) -> Outlook:
+    """The tree of a manifest, and its worst case.
+
+    An actor costs at most its time, at the highest rate of tokens, at the price of its model.  A lead whose
+    agent tells its cost spawns nobody beyond its budget; of another one the budget sees nothing.
+    """
+    tree = manifest.mode == "hierarchical"
+    seats, missing = seat_tree(manifest, pricing) if tree else seat_tasks(manifest, pricing)
+    time_usd = None if missing else math.fsum(seat.time_usd for seat in seats)
+    tells = FORMATS[agent_row(manifest.tasks[0].agent, manifest.agents).format].tells_cost
+    budget = manifest.rules.budget_usd if tree and tells else None
+    if budget is not None and (time_usd is None or budget <= time_usd):
+        return Outlook(tuple(seats), budget, "budget_usd", (), time_usd)
+    return Outlook(tuple(seats), time_usd, "lead_timeout_secs" if tree else "timeout_secs",
+                   tuple(dict.fromkeys(missing)), time_usd)
+
+
+def usd_per_second(price: tuple, pricing: Pricing) -> float:
+    """What one agent costs in a second at most."""
+    return sum(count * usd for count, usd in zip(pricing.rate, price)) / 1e6
+
+
+def price_time(task: Task, place: str, pricing: Pricing) -> tuple[float | None, list[str]]:
+    """(what all the time of an actor costs, what is missing to say that)."""
+    price = find_price(task.model, pricing.models)
+    if price is None:
+        return None, [f"[model.{json.dumps(task.model)}] in prices.toml" if task.model else f"{place}.model"]
+    return task.timeout_s * usd_per_second(price, pricing), []
+
+
+def seat_tasks(manifest: Manifest, pricing: Pricing) -> tuple[list[Seat], list[str]]:
+    """(a seat for each task, what is missing to say what their time costs)."""
+    seats, missing = [], []
+    for task in manifest.tasks:
+        usd, lack = price_time(task, f"task[{task.index}]", pricing)
+        seats.append(Seat("task", 0, task.id, 1, task.agent, task.model, task.timeout_s, None, usd))
+        missing += lack
+    return seats, missing
+
+
+def seat_tree(manifest: Manifest, pricing: Pricing) -> tuple[list[Seat], list[str]]:
+    """(the lead's seat and those of all that it may spawn, what is missing to say what their time costs).
+
+    Who is spawned may have any model, so the dearest one counts; it ends when the root lead ends.
+    """
+    lead, rules, subleads = manifest.tasks[0], manifest.rules, manifest.rules.subleads
+    usd, missing = price_time(lead, "lead", pricing)
+    one = lead.timeout_s * max(usd_per_second(price, pricing) for price in pricing.models.values())
+    across, most = subleads.get("max_workers_across_tree"), subleads.get("max_subleads")
+    live = min(rules.max_workers, across or rules.max_workers)
+    seats = [Seat("lead", 0, lead.id, 1, lead.agent, lead.model, lead.timeout_s, rules.budget_usd, usd),
+             Seat("worker", 1, "worker-N", live, lead.agent, None, lead.worker_timeout_s, None, live * one)]
+    if "allow_subleads" not in subleads:
+        return seats, missing
+    defaults, lack = subleads["sublead_defaults"], [] if most else ["lead.max_subleads"]
+    pool = next(int(f.high) for f in SUBLEAD_FIELDS if f.name == "max_workers")  # what a spawn may ask for
+    below = across - live if across else most * pool if most else None
+    envelope = subleads.get("max_sublead_budget_usd", defaults.get("budget_usd"))
+    seats += [Seat("sublead", 1, "sublead-N", most, lead.agent, None,
+                   defaults.get("lead_timeout_secs") or lead.timeout_s, envelope, most and most * one),
+              Seat("worker", 2, "worker-N", below, lead.agent, None, lead.worker_timeout_s, None,
+                   None if below is None else below * one)]
+    return seats, [*missing, *lack]
+
+
+def public_outlook(outlook: Outlook) -> dict:
+    """The same for programs."""
+    def plain(record: NamedTuple) -> dict:
+        return {("timeout_secs" if k == "timeout_s" else k): round(v, 6) if isinstance(v, float) else v
+                for k, v in record._asdict().items()}
+
+    return {**plain(outlook), "seats": [plain(seat) for seat in outlook.seats]}
+
+
+def render_outlook(outlook: Outlook, width: int) -> list[str]:
+    """The tree of a manifest as lines, its worst case last."""
+    rows = [["ROLE", "ID", "MOST", "AGENT", "SECONDS", "BUDGET", "BY TIME", "MODEL"]]
+    for seat in outlook.seats:
+        most = "-" if seat.at_most is None else str(seat.at_most)
+        usd = "no end" if seat.time_usd is None else render_usd(seat.time_usd)
+        model = "any" if seat.model is None else clean_text(seat.model)
+        rows.append(["  " * seat.depth + seat.role, seat.id, most, clean_text(seat.agent),
+                     str(seat.timeout_s), render_usd(seat.budget_usd), usd, model])
+    lines = [*render_table(rows, (2, 4, 5, 6), width), "", render_worst(outlook)]
+    if outlook.by == "budget_usd":
+        rest = "without end" if outlook.time_usd is None else f"up to {render_usd(outlook.time_usd)} in all"
+        lines.append("Nobody is spawned beyond the budget; who runs when it is spent goes on until the end "
+                     f"of its time, {rest}.")
+    return lines
+
+
+def render_worst(outlook: Outlook) -> str:
+    """The worst case in one line."""
+    if outlook.worst_usd is None:
+        return f"worst case: no end; missing: {', '.join(outlook.missing)}"
+    return f"worst case: {render_usd(outlook.worst_usd)} (by {outlook.by})"
+
+
 def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[str]:
     """What `dispatch --dry-run` says of one task."""
     branch = task.branch or f"pitboss/<run8>/{task.id}"
     return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
             f"  branch  {branch}" if task.use_worktree
             else "  branch  none: it works in its directory itself", f"  limit   {task.timeout_s:g} s"]
+
+
+# ======================================================================================
+# REPORT: a run as one page, and in the formats of other programs                 [pure]
+# ======================================================================================
+# A Chronicle is what the journal tells beyond the records: who stood how, when; what was
+# spent by when; what was asked.  The page has no script and loads nothing, so it opens from
+# a disk and can be mailed; every word of an agent goes through `esc`.
+# To add a format: one row in REPORTS; a metric: one row in METRICS; a part of the page: one
+# row in PAGE_PARTS.
+
+class Span(NamedTuple):
+    """A time in which an actor stood in one state, a key of STATES.  Unix seconds."""
+
+    state: str
+    start: float
+    end: float
+
+
+class Moment(NamedTuple):
+    """Something that happened to an actor or, with an empty name, to the run: `kind` is a key of MOMENTS."""
+
+    actor: str
+    at: float
+    kind: str
+
+
+MOMENTS = {
+    # kind of event: in words
+    "dispatcher_started": "a dispatcher began",
+    "cancelled": "the run was cancelled",
+    "drained": "nothing new starts from here",
+    "hold_began": "a provider takes no requests",
+    "hold_ended": "the provider takes requests again",
+    "reprompted": "told something else",
+    "stop_decided": "to be stopped",
+    "approval_asked": "asks for approval",
+    "approval_decided": "its request is answered",
+}
+
+
+class Request(NamedTuple):
+    """A request for approval and what became of it; `summary` and `plan` may be blobs' names."""
+
+    id: str
+    actor: str
+    category: str
+    summary: Any
+    plan: Any
+    asked_at: float
+    ended_at: float | None
+    answer: str                # in words; empty: it waits
+
+
+class Chronicle:
+    """A run's events, read once, as drawings need them."""
+
+    def __init__(self) -> None:
+        self.run = RunState()
+        self.spans: dict[str, list[Span]] = {}
+        self.moments: list[Moment] = []
+        self.spent: list[tuple[float, float, int]] = []      # (moment, USD, tokens) of the run by then
+        self.requests: dict[str, Request] = {}
+        self.signals: dict[str, int] = {}                    # that ended an actor's last hand
+        self._totals: dict[str, tuple[float, int]] = {}
+        self._since: dict[str, tuple[str, float]] = {}
+
+    def follow(self, event: dict) -> None:
+        """Fold one more event."""
+        step(self.run, event)
+        name, kind, at = event.get("actor", ""), event["kind"], event["at"]
+        for one in [name] if name in self.run.actors else [] if name else self.run.actors:
+            self._stand(self.run.actors[one], at)
+        if kind in MOMENTS and (kind != "dispatcher_started" or self.spans):      # the first is the beginning
+            self.moments.append(Moment(name, at, kind))
+        if kind in ("usage", "hand_ended"):
+            self._spend(self.run.actors[name], at)
+        if kind == "hand_ended":
+            self.signals[name] = event.get("signal") or 0
+        if event.get("request_id"):
+            self._ask(event)
+
+    def _stand(self, actor: Actor, at: float) -> None:
+        state, since = self._since.get(actor.id, ("", at))
+        if state != actor.state:
+            if state:
+                self.spans.setdefault(actor.id, []).append(Span(state, since, at))
+            self._since[actor.id] = (actor.state, at)
+
+    def _spend(self, actor: Actor, at: float) -> None:
+        self._totals[actor.id] = ((actor.cost_usd or 0.0) + actor.hand_usd,
+                                  sum(actor.usage) + sum(actor.hand_usage))
+        known = self._totals.values()
+        self.spent.append((at, sum(usd for usd, _ in known), sum(tokens for _, tokens in known)))
+
+    def _ask(self, event: dict) -> None:
+        name, answer = event["request_id"], self.run.decided.get(event["request_id"], "")
+        old = self.requests.get(name) or Request(name, event["actor"], event.get("category", ""),
+                                                 event.get("summary"), event.get("plan"), event["at"], None,
+                                                 "")
+        self.requests[name] = old._replace(answer=answer, ended_at=event["at"] if answer else None)
+
+    def close(self, until: float) -> None:
+        """End the spans of those that have not settled at `until`."""
+        for name, (state, since) in self._since.items():
+            if state != "settled":
+                self.spans.setdefault(name, []).append(Span(state, since, max(since, until)))
+        self._since = {}
+
+
+def read_chronicle(events: Iterable[dict], until: float | None) -> Chronicle:
+    """The chronicle of a run; what goes on goes on until `until`, None: the last event."""
+    told = Chronicle()
+    for event in events:
+        told.follow(event)
+    told.close(told.run.last_at if until is None else until)
+    return told
+
+
+def chronicle_of_records(records: Iterable[dict], until: float) -> Chronicle:
+    """What the records of a run without a journal tell: when each actor began and ended, and its cost."""
+    told, ended = Chronicle(), []
+    for r in records:
+        start = seconds_of(r["started_at"])
+        if start is None:
+            continue
+        end = seconds_of(r["ended_at"])
+        told.spans[r["task_id"]] = [Span("running", start, until if end is None else max(start, end))]
+        ended.append((until if end is None else end, r["cost_usd"] or 0.0, sum(r["token_usage"].values())))
+    usd, tokens = 0.0, 0
+    for at, more_usd, more_tokens in sorted(ended):
+        usd, tokens = usd + more_usd, tokens + more_tokens
+        told.spent.append((at, usd, tokens))
+    return told
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Unix seconds of an RFC 3339 time; None for anything else."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(text or "").timestamp()
+    except ValueError:
+        return None
+
+
+class Report(NamedTuple):
+    """All that a report is made of; its texts are masked."""
+
+    head: dict                 # as `status --json` has it
+    actors: list               # records in the order of the tree, unsettled ones with a state
+    told: Chronicle
+    requests: list             # Request with texts
+    logs: dict                 # actor to the last lines of its log: (mark of LOG_MARKS, text) pairs
+    changes: dict              # actor to {a, b, files, note, patch} of its work in git
+    now: float
+    version: str
+
+
+_NOT_XML = r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+
+
+def esc(value: Any) -> str:
+    """A text as HTML and XML take it, in an element or an attribute; what XML cannot hold is left out."""
+    import html
+
+    return html.escape(re.sub(_NOT_XML, "", str(value)))
+
+
+def bounds_of(report: Report) -> tuple[float, float]:
+    """The first and the last moment of a report's time line, never the same one."""
+    spans = [s for all_of in report.told.spans.values() for s in all_of]
+    times = [t for s in spans for t in (s.start, s.end)] + [m.at for m in report.told.moments]
+    start, end = (min(times), max(times)) if times else (report.now, report.now)
+    return start, max(end, start + 0.001)
+
+
+TICKS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200,
+           86400, 172800, 604800)
+ROW_PX, LABEL_PX, WIDE_PX = 18, 190, 1000      # of a drawing: a row, its names, all of it
+
+
+def render_ticks(start: float, end: float, height: int) -> list[str]:
+    """Vertical lines with the time since the start, at most twelve."""
+    size = next((t for t in TICKS_S if (end - start) / t <= 12), (end - start) / 10)
+    marks = [n * size for n in range(int((end - start) / size) + 1)]
+    drawn = []
+    for since in marks:
+        x = place_of(start + since, start, end)
+        drawn.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}"/>'
+                     f'<text class="label" x="{x:.1f}" y="10">{esc(render_duration(since))}</text>')
+    return drawn
+
+
+def place_of(at: float, start: float, end: float) -> float:
+    """Where a moment stands in a drawing, pixels from its left."""
+    return LABEL_PX + (WIDE_PX - LABEL_PX - 10) * (min(max(at, start), end) - start) / (end - start)
+
+
+def open_svg(height: int, about: str) -> str:
+    """The beginning of a drawing."""
+    return (f'<svg viewBox="0 0 {WIDE_PX} {height}" width="100%" role="img" aria-label="{esc(about)}" '
+            f'xmlns="http://www.w3.org/2000/svg">')
+
+
+def render_timeline(report: Report) -> list[str]:
+    """A row for each actor, a box for each time that it stood in one state, a dot for what happened to it."""
+    start, end = bounds_of(report)
+    rows = {r["task_id"]: 18 + ROW_PX * n for n, r in enumerate(report.actors)}
+    height, depths = 22 + ROW_PX * len(rows), depths_of(report.actors)
+    drawn = [open_svg(height, "time line of all actors"), *render_ticks(start, end, height)]
+    for record in report.actors:
+        name, y = record["task_id"], rows[record["task_id"]]
+        drawn.append(f'<text class="name" x="{8 * depths[name]}" y="{y + 11}">'
+                     f'{esc(clip_cells(clean_text(name), 26))}</text>')
+        for span in report.told.spans.get(name, ()):
+            x, wide = place_of(span.start, start, end), place_of(span.end, start, end)
+            says = (f"{name}: {span.state} for {render_duration(span.end - span.start)}, "
+                    f"from {render_time(span.start)}")
+            drawn.append(f'<rect class="s-{esc(span.state)}" x="{x:.1f}" y="{y}" '
+                         f'width="{max(1.0, wide - x):.1f}" height="12"><title>{esc(says)}</title></rect>')
+    for moment in report.told.moments:
+        x, says = place_of(moment.at, start, end), f"{MOMENTS[moment.kind]}, {render_time(moment.at)}"
+        title = f"<title>{esc(f'{moment.actor}: {says}' if moment.actor else says)}</title>"
+        if moment.actor in rows:
+            drawn.append(f'<circle class="moment" cx="{x:.1f}" cy="{rows[moment.actor] + 6}" r="4">'
+                         f'{title}</circle>')
+        elif not moment.actor:
+            drawn.append(f'<line class="whole" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}">'
+                         f'{title}</line>')
+    key = " ".join(f'<span class="key"><svg width="12" height="12"><rect class="s-{s.name}" width="12" '
+                   f'height="12"/></svg> {s.name}: {esc(s.meaning)}</span>' for s in STATES.values()
+                   if s.name != "settled")
+    return [*drawn, "</svg>", f'<p class="small">{key}</p>']
+
+
+def depths_of(actors: list[dict]) -> dict[str, int]:
+    """How many leads stand above each actor."""
+    parents = {r["task_id"]: r["parent_task_id"] for r in actors}
+    depths = {}
+    for first in parents:
+        depth, name = 0, parents[first]
+        while name in parents and depth < 8:
+            depth, name = depth + 1, parents[name]
+        depths[first] = depth
+    return depths
+
+
+MAX_POINTS = 400           # of a curve
+
+
+def render_spending(report: Report) -> list[str]:
+    """Cost and tokens of the whole run over time, two curves in one drawing."""
+    start, end = bounds_of(report)
+    spent = report.told.spent
+    spent = spent[::max(1, len(spent) // MAX_POINTS)] + spent[-1:]
+    if not spent:
+        return ["<p>No actor has told of tokens or cost.</p>"]
+    height = 160
+    drawn = [open_svg(height, "cost and tokens over time"), *render_ticks(start, end, height)]
+    for column, name, show in ((1, "cost", render_usd), (2, "tokens", render_tokens)):
+        most = max(point[column] for point in spent)
+        points, y = [(place_of(start, start, end), height - 6.0)], height - 6.0
+        for point in spent:
+            x = place_of(point[0], start, end)
+            points.append((x, y))
+            y = height - 6 - (height - 36) * (point[column] / most if most > 0 else 0)
+            points.append((x, y))
+        points.append((place_of(end, start, end), y))
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        drawn.append(f'<polyline class="c-{name}" points="{line}"><title>{name}</title></polyline>'
+                     f'<text class="name t-{name}" x="0" y="{40 + 20 * column}">{name}: {esc(show(most))}'
+                     f'</text>')
+    return [*drawn, "</svg>"]
+
+
+def render_bar(share: float, name: str) -> str:
+    """A small bar, `share` from 0 to 1 long."""
+    return (f'<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"><rect class="b-{name}" '
+            f'width="{100 * min(1.0, max(0.0, share)):.1f}" height="8"/></svg>')
+
+
+def render_actors(report: Report) -> list[str]:
+    """A table of all actors: status and reason, time, tokens and cost with bars."""
+    tokens = {r["task_id"]: sum(r["token_usage"].values()) for r in report.actors}
+    most = max([*tokens.values(), 1])
+    dearest = max([r["cost_usd"] or 0.0 for r in report.actors] + [1e-9])
+    depths = depths_of(report.actors)
+    lines = ["<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in (
+        "actor", "status", "role", "agent", "time", "tokens", "", "cost", "", "hands", "what it said last"))
+             + "</tr></thead><tbody>"]
+    for r in report.actors:
+        row, reason = STATUSES.get(r["status"] or ""), r["failure_reason"] or {}
+        word = f"{row.glyph} {row.name}" if row else r["status"] or r.get("state") or ""
+        why = f"{reason.get('kind')}: {reason.get('message')}" if reason else ""
+        words = "".join(f'<div class="{c}">{esc(t)}</div>' for c, t in (
+            ("why", why), ("", r["final_message_preview"] or r.get("words") or "")) if t)
+        usage = ", ".join(f"{n} {c}" for n, c in r["token_usage"].items())
+        cells = (f'<td><a href="#actor-{esc(r["task_id"])}" style="padding-left:'
+                 f'{depths[r["task_id"]]}em">{esc(r["task_id"])}</a></td>',
+                 f'<td class="{row.colour if row else "cyan"}">{esc(word)}</td>',
+                 f'<td>{esc(r["role"])}</td>', f'<td>{esc(r["agent"])}<br><small>{esc(r["model"] or "")}'
+                 f'</small></td>', f'<td class="n">{esc(render_duration(age_s(r, report.now)))}</td>',
+                 f'<td class="n" title="{esc(usage)}">{esc(render_tokens(tokens[r["task_id"]]))}</td>',
+                 f'<td>{render_bar(tokens[r["task_id"]] / most, "tokens")}</td>',
+                 f'<td class="n">{esc(render_usd(r["cost_usd"]))}</td>',
+                 f'<td>{render_bar((r["cost_usd"] or 0.0) / dearest, "cost")}</td>',
+                 f'<td class="n">{esc(r.get("hands", 1))}</td>', f'<td class="wide">{words}</td>')
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return [*lines, "</tbody></table>"]
+
+
+def render_tree(report: Report) -> list[str]:
+    """Who spawned whom, with what each lead and all below it cost."""
+    if report.head["mode"] != "hierarchical":
+        return []
+    names = {r["task_id"] for r in report.actors}
+    below: dict[Any, list] = {}
+    for r in report.actors:
+        above = r["parent_task_id"]
+        below.setdefault(above if above in names and above != r["task_id"] else None, []).append(r)
+
+    def grow(name: Any) -> tuple[list[str], float]:
+        lines, total = ["<ul>"] if name in below else [], 0.0
+        for r in below.get(name, ()):
+            inner, more = grow(r["task_id"])
+            cost = (r["cost_usd"] or 0.0) + more
+            sum_words = f", {render_usd(cost)} with all below it" if inner else ""
+            lines += [f'<li>{esc(r["task_id"])} <span class="small">{esc(r["role"])}, '
+                      f'{esc(r["status"] or r.get("state") or "")}, {esc(render_usd(r["cost_usd"]))}'
+                      f'{esc(sum_words)}</span>', *inner, "</li>"]
+            total += cost
+        return lines + (["</ul>"] if name in below else []), total
+
+    return grow(None)[0]
+
+
+def render_requests(report: Report) -> list[str]:
+    """Every request for approval: who asked for what, how long it took, what the answer was."""
+    if not report.requests:
+        return ["<p>Nothing was asked.</p>"]
+    lines = ["<table><thead><tr><th>asked at</th><th>actor</th><th>category</th><th>for what</th>"
+             "<th>waited</th><th>answer</th></tr></thead><tbody>"]
+    for r in report.requests:
+        plan = f"<details><summary>plan</summary><pre>{esc(r.plan)}</pre></details>" if r.plan else ""
+        waited = render_duration((r.ended_at or report.now) - r.asked_at)
+        lines.append(f"<tr><td>{esc(render_time(r.asked_at))}</td><td>{esc(r.actor)}</td>"
+                     f"<td>{esc(r.category)}</td><td class='wide'>{esc(r.summary or '')}{plan}</td>"
+                     f'<td class="n">{esc(waited)}</td><td>{esc(r.answer or "it waits")}</td></tr>')
+    return [*lines, "</tbody></table>"]
+
+
+def render_works(report: Report) -> list[str]:
+    """A part for each actor: what it changed in git, and the end of its log."""
+    lines = []
+    for r in report.actors:
+        name = r["task_id"]
+        facts = [f"branch {r['branch']}" if r["branch"] else "", f"kept in {r['worktree_path']}"
+                 if r["worktree_path"] else "", r.get("worktree_kept") or "",
+                 f"saved as {r['rescue_ref']}" if r["rescue_ref"] else "",
+                 f"session {r['claude_session_id']}" if r["claude_session_id"] else ""]
+        lines += [f'<h3 id="actor-{esc(name)}">{esc(name)}</h3>',
+                  f'<p class="small">{esc("; ".join(f for f in facts if f))}</p>']
+        lines += render_work(report.changes.get(name))
+        shown = "\n".join(f'<span class="{LOG_MARKS[mark][0]}">{esc(mark)} {esc(text)}</span>'
+                          for mark, text in report.logs.get(name, ()))
+        lines.append(f"<details><summary>the end of its log</summary><pre>{shown}</pre></details>"
+                     if shown else "<p>It has no log.</p>")
+    return lines
+
+
+def render_work(work: dict | None) -> list[str]:
+    """What an actor changed in git: a line for each file, then the patch where it is wanted."""
+    if not work:
+        return []
+    note = [f'<p class="small">{esc(work["note"])}</p>'] if work["note"] else []
+    files = work["files"]
+    if not files:
+        return note or ["<p>It changed nothing in git.</p>"]
+    stat = render_table([[clean_text(f["path"]), "binary" if f["added"] is None else f"+{f['added']}",
+                          "" if f["removed"] is None else f"-{f['removed']}"] for f in files], right=(1,))
+    title = (f"{len(files)} file{'s' * (len(files) != 1)}, +{sum(f['added'] or 0 for f in files)} "
+             f"-{sum(f['removed'] or 0 for f in files)}: {work['a']} .. {work['b']}")
+    whole = []
+    if work["patch"]:
+        colours = {"+": "green", "-": "red", "@": "cyan"}
+        body = "\n".join(f'<span class="{colours[line[0]]}">{esc(line)}</span>' if line[:1] in colours
+                         else esc(line) for line in work["patch"].split("\n"))
+        whole = [f"<details><summary>the whole difference</summary><pre>{body}</pre></details>"]
+    return [f"<p>{esc(title)}</p>", "<pre>" + esc("\n".join(stat)) + "</pre>", *note, *whole]
+
+
+PAGE_PARTS = (
+    # heading                its lines
+    ("Time line",            render_timeline),
+    ("Actors",               render_actors),
+    ("Tree",                 render_tree),
+    ("Cost and tokens",      render_spending),
+    ("Approvals",            render_requests),
+    ("Work and logs",        render_works),
+)
+
+# Nothing is loaded and nothing runs, whatever an agent has printed.
+PAGE_SHUT = "default-src 'none'; style-src 'unsafe-inline'"
+PAGE_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d8dee4;
+  --green: #1a7f37; --red: #c0262c; --yellow: #8a6100; --cyan: #0b6e8a; --magenta: #8250df;
+  --running: #2da44e; --wait: #d0d7de; --held: #d4a72c; --paused: #8c959f; --stop: #cf5b56; }
+@media (prefers-color-scheme: dark) { :root { --back: #14181d; --text: #dfe5ec; --soft: #98a2ad;
+  --line: #303740; --green: #57c36c; --red: #ff7b72; --yellow: #e0b341; --cyan: #5cc8e0;
+  --magenta: #c297ff; --running: #2f8f46; --wait: #3a424c; --held: #9e7a1a; --paused: #6b7480;
+  --stop: #b3443f; } }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1.2em;
+  background: var(--back); color: var(--text); } p, dd, h1, h3 { overflow-wrap: anywhere; }
+h1 { font-size: 1.5em; margin: 0 0 .3em; } h2 { font-size: 1.15em; margin: 1.8em 0 .5em;
+  border-bottom: 1px solid var(--line); } h3 { font-size: 1em; margin: 1.4em 0 .2em; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; color: var(--soft);
+  font-weight: 500; } th, td { padding: .25em .6em .25em 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; white-space: nowrap; } td.n { text-align: right; } a { color: inherit; }
+td.wide { white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
+pre { font: 12px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: color-mix(in srgb, var(--text) 5%, transparent); padding: .6em; }
+dl { display: flex; flex-wrap: wrap; gap: .3em 2em; margin: 0; } dt { color: var(--soft);
+  font-size: .85em; } dd { margin: 0; } .small, small { color: var(--soft); font-size: .85em; }
+.key { margin-right: 1em; white-space: nowrap; } .why { color: var(--red); } .bar { width: 90px;
+  height: 8px; } .b-cost, .b-tokens { fill: var(--cyan); } .b-cost { fill: var(--magenta); }
+.green { color: var(--green); } .red { color: var(--red); } .yellow { color: var(--yellow); }
+.cyan { color: var(--cyan); } .magenta { color: var(--magenta); } .white { color: var(--text); }
+svg text { fill: var(--text); font: 11px system-ui, sans-serif; } svg text.label { fill: var(--soft);
+  text-anchor: middle; } .tick { stroke: var(--line); } .whole { stroke: var(--red);
+  stroke-dasharray: 3 3; } .moment { fill: var(--yellow); stroke: var(--back); }
+.s-running { fill: var(--running); } .s-waiting, .s-placing, .s-dealing, .s-closing { fill: var(--wait); }
+.s-held { fill: var(--held); } .s-paused, .s-frozen { fill: var(--paused); } .s-stopping {
+  fill: var(--stop); } polyline { fill: none; stroke-width: 1.6; } .c-cost { stroke: var(--magenta); }
+.c-tokens { stroke: var(--cyan); } svg text.t-cost { fill: var(--magenta); } svg text.t-tokens {
+  fill: var(--cyan); }
+"""
+
+
+def render_page(report: Report) -> str:
+    """The run as one HTML page: its own styles and drawings, no script, nothing from elsewhere."""
+    head, (start, end) = report.head, bounds_of(report)
+    name = head["name"] or head["run_id"]
+    facts = (("run", head["run_id"]), ("mode", head["mode"] or "-"), ("state", head["state"]),
+             ("began", render_time(start)), ("took", render_duration(end - start)),
+             ("actors", head["tasks_total"]), ("not a success", head["tasks_failed"]),
+             ("not started", head["tasks_not_started"]), ("cost", render_usd(head["total_cost_usd"])),
+             ("tokens", render_tokens(sum(sum(r["token_usage"].values()) for r in report.actors))))
+    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
+             f'<meta http-equiv="Content-Security-Policy" content="{esc(PAGE_SHUT)}">',
+             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+             f"<title>{esc(name)}: {esc(head['state'])}</title>", f"<style>{PAGE_STYLE}</style>", "</head>",
+             "<body>", f"<h1>{esc(name)}</h1>",
+             "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{esc(v)}</dd></div>" for k, v in facts) + "</dl>"]
+    for title, render in PAGE_PARTS:
+        part = render(report)
+        lines += [f"<section><h2>{title}</h2>", *part, "</section>"] if part else []
+    lines.append(f'<p class="small">Made by pitboss {esc(report.version)} at {esc(render_time(report.now))}.'
+                 f'</p></body></html>')
+    return "\n".join(lines) + "\n"
+
+
+JOB_COLUMNS = ("Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command")
+
+
+def render_joblog(report: Report) -> str:
+    """The settled actors as GNU parallel's --joblog has its jobs, in the order in which they ended.
+
+    Measured with parallel 20221122: a job that a signal ended has Exitval 0, one whose time was over -1;
+    Receive counts what it printed.  An actor that is no success for another reason has -1, too.
+    """
+    lines = ["\t".join(JOB_COLUMNS)]
+    ended = [r for r in report.actors if r["status"] and r["started_at"]]
+    for number, r in enumerate(sorted(ended, key=lambda r: (r["ended_at"] or "", r["task_id"])), 1):
+        by = report.told.signals.get(r["task_id"], 0)
+        code = 0 if is_good(r["status"]) or by else r["exit_code"] or -1
+        lines.append("\t".join((str(number), ":", f"{seconds_of(r['started_at']) or 0:.3f}",
+                                f"{r['duration_ms'] / 1000:10.3f}", "0", str(r.get("log_bytes", 0)),
+                                str(code), str(by), clean_text(f"{r['agent']} {r['task_id']}"))))
+    return "\n".join(lines) + "\n"
+
+
+def render_junit(report: Report) -> str:
+    """The run as a JUnit report: a test case for each actor; what has not settled is skipped."""
+    run = report.told.run
+    cases, counts = [], {"failure": 0, "error": 0, "skipped": 0}
+    for r in report.actors:
+        row, actor, reason = STATUSES.get(r["status"] or ""), run.actors.get(r["task_id"]), ""
+        what = "skipped" if not r["status"] or actor and actor.needless else row.junit if row else "failure"
+        why = (r["failure_reason"] or {}).get("message") or r.get("state") or ""
+        if what:
+            counts[what] += 1
+            kind = "" if what == "skipped" else f' type="{esc(r["status"])}"'
+            reason = f'<{what} message="{esc(why)}"{kind}/>'
+        said = f"<system-out>{esc(r['final_message'] or '')}</system-out>" if r["final_message"] else ""
+        cases.append(f'    <testcase classname="{esc(report.head["name"] or "run")}" '
+                     f'name="{esc(r["task_id"])}" time="{r["duration_ms"] / 1000:.3f}">{reason}{said}'
+                     f"</testcase>")
+    start, end = bounds_of(report)
+    told = (f'tests="{len(cases)}" failures="{counts["failure"]}" errors="{counts["error"]}" '
+            f'skipped="{counts["skipped"]}" time="{end - start:.3f}"')
+    name = esc(report.head["name"] or report.head["run_id"])
+    moment = (render_time(start) or "")[:19]
+    return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', f'<testsuites name="{name}" {told}>',
+                      f'  <testsuite name="{name}" id="{esc(report.head["run_id"])}" timestamp="{moment}" '
+                      f'{told}>', *cases, "  </testsuite>", "</testsuites>"]) + "\n"
+
+
+def metric_label(value: Any) -> str:
+    """A label's value as Prometheus' text format takes it."""
+    return clean_text(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+
+
+def count_statuses(report: Report) -> Iterator[tuple[dict, float]]:
+    """How many actors ended how, a row for every status there is, or wait and run."""
+    words = [r["status"] or r.get("state") or "" for r in report.actors]
+    for word in dict.fromkeys([*STATUSES, *(s.tool for s in STATES.values() if s.name != "settled"),
+                               *words]):
+        yield {"status": word}, words.count(word)
+
+
+def each_actor(value: Callable[[dict], Any]) -> Callable:
+    """A metric with a row for each actor that `value` tells something of."""
+    def rows(report: Report) -> Iterator[tuple[dict, float]]:
+        for r in report.actors:
+            if value(r) is not None:
+                yield {"actor": r["task_id"], "role": r["role"], "agent": r["agent"]}, value(r)
+    return rows
+
+
+def count_actor_tokens(report: Report) -> Iterator[tuple[dict, float]]:
+    """The tokens of each actor by kind."""
+    for r in report.actors:
+        for kind, count in r["token_usage"].items():
+            yield {"actor": r["task_id"], "kind": kind}, count
+
+
+METRICS = (
+    # name, what it is, (report) -> (labels, value) pairs
+    ("run_start_timestamp_seconds", "when the run began",
+     lambda report: [({}, round(bounds_of(report)[0], 3))]),
+    ("run_duration_seconds", "how long the run took, or goes on",
+     lambda report: [({}, round(bounds_of(report)[1] - bounds_of(report)[0], 3))]),
+    ("run_finished", "1 when every record is final",
+     lambda report: [({}, int(report.head["state"] == "complete"))]),
+    ("run_actors", "actors by status, or by state", count_statuses),
+    ("run_failed_actors", "actors that count as failed", lambda report: [({}, report.head["tasks_failed"])]),
+    ("run_cost_usd", "what the run cost",
+     lambda report: [({}, report.head["total_cost_usd"])] if report.head["total_cost_usd"] is not None
+     else []),
+    ("run_approvals_waiting", "requests that wait for an operator",
+     lambda report: [({}, sum(1 for r in report.requests if not r.answer))]),
+    ("actor_duration_seconds", "how long an actor took", each_actor(lambda r: r["duration_ms"] / 1000)),
+    ("actor_cost_usd", "what an actor cost", each_actor(lambda r: r["cost_usd"])),
+    ("actor_tokens", "tokens of an actor by kind", count_actor_tokens),
+)
+
+
+def render_prometheus(report: Report) -> str:
+    """The run as gauges for the textfile collector of Prometheus' node exporter."""
+    run = {"run": report.head["run_id"], "name": report.head["name"] or ""}
+    lines = []
+    for name, about, rows in METRICS:
+        found = list(rows(report))
+        lines += [f"# HELP pitboss_{name} {about}", f"# TYPE pitboss_{name} gauge"] if found else []
+        for labels, value in found:
+            told = ",".join(f'{k}="{metric_label(v)}"' for k, v in {**run, **labels}.items())
+            lines.append(f"pitboss_{name}{{{told}}} {value}")
+    return "\n".join(lines) + "\n"
+
+
+class ReportFormat(NamedTuple):
+    """One way to write a report."""
+
+    render: Callable           # (Report) -> text
+    about: str
+    is_page: bool = False      # it shows logs and what differs in git, and goes to a file of its own
+
+
+REPORTS = {
+    "html":       ReportFormat(render_page, "one HTML page that loads nothing", is_page=True),
+    "joblog":     ReportFormat(render_joblog, "the columns of GNU parallel's --joblog"),
+    "junit":      ReportFormat(render_junit, "JUnit's XML"),
+    "prometheus": ReportFormat(render_prometheus, "metrics for Prometheus' textfile collector"),
+}
 
 
 # ======================================================================================
@@ -13306,7 +14295,7 @@ class Tmux:
 TOLD = 4000                # characters of an agent's words that an event keeps
 
 
-class Seat(NamedTuple):
+class TuiSeat(NamedTuple):
     """What a row of TUI_AGENTS needs to know of the agent that it prepares."""
 
     folder: str                # SESSION/epics/EPIC: what is made for the agent lies here
@@ -13384,7 +14373,7 @@ def told_input(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)[:TOLD]
 
 
-def prepare_claude(seat: Seat) -> Prepared:
+def prepare_claude(seat: TuiSeat) -> Prepared:
     """Claude Code as a terminal program; nothing is written into the worktree (measured with 2.1.197)."""
     import shlex
 
@@ -13400,7 +14389,7 @@ def prepare_claude(seat: Seat) -> Prepared:
                      words: seat.instructions}, argv, env)
 
 
-def prepare_demo(seat: Seat) -> Prepared:
+def prepare_demo(seat: TuiSeat) -> Prepared:
     """The scripted agent of this file, in a terminal; it takes the settings that claude takes."""
     prepared = prepare_claude(seat)
     settings = next(iter(prepared.files))
@@ -13517,7 +14506,7 @@ def opencode_usage(messages: Iterable[dict]) -> dict:
     return {**used._asdict(), "cost_usd": cost}
 
 
-def prepare_opencode(seat: Seat) -> Prepared:
+def prepare_opencode(seat: TuiSeat) -> Prepared:
     """opencode as a terminal program; nothing is written into the worktree (measured with 1.18.33).
 
     The plugin comes by the configuration in the environment.  A configuration folder would do too, but
@@ -13609,7 +14598,7 @@ class TuiAgent(NamedTuple):
 
     name: str
     agent: str                 # key of AGENTS: finds its program
-    prepare: Callable          # (Seat) -> Prepared
+    prepare: Callable          # (TuiSeat) -> Prepared
     read: Callable             # (what its hook was told) -> {"event", "session", facts}
     clear: str                 # the command that begins a new conversation
     # what its screen shows once it takes the prompt of a new conversation; empty: its events `started` and
@@ -15652,7 +16641,7 @@ def seat_epic(daemon: PitDaemon, epic: Epic, tracker: Tracker) -> Prepared:
     env = pit_env(daemon.caller_env())
     program = find_program(AGENTS[row.agent], env, {}, "/") or tuple(self_argv(project.folder))
     words = get_blob(project.folder, daemon.state.facts.get("instructions")) or DEFAULT_INSTRUCTIONS
-    seat = Seat(project.epic_dir(epic.id), epic.id, tuple(program), epic.model or "",
+    seat = TuiSeat(project.epic_dir(epic.id), epic.id, tuple(program), epic.model or "",
                 tuple(hook_argv(project.folder, row.name, epic.id, project.socket)),
                 render_pit_template(words, daemon.template_values(epic, tracker)), os.geteuid() == 0, env)
     prepared = row.prepare(seat)
@@ -16644,6 +17633,7 @@ class DemoAgent:
         self.lingers = self.deaf = False
         self.echo: dict | None = None
         self.speech = "claude"     # a key of SPEECHES
+        self.prices: Mapping[str, tuple] = PRICES
         self.pending: dict = {}    # of a tool call: what its result is told with
         self.items = 0
         self.inbox: list[dict | None] = []
@@ -16735,7 +17725,7 @@ class DemoAgent:
     def result(self, text: str | None, *, subtype: str = "success", error: bool = False,
                status: int | None = None, reason: str = "completed", errors: tuple = ()) -> None:
         """Print the result event of a turn."""
-        cost = price_usd(self.model, self.usage)
+        cost = price_usd(self.model, self.usage, self.prices)
         told = {"input_tokens": self.usage.input, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 0, "output_tokens": self.usage.output}
         models = {self.model: {"inputTokens": self.usage.input, "outputTokens": self.usage.output,
@@ -17263,7 +18253,7 @@ def speak_opencode(agent: DemoAgent, event: dict) -> list[dict]:
         tokens = {"total": sum(used), "input": used.input, "output": used.output, "reasoning": 0,
                   "cache": {"write": 0, "read": 0}}
         return [line("step_finish", "step-finish", reason=reason, tokens=tokens,
-                     cost=price_usd(agent.model, used))]
+                     cost=price_usd(agent.model, used, agent.prices))]
 
     time_ = {"start": now, "end": now}
     if block.get("type") == "text":
@@ -17766,6 +18756,7 @@ def read_given(path: str, kind: str, what: str) -> bytes:
 def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str],
                    say: Callable[[str], None]) -> Loaded:
     """A manifest's bytes, read and checked with the file system.  Raises ManifestError with all problems."""
+    read_prices(env)           # what is wrong there is said before anything starts
     manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS,
                              expand=functools.partial(expand_path, base_dir))
     problems = [*manifest.problems, *check_places(manifest)]
@@ -17896,6 +18887,41 @@ def render_sublead_rules(rules: dict) -> str:
     return "".join(f", {key}" if value is True else f", {key}={value:g}" for key, value in flat.items())
 
 
+WORST_CASE = """\
+What the worst case takes for granted:
+  - Of a run with a lead its budget_usd counts, which the envelopes of its sub-leads are part of,
+    or what its timeouts allow, whichever is less. Nobody is spawned beyond the budget; who runs
+    when it is spent goes on, and the last line says how far.
+  - Of a flat run, and of a lead whose agent tells no cost, timeouts and prices count: each agent
+    works all its time, uses as many tokens a second as [rate] of prices.toml says, and pays the
+    price of its model. Who is spawned is as its lead, with the dearest model that has a price,
+    and ends when the root lead does. A model without a price, and sub-leads without
+    max_subleads, have no end.
+  - Nobody pauses an actor, and no finished run is dealt again.
+$XDG_CONFIG_HOME/pitboss/prices.toml may have tables [model.NAME] and [rate]; without them list
+prices count, and a rate of {rate}.
+""".format(rate=", ".join(f"{f.default} {f.name}" for f in RATE_FIELDS))
+
+
+def cmd_tree(options: Any) -> str:
+    """Show what a manifest can come to: its actors, and what they cost at worst."""
+    if options.check is not None and not (math.isfinite(options.check) and options.check >= 0):
+        raise InvalidInput(f"--check: found {options.check}; allowed: a number of USD >= 0")
+    loaded = load_manifest(options.manifest, os.environ, say_error)
+    outlook = foresee(loaded.manifest, read_prices(os.environ))
+    worst = outlook.worst_usd
+    good = options.check is None or worst is not None and worst <= options.check
+    if options.json:
+        print(json.dumps({"mode": loaded.manifest.mode, **public_outlook(outlook), "check_usd": options.check,
+                          "ok": good}, indent=2))
+    else:
+        print("\n".join(render_outlook(outlook, terminal_width())))
+    if not good:
+        raise TooDear(f"{loaded.label}: {render_worst(outlook)}; allowed: {render_usd(options.check)}",
+                      hint="" if worst is not None else f"prices.toml is {prices_path(os.environ)}")
+    return "ok"
+
+
 def cmd_dispatch(options: Any) -> str:
     """Deal a run: start every task of a manifest and stay until the last one has settled."""
     if options.dry_run and options.background:
@@ -17912,6 +18938,7 @@ def cmd_dispatch(options: Any) -> str:
     run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
     if options.background:
         return start_background(run_dir, order, umask)
+    hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options, manifest=loaded.manifest)
 
 
@@ -17970,10 +18997,36 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     return "ok"
 
 
+def hand_over(run_dir: str, umask: int, options: Any) -> None:
+    """Become the run's pinned copy, where that is what runs here: a process that has compiled this file keeps
+    some 45 MB of that for good.  Returns where it could not, and the run is dealt from here.
+
+    Signals that come on the way wait until the dispatcher hears them.
+    """
+    import signal
+
+    if not (RUNNING_CODE and sys.executable and __file__.endswith(".py")):
+        return
+    flags = [flag for flag in ("quiet", "verbose") if getattr(options, flag)]
+    try:
+        with open(os.path.join(run_dir, "self", "pitboss.py"), "rb") as f:
+            if f.read() != read_self():
+                return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, map(signal.Signals.__getitem__, HEARD))
+    except OSError:
+        return
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}",
+                                  *(f"--{flag}" for flag in flags)])
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def cmd_deal(options: Any) -> str:
-    """Deal a run whose folder was made (for the dispatcher in the background)."""
+    """Deal a run whose folder was made: what `hand_over` and the background start."""
     os.umask(0o077)
-    options.quiet, options.verbose = False, False
     return deal_and_report(options.run_dir_path, int(options.umask, 8), options)
 
 
@@ -18030,6 +19083,7 @@ def cmd_resume(options: Any) -> str:
         find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"),
                       ask=False)
     umask = os.umask(0o077)
+    hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options)
 
 
@@ -18062,8 +19116,9 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
                   meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
                   os.path.basename(run_dir))
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
-                           options)
+    created = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    hand_over(created, umask, options)
+    return deal_and_report(created, umask, options)
 
 
 def resume_foreign(run_dir: str, options: Any) -> str:
@@ -18097,8 +19152,9 @@ def resume_foreign(run_dir: str, options: Any) -> str:
     order = Order(loaded.data, loaded.manifest, label, stem, base_dir, runs_dir, version,
                   tuple(wanted) or None, former, run_id)
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
-                           options)
+    created = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    hand_over(created, umask, options)
+    return deal_and_report(created, umask, options)
 
 
 def foreign_origin(past: Foreign) -> tuple[str, str, str]:
@@ -18538,7 +19594,8 @@ def foreign_record(past: Foreign, name: str, deep: bool) -> dict:
                           claude_session_id=talk.session_id or None)
     usage = Usage(**record["token_usage"])
     if record["cost_usd"] is None and record["model"] and any(usage):
-        record["cost_usd"] = round(price_usd(record["model"], usage), 10)     # that tool keeps tokens alone
+        prices = read_prices(os.environ).models      # that tool keeps tokens alone
+        record["cost_usd"] = round(price_usd(record["model"], usage, prices), 10)
     return record
 
 
@@ -18735,6 +19792,128 @@ def cmd_diff(options: Any) -> str:
     else:
         print("\n".join(render_diff(shown, terminal_width(), want_colour(sys.stdout))))
     return "ok"
+
+
+REPORT_LINES = 30          # of each log, in a report
+MAX_PATCH = 400_000        # bytes of one actor's whole difference
+
+
+def cmd_report(options: Any) -> str:
+    """Write a run as one HTML page, or in the format of another program."""
+    formats = options.formats or ["html"]
+    if len(set(formats)) > 1:
+        raise InvalidInput(f"report: found --{' and --'.join(formats)}; allowed: one of them")
+    row = REPORTS[formats[0]]
+    if options.diffs and not row.is_page:
+        raise InvalidInput(f"report: --diffs has no place in {row.about}; allowed: without --{formats[0]}")
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    text = row.render(gather_report(run_dir, row.is_page, options.diffs)).encode("utf-8", "replace")
+    out = options.out or (f"pitboss-{os.path.basename(run_dir)[:13]}.html" if row.is_page else "-")
+    if out == "-":
+        sys.stdout.buffer.write(text)
+        return "ok"
+    if os.path.isdir(out):
+        raise InvalidInput(f"--out: found {show_value(out)}, a folder; allowed: the path of a file, or -")
+    try:
+        write_file(out, text, mode=0o666 & ~current_umask())
+    except OSError as e:
+        raise fault_of(e, f"writing {clean_text(out)}") from None
+    print(out)
+    return "ok"
+
+
+def current_umask() -> int:
+    """The umask of this process."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def gather_report(run_dir: str, page: bool, patches: bool) -> Report:
+    """All that a report of a run is made of; `page`: with logs and work in git, `patches`: with the whole."""
+    seen, now = look_at_run(run_dir, deep=True), time.time()
+    journal = os.path.join(run_dir, "journal.jsonl")
+    if os.path.exists(journal):
+        told = read_chronicle(read_journal(journal), now if seen.head["state"] == "running" else None)
+        seen = seen._replace(run=told.run)
+    else:
+        told = chronicle_of_records(seen.actors, now)
+    mask = report_mask(run_dir, seen)
+    actors = []
+    for r in sort_tree(seen.actors) if seen.head["mode"] == "hierarchical" else seen.actors:
+        with contextlib.suppress(OSError):
+            r = {**r, "log_bytes": os.stat(log_of(run_dir, seen, r)).st_size}
+        actors.append(mask_all(mask, r))
+    requests = [r._replace(summary=mask.text(str(get_blob(run_dir, r.summary) or "")),
+                           plan=mask.text(str(get_blob(run_dir, r.plan) or "")))
+                for r in told.requests.values()]
+    logs, changes = {}, {}
+    if page:
+        logs = {r["task_id"]: log_end(run_dir, seen, r, mask) for r in seen.actors}
+        changes = mask_all(mask, asyncio.run(find_changes(run_dir, seen, patches)))
+    return Report(mask_all(mask, seen.head), actors, told, requests, logs, changes, now, VERSION)
+
+
+def report_mask(run_dir: str, seen: Overview) -> Mask:
+    """The mask of a run as its dispatcher has it, as far as its manifest can still be read."""
+    if not seen.foreign:
+        with contextlib.suppress(PitbossError):
+            return mask_for(read_snapshot(run_dir, read_json(os.path.join(run_dir, "meta.json")) or {})[1],
+                            os.environ)
+    return make_mask([os.environ])
+
+
+def mask_all(mask: Mask, value: Any) -> Any:
+    """A JSON value with every text masked, wherever it stands."""
+    if isinstance(value, str):
+        return mask.text(value)
+    if isinstance(value, dict):
+        return {k: mask_all(mask, v) for k, v in value.items()}
+    return [mask_all(mask, v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def log_of(run_dir: str, seen: Overview, record: dict) -> str:
+    """Where an actor's log is now: a run folder may have moved."""
+    return record["log_path"] or "" if seen.foreign else os.path.join(run_dir, "tasks", record["task_id"],
+                                                                      "stdout.log")
+
+
+def log_end(run_dir: str, seen: Overview, record: dict, mask: Mask) -> list[tuple[str, str]]:
+    """The last lines of an actor's log, as `attach` shows them, each clipped."""
+    log = log_of(run_dir, seen, record)
+    known = seen.run.actors.get(record["task_id"]) if seen.run else None
+    tail = Tail(log, last_lines_at(log, REPORT_LINES))
+    lines = [*tail.read(READ_AT_ONCE), *tail.rest()]
+    tail.close()
+    shown = [pair for line in lines for pair in render_log_line(line, known.format if known else "claude")]
+    return [(mark, mask.text(clip_cells(text, 600))) for mark, text in shown[-REPORT_LINES:]]
+
+
+async def find_changes(run_dir: str, seen: Overview, patches: bool) -> dict[str, dict]:
+    """What each actor changed in git since it began: {a, b, files, note, patch}; without a base nothing."""
+    git, found = Git(os.environ, 0o077), {}
+    for name, work in works_of(run_dir, seen).items():
+        known = seen.run.actors.get(name) if seen.run else None
+        base = ((known.place if known else None) or {}).get("base")
+        if base and work.repo and work.revisions:
+            found[name] = await change_since(git, base, work, patches)
+    return found
+
+
+async def change_since(git: Git, base: str, work: Work, patches: bool) -> dict:
+    """What differs between the commit that an actor began at and its work."""
+    told = {"a": short_ref(base), "b": None, "files": None, "note": "", "patch": ""}
+    try:
+        there = await git.find_work(work.repo, work.revisions)
+        if there is None:
+            return {**told, "note": "its branch is gone"}
+        files = await git.count_changes(work.repo, base, there[1])
+        kinds = await git.list_unsaved(work.path) if work.path else []
+        patch = await git.show_changes(work.repo, base, there[1], MAX_PATCH) if patches and files else ""
+    except (GitError, OSError) as e:
+        return {**told, "note": clean_text(str(e))}
+    note = f"not counted: {', '.join(kinds)} in {work.path}" if kinds else ""
+    return {**told, "b": short_ref(there[0]), "files": files, "note": note, "patch": patch}
 
 
 STALE_S = 4 * 3600.0       # how long nothing has changed in a run that prune takes for orphaned
@@ -19122,7 +20301,7 @@ def cmd_demo_agent(options: Any) -> str:
     if not re.fullmatch(r"(ses_)?[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
     agent = DemoAgent(options.model, session_id, path, options.mcp_config)
-    agent.speech = options.speak
+    agent.speech, agent.prices = options.speak, read_prices(os.environ).models
     if options.resume:
         session = read_json(path)
         if session is None:
@@ -20059,6 +21238,8 @@ def render_reference() -> str:
     for t in reference_tables():
         parts += [f"#### `{header_of(t.name)}`: {t.what}", "", reference_of(t.own), ""]
         parts += [f"Also {t.also}.", ""] if t.also else []
+    for name, (fields, many, what) in PRICE_TABLES.items():
+        parts += [f"#### `{MANY[many][0].format(name)}` of prices.toml: {what}", "", reference_of(fields), ""]
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
     parts += [f"| `{f'{c.name} {c.usage}'.strip()}` | {c.help} |" for c in COMMANDS.values() if c.help]
     parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
@@ -20177,6 +21358,7 @@ class Cli(NamedTuple):
     help: str                  # empty: internal, not shown
     example: str = ""
     raw: bool = False          # its handler parses the words that follow its name
+    more: str = ""             # what its own help text says besides
 
 
 _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"})
@@ -20205,6 +21387,12 @@ COMMANDS = {c.name: c for c in (
         (("--background",), {"action": "store_true", "help": "check, start a dispatcher of its own, print "
                                                              "its ids as JSON"})),
         "deal a run; the last line is the run folder", "dispatch fix.toml"),
+    Cli("tree", cmd_tree, "MANIFEST", (
+        _MANIFEST, _JSON,
+        (("--check",), {"metavar": "USD", "type": float, "help": "exit 6 when the worst case costs more, or "
+                                                                 "has no end"})),
+        "show what a manifest can come to, and what that costs at worst", "tree fix.toml --check 20",
+        WORST_CASE),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
         (("--failed",), {"action": "store_true",
@@ -20273,6 +21461,14 @@ COMMANDS = {c.name: c for c in (
         _RUNS_DIR),
         "show two runs side by side: status, time, cost, what differs in git",
         "diff 0192f3 0192f8"),
+    Cli("report", cmd_report, "RUN", (
+        _RUN, _RUNS_DIR,
+        (("--out",), {"metavar": "OUT", "help": "the file to write, or - for standard output "
+                                                "(pitboss-<run>.html here; other formats: -)"}),
+        (("--diffs",), {"action": "store_true", "help": "on the page, with what every actor changed, whole"}),
+        *(((f"--{name}",), {"dest": "formats", "action": "append_const", "const": name, "help": row.about})
+          for name, row in REPORTS.items())),
+        "write a run as one HTML page, or for other programs", "report 0192f3 --out night.html"),
     Cli("prune", cmd_prune, "", (
         (("--apply",), {"action": "store_true", "help": "do it; without this, only say what would be done"}),
         (("--remove",), {"action": "store_true", "help": "remove run folders, logs and journal included, and "
@@ -20319,7 +21515,9 @@ COMMANDS = {c.name: c for c in (
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("complete", cmd_complete, "", ((("words",), {"nargs": "*"}), (("--line",), {})), ""),
-    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
+    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"}),
+                               (("--quiet",), {"action": "store_true"}),
+                               (("--verbose",), {"action": "store_true"})), ""),
     Cli("mcp-bridge", cmd_mcp_bridge, "", (
         (("socket",), {}), (("--actor-id",), {"required": True, "metavar": "I"}),
         (("--actor-role",), {"required": True, "metavar": "R"}), (("--token-file",), {"metavar": "F"}),
@@ -20366,6 +21564,7 @@ def make_parser(prog: str, name: str, command: Any = None, flags: tuple = ()) ->
     if command:
         about = (command.run.__doc__ or command.help).splitlines()[0]
         parser.first = f"Example: {prog} {command.example}\n\n{about}\n\n" if command.example else ""
+        parser.description = command.more or None
     else:
         parser.first = f"Example: {prog} demo\n\nDeals work to coding agents and never loses a hand.\n\n"
         parser.description = (f"{commands_text()}\n\n{prog} COMMAND --help says more of one command.")
