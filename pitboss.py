@@ -23,7 +23,11 @@ Street map.  Each section may name only the sections above it.
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
     VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    REPORT     a run as one page, and in the formats of other programs             [pure]
+    TRACKERS   tickets of an epic: the embedded store, bd and br in one shape      [io]
     TMUX       windows, keys and pastes of one tmux server; TUI agents' hooks      [async]
+    LOOP       the ticket loop's state and its one reducer                         [pure]
+    PIT        daemon and commands of the ticket loop                              [async]
     DEMO       a scripted agent and a demonstration run                            [cli]
     COMMANDS   command table, handlers, completions, main                          [cli]
 
@@ -42,10 +46,16 @@ Where do I add ...
     an agent            one row in AGENTS; a new output format is one row in FORMATS
     one in a terminal   one row in TUI_AGENTS
     a command           one handler and one row in COMMANDS
+    a command of pit    one handler and one row in PIT_COMMANDS; of its tickets: in TICKET_VERBS
+    a tracker           one subclass of Tracker and one row in TRACKERS
     a completed value   one row in TYPED, under the metavar of the argument
+    a report's format   one row in REPORTS; a metric one row in METRICS; a part of the page PAGE_PARTS
     a shell             one script and one row in SHELLS
+    a need of operators one row in NEEDS, and a line of attention
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
+    an event of pit     one handler and one row in PIT_EVENTS; a reason to pause one row in PAUSES
+    a model's price     one row in PRICES; a user's own table is read by parse_prices
 """
 from __future__ import annotations
 
@@ -102,6 +112,7 @@ EXIT_CODES = {
     "missing": (3, "the run or actor that was named does not exist"),
     "refused": (4, "somebody else holds the run, or a rule forbids it"),
     "environment": (5, "the environment is at fault (no space, no permission); the run can be resumed"),
+    "dear": (6, "`tree --check`: the worst case costs more than that, or has no end"),
     "bug": (70, "pitboss itself broke; the message says where the traceback is"),
     "interrupted": (130, "a signal came before the last actor settled"),
     "terminated": (143, "the same, and the first signal was TERM"),
@@ -140,6 +151,12 @@ class Refused(PitbossError):
     code = "refused"
 
 
+class TooDear(PitbossError):
+    """The worst case costs more than was allowed, or has no end."""
+
+    code = "dear"
+
+
 class ToolRefusal(Refused):
     """A lead, a worker or an operator asked for what cannot be; the message says what to do next."""
 
@@ -175,22 +192,24 @@ class Status(NamedTuple):
     wire: str                  # its state on the control socket
     meaning: str
     outcome: str = "error"     # of a sub-lead, as its root and control clients are told
+    wanted: bool = False       # somebody wanted it to end so: no operator need look at it
+    junit: str = "failure"     # the element of a JUnit report that says so; empty: none
 
 
 STATUSES = {s.name: s for s in (
     #      name          glyph  colour    good   tool           wire                 meaning
     Status("Success",     "✓", "green",   True,  "Completed",   "done_success",      "a result that is not "
-           "an error, exit status 0, and nobody stopped it", outcome="success"),
+           "an error, exit status 0, and nobody stopped it", outcome="success", wanted=True, junit=""),
     Status("Failed",      "✗", "red",     False, "Failed",      "done_failed",       "the agent ended "
            "otherwise; failure_reason says how"),
     Status("TimedOut",    "⧗", "yellow",  False, "TimedOut",    "done_timed_out",    "stopped when its "
            "timeout_secs had passed", outcome="timeout"),
     Status("Cancelled",   "⊘", "yellow",  False, "Cancelled",   "done_cancelled",    "stopped by an operator "
-           "or its lead, or because its lead ended", outcome="cancel"),
+           "or its lead, or because its lead ended", outcome="cancel", wanted=True),
     Status("SpawnFailed", "!", "red",     False, "SpawnFailed", "done_spawn_failed", "its worktree or "
-           "process could not be made"),
+           "process could not be made", junit="error"),
     Status("ApprovalRejected", "⊝", "yellow", False, "ApprovalRejected", "done_approval_rejected", "it ended "
-           "soon after it was told no"),
+           "soon after it was told no", wanted=True),
     Status("ApprovalTimedOut", "⊖", "yellow", False, "ApprovalTimedOut", "done_approval_timed_out", "it "
            "ended soon after nobody had answered it in time"),
 )}
@@ -1914,12 +1933,68 @@ PRICES = {
     "sonnet": (3.0, 15.0, 0.30, 3.75),
     "haiku":  (1.0, 5.0, 0.10, 1.25),
 }
+MIDDLE = "sonnet"          # the row for a model that no row names, where something has to be said
+
+PRICE_FIELDS = (           # of prices.toml: one model, or all whose names have NAME in them
+    Field("input", "number", REQUIRED, "USD per million tokens of input", low=0, example=1.25),
+    Field("output", "number", REQUIRED, "USD per million tokens of output", low=0, example=10.0),
+    Field("cache_read", "number", None, "USD per million tokens that come from the provider's cache", low=0,
+          shown="as `input`"),
+    Field("cache_creation", "number", None, "USD per million tokens that go into that cache", low=0,
+          shown="as `input`"),
+)
+
+RATE_FIELDS = (            # assumed, not measured: a request of 200 000 cached tokens every two seconds
+    Field("input", "count", 500, "tokens of input that one agent causes in a second at most", low=0),
+    Field("output", "count", 200, "tokens of output", low=0),
+    Field("cache_read", "count", 100_000, "tokens from the provider's cache", low=0),
+    Field("cache_creation", "count", 2_000, "tokens into that cache", low=0),
+)
+
+PRICE_TABLES = {
+    #  header  fields         many     what it is
+    "model": (PRICE_FIELDS,  "named", "prices of the models that have NAME in their names; the longest NAME "
+                                      "counts"),
+    "rate":  (RATE_FIELDS,   "one",   "what one agent can use at most, for `pitboss tree`"),
+}
 
 
-def price_usd(model: str, usage: Usage) -> float:
-    """What `usage` costs at list prices; an unknown model counts as the middle one."""
-    prices = next((p for name, p in PRICES.items() if name in model.lower()), PRICES["sonnet"])
-    return sum(count * price for count, price in zip(usage, prices)) / 1e6
+class Pricing(NamedTuple):
+    """What tokens cost, and how many of them one agent can use in a second."""
+
+    models: Mapping[str, tuple] = PRICES
+    rate: tuple = tuple(f.default for f in RATE_FIELDS)
+
+
+def parse_prices(data: bytes, label: str) -> Pricing:
+    """The prices of `prices.toml`, and the built-in ones.  Raises InvalidInput with all that is wrong."""
+    text = decode_manifest(data, label)
+    doc = parse_toml(text, label)
+    problems = [Problem(name, f"unknown table{did_you_mean(name, PRICE_TABLES)}", (name,)) for name in doc
+                if name not in PRICE_TABLES]
+    tables = {}
+    for name, (fields, many, _) in PRICE_TABLES.items():
+        tables[name], wrong = read_table(name, doc.get(name), fields, many)
+        problems += wrong
+    problems += [Problem("model", "found a name that is empty; allowed: a part of a model's name", ("model",))
+                 for name, _ in tables["model"] if not name.strip()]
+    if problems:
+        raise ManifestError(label, problems, locate_keys(text), {})
+    own = {name.strip().lower(): tuple(row["input"] if row[f.name] is None else row[f.name]
+                                       for f in PRICE_FIELDS) for name, row in tables["model"]}
+    return Pricing({**PRICES, **own}, tuple(tables["rate"][0][f.name] for f in RATE_FIELDS))
+
+
+def find_price(model: str, prices: Mapping[str, tuple] = PRICES) -> tuple | None:
+    """The row of the longest name that is a part of a model's; None where there is none."""
+    names = [name for name in prices if name in model.lower()]
+    return prices[max(names, key=len)] if names else None
+
+
+def price_usd(model: str, usage: Usage, prices: Mapping[str, tuple] = PRICES) -> float:
+    """What `usage` costs at the prices of a table; a model that it does not know counts as the middle one."""
+    row = find_price(model, prices) or prices[MIDDLE]
+    return sum(count * price for count, price in zip(usage, row)) / 1e6
 
 
 CHARS_PER_TOKEN = 4        # claude tells true output tokens only in its result: until then, an estimate
@@ -1952,8 +2027,9 @@ def read_word(value: Any) -> str:
 class Talk:
     """What an agent has said in one hand: filled by the functions of FORMATS, read by all."""
 
-    def __init__(self, model: str = "") -> None:
+    def __init__(self, model: str = "", prices: Mapping[str, tuple] = PRICES) -> None:
         self.model = model
+        self.prices = prices
         self.session_id = ""          # as the agent tells it
         self.began = False            # the first message was answered
         # its session is in the log, which is only a hint that the session was kept
@@ -2004,7 +2080,7 @@ class Talk:
 
     def cost_usd(self) -> float:
         """Cost of this hand so far: told, plus list prices for what no result has covered yet."""
-        return self.known_usd + price_usd(self.model, self.estimate())
+        return self.known_usd + price_usd(self.model, self.estimate(), self.prices)
 
     def turn(self) -> bytes:
         """What follows a message of the main conversation."""
@@ -3508,6 +3584,7 @@ class RunState:
         self.layers: dict[str, Layer] = {}        # by the lead
         self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
         self.shared = SharedTables()
+        self.store_use: dict[str, tuple] = {}     # of each actor its calls: (of the store, of leases)
         self.policy: tuple = ()                   # ApprovalRule, the first that matches counts
         self.approvals: dict[str, Approval] = {}  # those that wait for an answer, oldest first
         self.decided: dict[str, str] = {}         # other requests, by id: how it ended, in words
@@ -3529,6 +3606,7 @@ class RunState:
         self.signal = ""                          # the first one that came
         self.finished_at: float | None = None
         self.seq = 0                              # of the last event
+        self.heard: dict[str, float] = {}         # when an event last told of an actor
         self.sinks: dict[str, tuple] = {}         # who is told: name to (events or None, least severity)
         self.notices: dict[str, None] = {}        # what was told or is owed: `KIND` or `KIND:ID`
         self.owed: dict[tuple, dict] = {}         # (verb, actor) to its facts, oldest first
@@ -3548,6 +3626,8 @@ def step(run: RunState, event: dict) -> None:
     row = EVENTS.get(event["kind"])
     if row:
         row.handler(run, event)
+    if row and event.get("actor") in run.actors:
+        run.heard[event["actor"]] = event["at"]
     if "call" in event:
         shared = SHARED_EVENTS.get(event["kind"])
         answer = event.get("answer") or (shared.answer(event) if shared and shared.answer else None)
@@ -3923,6 +4003,11 @@ def on_shared(run: RunState, event: dict) -> None:
     apply_shared(run.shared, event)
 
 
+def on_store_used(run: RunState, event: dict) -> None:
+    """How often actors have called for the store and for leases so far, refused calls included."""
+    run.store_use.update({name: tuple(counts) for name, counts in event["counters"].items()})
+
+
 def on_policy_set(run: RunState, event: dict) -> None:
     """An operator put other rules about approvals in the place of those there were."""
     run.policy = tuple(ApprovalRule(*row) for row in event["rules"])
@@ -4023,6 +4108,7 @@ EVENTS = {
     "hand_ended":         EventKind(on_hand_ended,         True),
     "closed":             EventKind(on_closed),
     **{kind: EventKind(on_shared, row.durable) for kind, row in SHARED_EVENTS.items()},
+    "store_used":         EventKind(on_store_used),
     "policy_set":         EventKind(on_policy_set,         True),
     "approval_asked":     EventKind(on_approval_asked),
     "approval_decided":   EventKind(on_approval_decided,   True),
@@ -4179,7 +4265,7 @@ def finish_when_done(run: RunState) -> None:
     """
     may_come = not run.draining and any(not never_starts(run, run.actors[a].account)
                                         for line in (run.held, run.waiting) for a in line)
-    at_work = run.live or run.closing or may_come
+    at_work = run.live or run.closing or may_come or (run.facts.get("stays_open") and not run.draining)
     if at_work:
         run.owed.pop(("finish", ""), None)
     elif run.finished_at is None and run.draining != "no_space":
@@ -4748,6 +4834,26 @@ def home_folder(env: Mapping[str, str]) -> str:
     return home
 
 
+def prices_path(env: Mapping[str, str]) -> str:
+    """`$XDG_CONFIG_HOME/pitboss/prices.toml`, else below `~/.config`."""
+    base = env.get("XDG_CONFIG_HOME", "")
+    return os.path.join(base if os.path.isabs(base) else os.path.join(home_folder(env), ".config"), "pitboss",
+                        "prices.toml")
+
+
+def read_prices(env: Mapping[str, str]) -> Pricing:
+    """The user's prices and the built-in ones.  Raises InvalidInput for a file that says something wrong."""
+    path = prices_path(env)
+    try:
+        with open(path, "rb") as f:
+            data = f.read(MAX_MANIFEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return Pricing()
+    except OSError as e:
+        raise InvalidInput(f"{path}: {e.strerror}; allowed: a TOML file with prices, or none") from None
+    return parse_prices(data, path)
+
+
 def runs_folder(env: Mapping[str, str], given: str | None = None) -> str:
     """Where run folders are: `given`, else in the data folder."""
     return os.path.abspath(given) if given else os.path.join(data_folder(env), "runs")
@@ -5040,6 +5146,41 @@ def mend_journal(path: str) -> int:
 def fold_run(run_dir: str) -> RunState:
     """The state of a run, from its journal.  Raises JournalError."""
     return fold(read_journal(os.path.join(run_dir, "journal.jsonl")))
+
+
+class Follower:
+    """A journal that is read on as it grows, and the run that it has made so far."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.path = os.path.join(run_dir, "journal.jsonl")
+        self.run = RunState()
+        self.at = 0                # bytes that were folded: whole lines
+
+    def news(self) -> Iterator[dict]:
+        """Every event since the last call; the run is as it was right after the one that is given.
+
+        Without a journal there is none yet.  Raises JournalError for a broken line before the last one.
+        """
+        try:
+            if os.stat(self.path).st_size == self.at:
+                return
+            with open(self.path, "rb") as f:
+                f.seek(self.at)
+                for line in f:
+                    event = parse_event(line)
+                    if event is None and f.readline():
+                        raise JournalError(f"{self.path}: the line at byte {self.at} is broken",
+                                           hint="the journal was changed by something else")
+                    if event is None:
+                        return                 # being written, or torn off
+                    self.at += len(line)
+                    step(self.run, event)
+                    self.run.fresh.clear()
+                    yield event
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise fault_of(e, "reading the journal") from None
 
 
 LOCK_PATIENCE_S = 1.0      # a reader that probes the lock must not turn its next holder away
@@ -5358,60 +5499,74 @@ def house_path(env: Mapping[str, str]) -> str:
     return os.path.join(data_folder(env), "house.sqlite")
 
 
-@contextlib.contextmanager
-def open_house(path: str, write: bool) -> Iterator[Any]:
+class Shape(NamedTuple):
+    """The shape of a database, and how it is used."""
+
+    what: str                  # its name in errors
+    steps: tuple               # what each version adds to the one before
+    patience_s: float          # for one that somebody else writes
+    fault: type                # raised for whatever is wrong with it
+
+
+def open_house(path: str, write: bool) -> Any:
     """A connection to the shared database, brought up to date to be written.  Raises HouseFault."""
+    return open_database(path, write, Shape("the shared database", HOUSE_STEPS, HOUSE_PATIENCE_S, HouseFault))
+
+
+@contextlib.contextmanager
+def open_database(path: str, write: bool, shape: Shape) -> Iterator[Any]:
+    """A connection to a database, brought up to date to be written.  Raises the fault of its shape."""
     import urllib.parse
 
     try:
         import sqlite3
     except ImportError:
-        raise HouseFault("this Python has no sqlite3") from None
+        raise shape.fault("this Python has no sqlite3") from None
     db = None
     try:
         if write:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         # rw: never made here, and read only where the file is; ro could not mend what a killed writer left
-        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=HOUSE_PATIENCE_S,
+        db = sqlite3.connect(f"file:{urllib.parse.quote(path)}?mode=rw", uri=True, timeout=shape.patience_s,
                              isolation_level=None)
         if write:
-            migrate_house(db, path)
+            migrate_database(db, path, shape)
         else:
-            check_house_version(house_version(db), path)
+            check_version(database_version(db), path, shape)
         yield db
     except sqlite3.Error as e:
-        raise HouseFault(f"the shared database {path}: {e}") from None
+        raise shape.fault(f"{shape.what} {path}: {e}") from None
     except OSError as e:
-        raise HouseFault(f"the shared database {path}: {e.strerror or e}") from None
+        raise shape.fault(f"{shape.what} {path}: {e.strerror or e}") from None
     finally:
         if db is not None:
             db.close()
 
 
-def house_version(db: Any) -> int:
-    """How many of HOUSE_STEPS a database has seen."""
+def database_version(db: Any) -> int:
+    """How many steps of its shape a database has seen."""
     return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def check_house_version(version: int, path: str) -> None:
-    """Raise HouseFault for a database of a newer version."""
-    if version > len(HOUSE_STEPS):
-        raise HouseFault(f"the shared database {path} has version {version}; this pitboss knows versions "
-                         f"up to {len(HOUSE_STEPS)}")
+def check_version(version: int, path: str, shape: Shape) -> None:
+    """Raise the shape's fault for a database of a newer version."""
+    if version > len(shape.steps):
+        raise shape.fault(f"{shape.what} {path} has version {version}; this pitboss knows versions "
+                          f"up to {len(shape.steps)}")
 
 
-def migrate_house(db: Any, path: str) -> None:
-    """Bring a database forwards in one transaction.  Raises HouseFault for one of a newer version."""
-    if house_version(db) == len(HOUSE_STEPS):
+def migrate_database(db: Any, path: str, shape: Shape) -> None:
+    """Bring a database forwards in one transaction.  Raises the shape's fault for one of a newer version."""
+    if database_version(db) == len(shape.steps):
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        version = house_version(db)        # somebody else may have moved it just now
-        check_house_version(version, path)
-        for words in HOUSE_STEPS[version:]:
+        version = database_version(db)     # somebody else may have moved it just now
+        check_version(version, path, shape)
+        for words in shape.steps[version:]:
             db.execute(words)
-        db.execute(f"PRAGMA user_version = {len(HOUSE_STEPS)}")
+        db.execute(f"PRAGMA user_version = {len(shape.steps)}")
         db.execute("COMMIT")
     except BaseException:  # boundary: an open transaction is never left behind
         db.execute("ROLLBACK")
@@ -5423,7 +5578,7 @@ def read_health(path: str) -> dict[str, Health]:
     if not os.path.exists(path):
         return {}
     with open_house(path, write=False) as db:
-        if not house_version(db):
+        if not database_version(db):
             return {}
         rows = db.execute(f"SELECT {', '.join(Health._fields)} FROM health").fetchall()
     found = [Health(str(a), str(state), read_number(since) or 0.0, read_number(until), bool(told),
@@ -5821,6 +5976,15 @@ class Git:
         if code:
             raise GitError(err)
         return read_numstat(out)
+
+    async def show_changes(self, repo: str, old: str, new: str, limit: int) -> str:
+        """The whole difference between two commits, cut after `limit` bytes with a line that says so."""
+        code, out, err = await self.run(repo, "diff", "--patch", "--no-color", "--no-renames",
+                                        "--no-ext-diff", "--no-textconv", old, new, "--")
+        if code:
+            raise GitError(err)
+        more = f"\n… and {len(out) - limit} bytes more" if len(out) > limit else ""
+        return out[:limit].decode("utf-8", "replace") + more
 
     async def close_worktree(self, place: Place, remove: str, name: str, ref: str, message: str,
                              scratch: str) -> dict:
@@ -8426,8 +8590,15 @@ def first_words(deal: Deal) -> str:
 
 
 def accounts_of(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
-    """The account of each task's hands."""
-    return {t.id: account_of(agent_row(t.agent, manifest.agents), {**env, **t.env}) for t in manifest.tasks}
+    """The account of each task's hands; worked out once for all tasks that differ in nothing."""
+    accounts: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for task in manifest.tasks:
+        key = (task.agent, *sorted(task.env.items()))
+        if key not in seen:
+            seen[key] = account_of(agent_row(task.agent, manifest.agents), {**env, **task.env})
+        accounts[task.id] = seen[key]
+    return accounts
 
 
 def account_of(row: Agent, env: Mapping[str, str]) -> str:
@@ -8473,6 +8644,7 @@ ECHO_S = 10.0                          # from a message that interrupts to its e
 # bytes in a pipe (ioctl_tty(2), <sys/filio.h>)
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 SPOOL_S = 2.0                          # a file of approvals that says nothing may still be written to
+STORE_TOLD_S = 2.0                     # between two events about how much the store is used
 TICK_S, BUSY_TICK_S = 0.25, 0.05       # between two looks at logs and timers: nothing new, something new
 READ_AT_ONCE = 256 << 10               # bytes of one log before the others get their turn
 
@@ -8480,7 +8652,8 @@ READ_AT_ONCE = 256 << 10               # bytes of one log before the others get 
 class LiveHand:
     """What this process knows of a hand that lives, beyond the journal."""
 
-    def __init__(self, actor: Actor, child: bool, log: str, began: float) -> None:
+    def __init__(self, actor: Actor, child: bool, log: str, began: float,
+                 prices: Mapping[str, tuple]) -> None:
         self.actor = actor.id
         self.hand = actor.hand
         self.handle: dict = {}
@@ -8489,7 +8662,7 @@ class LiveHand:
         self.unsent = b""                  # what did not fit into it yet
         self.form = actor.format
         self.tail = Tail(log, actor.log_at)
-        self.talk = Talk(actor.model)
+        self.talk = Talk(actor.model, prices)
         if FORMATS[actor.format].counts_on:
             self.talk.base = session_base(actor)
         self.began = began                 # monotonic moment of its start
@@ -8610,13 +8783,17 @@ def whole_record(run_dir: str, run: RunState, name: str) -> dict:
     return {**record, "final_message": get_blob(run_dir, record["final_message"])}
 
 
+HEARD = ("SIGINT", "SIGTERM", "SIGHUP")       # signals that a dispatcher answers
+
+
 class Dispatcher:
     """The one owner of a run's tasks: records events, acts on what is owed."""
 
     def __init__(self, run_dir: str, manifest: Manifest, journal: Journal, run: RunState, *,
                  env: Mapping[str, str], umask: int, notice: Callable, draw: Callable,
-                 doors: Callable) -> None:
+                 doors: Callable, prices: Mapping[str, tuple]) -> None:
         self.run_dir = run_dir
+        self.prices = prices
         self.manifest = manifest
         self.plans = {t.id: t for t in manifest.tasks}
         self.journal = journal
@@ -8650,6 +8827,8 @@ class Dispatcher:
         self.news: dict[tuple, set] = {}   # topic to the futures of those who wait for news of it
         self.tokens: dict[str, str] = {}   # actor to its token
         self.lease_timer: asyncio.TimerHandle | None = None
+        self.store_use: dict[str, list[int]] = {}      # what is not in the journal yet
+        self.store_told_at = 0.0                       # monotonic
         self.refused_budgets: set[str] = set()         # leads that were refused a spawn for want of one
         self.notifier = Notifier(run_dir, sinks_of(manifest, env), env)
         self.approval_timer: asyncio.TimerHandle | None = None
@@ -8730,6 +8909,19 @@ class Dispatcher:
                 live.told_at = time.monotonic()
                 self.record("usage", actor=lead, hand=actors[lead].hand, usage=list(live.talk.usage()),
                             cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
+
+    def count_use(self, actor: str, place: int) -> None:
+        """Count a call for the store or for a lease."""
+        self.store_use.setdefault(actor, [0, 0])[place] += 1
+
+    def note_store_use(self, pause_s: float = STORE_TOLD_S) -> None:
+        """Record how much the store was used, when something changed and `pause_s` have passed since."""
+        if not self.store_use or time.monotonic() - self.store_told_at < pause_s:
+            return
+        used, self.store_use, self.store_told_at = self.store_use, {}, time.monotonic()
+        old = self.run.store_use
+        self.record("store_used", counters={name: [a + b for a, b in zip(old.get(name, (0, 0)), counts)]
+                                            for name, counts in used.items()})
 
     def settle_leases(self) -> None:
         """Record what has become of leases, and look again when the next one is due."""
@@ -8866,11 +9058,13 @@ class Dispatcher:
         import signal
 
         loop = asyncio.get_running_loop()
-        wanted = {signal.SIGINT: lambda: self.guard(self.on_signal, "INT"),
-                  signal.SIGTERM: lambda: self.guard(self.on_signal, "TERM"),
-                  signal.SIGHUP: lambda: None}
+        does = {"SIGINT": lambda: self.guard(self.on_signal, "INT"),
+                "SIGTERM": lambda: self.guard(self.on_signal, "TERM"),
+                "SIGHUP": lambda: None}
+        wanted = {getattr(signal, name): does[name] for name in HEARD}
         for number, handler in wanted.items():
             loop.add_signal_handler(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)      # what came while this process began
         try:
             yield
         finally:
@@ -8963,6 +9157,7 @@ class Dispatcher:
                     return await self.abandon()
                 self.consult_house()
                 self.look_at_holds()
+                self.note_store_use()
                 if self.run.approvals:
                     self.look_at_spool()
             except EnvironmentFault as e:
@@ -9225,7 +9420,7 @@ class Dispatcher:
         """Start the process of a hand that was dealt.  Raises OSError."""
         folder, row = self.task_dir(actor.id), agent_row(actor.agent, self.manifest.agents)
         deal = self.make_deal(actor, row, folder)
-        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic())
+        live = LiveHand(actor, True, os.path.join(folder, "stdout.log"), time.monotonic(), self.prices)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         live.tail.fd = os.open(live.tail.path, flags, 0o600)
         with contextlib.ExitStack() as stack:
@@ -9372,7 +9567,8 @@ class Dispatcher:
         age = age_of(actor.handle)
         if age is None:
             age = max(0.0, self.journal.now() - actor.hand_at)
-        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age)
+        live = LiveHand(actor, False, os.path.join(self.task_dir(name), "stdout.log"), time.monotonic() - age,
+                        self.prices)
         live.handle = actor.handle
         return live
 
@@ -9596,6 +9792,7 @@ class Dispatcher:
         await self.end_strangers()
         if ("finish", "") not in self.run.owed:
             return                         # a lifted drain: it goes on
+        self.note_store_use(0.0)
         records = [whole_record(self.run_dir, self.run, name) for name in self.run.settled]
         ended_at = round(self.journal.now(), 6)
         write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
@@ -9825,6 +10022,7 @@ class Order(NamedTuple):
     only: tuple | None = None  # ids of the tasks to deal; None: all
     former: dict | None = None # actor to what a resumed one had: session_id and the fields of a place
     resumed_from: str | None = None
+    stays_open: bool = False   # tasks come one after another, until somebody says that it was the last
 
 
 def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
@@ -9866,7 +10064,7 @@ def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -
             "pitboss_version": VERSION, "claude_version": order.claude_version, "pid": os.getpid(),
             "host": os.uname().nodename, "parent_run_id": env.get("PITBOSS_RUN_ID"),
             "max_parallel": rules.max_parallel, "resumed_from": order.resumed_from, "only": order.only,
-            "former": order.former}
+            "former": order.former, **({"stays_open": True} if order.stays_open else {})}
 
 
 def render_resolved(order: Order, run_id: str) -> dict:
@@ -9984,6 +10182,7 @@ def open_journal(journal: Journal, run: RunState, manifest: Manifest, meta: dict
                **({"approval_policy": rules.approval_policy} if rules.approval_policy != "block" else {}),
                **({"policy": [list(rule) for rule in manifest.policy]} if manifest.policy else {}),
                **({"require_plan_approval": True} if rules.require_plan_approval else {}),
+               **({"stays_open": True} if meta.get("stays_open") else {}),
                **({"path_b": True} if manifest.routing == "path_b" else {}),
                **({"dump_shared_store": True} if rules.dump_shared_store else {}),
                **{key: value for key, value in rules.subleads.items() if value})
@@ -10058,9 +10257,10 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
+    prices = read_prices(env).models
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
-                            notice=notice, draw=draw, doors=doors)
+                            notice=notice, draw=draw, doors=doors, prices=prices)
     dispatcher.cancel_first = cancel
     try:
         asyncio.run(dispatcher.serve())
@@ -10645,6 +10845,10 @@ class Tool(NamedTuple):
     needs: str = ""            # a fact of run_opened without which nobody has the tool; empty: none
     # (what the journal says of the answer, arguments) -> what is sent, where that differs
     render: Callable | None = None
+    counts: int | None = None  # where its calls are counted in store_used; None: nowhere
+
+
+OF_STORE, OF_LEASES = 0, 1     # places in the counters of store_used
 
 
 def _shared(*names: str) -> tuple:
@@ -10749,35 +10953,36 @@ TOOLS = {t.name: t for t in (
         Field("tool_use_id", "text", None, "the agent's own name for that use")), {}, tool_permission_prompt,
         "what an agent's permission gate asks; not for models", needs="path_b", render=render_permission),
     Tool("kv_get", "Read a value", EVERYBODY, True, _shared("path"), {"entry": "object?"}, tool_kv_get,
-         "read from the shared store"),
+         "read from the shared store", counts=OF_STORE),
     Tool("kv_set", "Write a value", EVERYBODY, False, (*_shared("path"), _VALUE, *_shared("override_flag")),
-         {"version": "count"}, tool_kv_set, "write into the shared store"),
+         {"version": "count"}, tool_kv_set, "write into the shared store", counts=OF_STORE),
     Tool("kv_cas", "Compare and write", EVERYBODY, False, (
         *_shared("path", "expected_version"), _VALUE._replace(name="new_value"), *_shared("override_flag")),
         {"version": "count", "swapped": "flag"}, tool_kv_cas,
-        "write only over the version that you know; 0: only where nothing is"),
+        "write only over the version that you know; 0: only where nothing is", counts=OF_STORE),
     Tool("kv_delete", "Delete a value", EVERYBODY, False, _shared("path", "override_flag"),
          {"existed": "flag"},
-         tool_kv_delete, "delete from the shared store"),
+         tool_kv_delete, "delete from the shared store", counts=OF_STORE),
     Tool("kv_list", "List values", EVERYBODY, True, _shared("glob"),
          {"entries": "object[]", "truncated": "flag", "total_matched": "count"}, tool_kv_list,
-         "paths and versions of what you may read"),
+         "paths and versions of what you may read", counts=OF_STORE),
     Tool("kv_wait", "Wait for a value", EVERYBODY, True, (
         *_shared("path"), WAIT._replace(default=REQUIRED, help="how long to wait"), *_shared("min_version")),
-        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it"),
+        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it", counts=OF_STORE),
     Tool("lease_acquire", "Take a lease", EVERYBODY, False, _shared("name", "ttl_secs", "wait_secs"), _LEASE,
          tool_lease_acquire, "be the only one in this layer to do something, until released or ttl_secs "
-                             "passed"),
+                             "passed", counts=OF_LEASES),
     Tool("lease_release", "Give a lease back", EVERYBODY, False, _shared("lease_id"), _OK, tool_lease_release,
-         "end a lease that you hold"),
+         "end a lease that you hold", counts=OF_LEASES),
     Tool("lease_list", "List leases", EVERYBODY, True, (), {"leases": "object[]"}, tool_lease_list,
-         "the leases of this layer and who holds them"),
+         "the leases of this layer and who holds them", counts=OF_LEASES),
     Tool("run_lease_acquire", "Take a lease of the tree", EVERYBODY, False,
          _shared("key", "ttl_secs", "wait_secs"), _LEASE, tool_run_lease_acquire,
-         "be the only one in the whole tree to do something"),
+         "be the only one in the whole tree to do something", counts=OF_LEASES),
     Tool("run_lease_release", "Give a lease of the tree back", EVERYBODY, False, (
         SHARED_FIELDS["lease_id"]._replace(default=None), SHARED_FIELDS["key"]._replace(default=None)), _OK,
-        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key"),
+        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key",
+        counts=OF_LEASES),
 )}
 
 
@@ -10809,6 +11014,8 @@ def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, cal
         raise InvalidInput("; ".join(f"{p.path}: {p.message}" for p in problems))
     if call in dispatcher.run.answers:
         return finish_again(dispatcher, row, values, call)
+    if row.counts is not None:
+        dispatcher.count_use(actor.id, row.counts)
     try:
         return row.run(dispatcher, actor, values, call)
     except EnvironmentFault as e:
@@ -10954,6 +11161,41 @@ OPS = {
 }
 
 
+def inner_add_task(dispatcher: Dispatcher, message: dict) -> None:
+    """One more task like the first of a run that stays open; one that is there already is fine."""
+    name, run = message["task_id"], dispatcher.run
+    if name in run.actors:
+        return
+    if not run.facts.get("stays_open") or run.draining:
+        raise ToolRefusal("this run takes no more tasks")
+    task = dispatcher.manifest.tasks[0]._replace(id=name, prompt=message["prompt"], index=-1)
+    row = agent_row(task.agent, dispatcher.manifest.agents)
+    account = account_of(row, {**dispatcher.env, **task.env})
+    session = message["session"] if row.resumes else None
+    dispatcher.sync_before.append(write_plan(dispatcher.task_dir(name), task))
+    dispatcher.plans[name], dispatcher.accounts[name] = task, account
+    dispatcher.record("actor_added", actor=name, role=task.role, agent=task.agent, model=task.model,
+                      directory=task.directory, use_worktree=task.use_worktree, timeout_s=task.timeout_s,
+                      branch=task.branch, format=row.format, resumes=row.resumes, account=account,
+                      prompt_preview=preview(task.prompt),
+                      **({"session_id": session, "how": "again"} if session else {}))
+
+
+def inner_end_run(dispatcher: Dispatcher, message: dict) -> None:
+    """A run that stays open gets no more tasks."""
+    if not dispatcher.run.draining:
+        dispatcher.record("drained", why="closed")
+
+
+# what the ticket loop asks of a run that it opened itself; operators have no use for it
+INNER_OPS = {
+    "add_task": Op(inner_add_task, (_TASK, Field("prompt", "text", REQUIRED, "what it is asked"),
+                                    Field("session", "text", None, "that it goes on in")),
+                   "add a task to a run that stays open"),
+    "end_run":  Op(inner_end_run, (), "let a run that stays open end"),
+}
+
+
 class ControlSession:
     """One operator's connection: `hello` first, then operations; events of the run are told as they come."""
 
@@ -10997,6 +11239,7 @@ class ControlSession:
         for name in run.layers:
             if run.actors[name].parent and not run.actors[name].status:
                 self.tell_sublead(name)
+        self.tell_store_use(run.store_use)
 
     def tell_asked(self, asked: Approval) -> None:
         """Tell the client of a request that waits for an operator."""
@@ -11011,7 +11254,7 @@ class ControlSession:
     def take(self, message: dict, extra: dict) -> None:
         """Carry one operation out."""
         op, task_id = message["op"], message.get("task_id")
-        row = OPS.get(op)
+        row = OPS.get(op) or INNER_OPS.get(op)
         if row is None:
             return self.send(event="op_unknown", op=op, **extra)
         values, problems = check_fields(row.fields, {k: v for k, v in message.items() if k not in ("op", "id")
@@ -11049,6 +11292,13 @@ class ControlSession:
                   max_workers=layer.max_workers or None, read_down=layer.read_down,
                   actor_path=path_of(run, name))
 
+    def tell_store_use(self, used: Mapping[str, Any]) -> None:
+        """Tell the client how often actors have called for the store and for leases so far."""
+        counters = [{"actor_id": name, "kv_ops": counts[OF_STORE], "lease_ops": counts[OF_LEASES]}
+                    for name, counts in used.items()]
+        if counters:
+            self.send(event="store_activity", counters=counters)
+
     def tell(self, event: dict) -> None:
         """Tell the client of an event that people want to know."""
         if self.link.choked:
@@ -11070,6 +11320,8 @@ class ControlSession:
         elif event["kind"] in ("approval_decided", "approval_withdrawn"):
             self.send(event="approval_resolved", request_id=event["request_id"],
                       approved=event.get("approved", False), by=event.get("by", "withdrawn"))
+        elif event["kind"] == "store_used":
+            self.tell_store_use(event["counters"])
         elif event["kind"] == "run_finished":
             self.send(event="run_finished", summary={"tasks_total": event["tasks_total"],
                                                      "tasks_failed": event["tasks_failed"]})
@@ -11227,6 +11479,93 @@ LOG_EVENTS = {
                "tool_result": _log_gemini_answer, "result": _log_end},
     "text": {},
 }
+
+
+STALL_S = 600.0            # longer than an answer or a call of a tool usually takes
+AT_REST = ("paused", "frozen")
+
+
+class NeedKind(NamedTuple):
+    """One way in which a run needs its operator."""
+
+    colour: str
+    advice: str                # the command that shows or mends it, with {run} and {actor}
+    told_apart: bool           # `status` shows it in a line of its own, not in another place
+    meaning: str
+
+
+NEEDS = {
+    # kind                   colour    advice                            told_apart
+    "dispatcher": NeedKind("red",    "pitboss resume {run}",           False, "nobody deals the run"),
+    "approval":   NeedKind("yellow", "pitboss approvals {run}",        False, "a request waits for a word"),
+    "hold":       NeedKind("red",    "pitboss doctor",                 False, "credentials were refused"),
+    "space":      NeedKind("red",    "pitboss resume {run}",           True,  "there is no room on the disk"),
+    "rest":       NeedKind("yellow", "pitboss continue {run} {actor}", True,  "all that lives is paused"),
+    "stall":      NeedKind("yellow", "pitboss attach {run} {actor}",   True,  "it has said nothing for long"),
+    "failure":    NeedKind("red",    "pitboss attach {run} {actor}",   False, "it ended as nobody wanted"),
+}
+
+
+class Need(NamedTuple):
+    """Something for which a run needs its operator."""
+
+    kind: str                  # a key of NEEDS
+    actor: str                 # empty: it is of the run as a whole
+    text: str                  # one clean line
+    at: float                  # since when, unix seconds
+    request: str = ""          # of an approval its id
+
+
+def attention(run: RunState, now: float, heard: Mapping[str, float] | None = None,
+              alone: int | None = None) -> list[Need]:
+    """What of a run needs an operator, in the order of NEEDS, in each kind the oldest first.
+
+    `now` in unix seconds; `heard`: when the log of an actor last grew, where that is known; `alone`: how many
+    agents live without a dispatcher, None while there is one.
+    """
+    needs = [Need("failure", a.id, clean_text(f"{a.status}  {(a.reason or {}).get('message') or ''}").strip(),
+                  a.ended_at or run.last_at) for a in run.actors.values()
+             if a.status and not STATUSES[a.status].wanted and not a.needless]
+    if run.finished_at is not None:
+        return needs
+    needs += [Need("approval", a.actor, clean_text(f"asks ({a.category}): {preview(a.summary)}"), a.asked_at,
+                   a.id) for a in run.approvals.values()]
+    needs += [Need("hold", "", clean_text(f"{h.account.partition(':')[0]}: {HOLDS[h.kind].words}"), h.since)
+              for h in run.holds.values() if HOLDS[h.kind].final]
+    if run.draining == "no_space":
+        needs.append(Need("space", "", "no space left: nothing new starts", run.last_at))
+    if alone is None:
+        needs += find_idle(run, now, heard or {})
+    else:
+        living = f"; {count_alive(alone)} without it" if alone else ""
+        needs.append(Need("dispatcher", "", f"its dispatcher died{living}", run.last_at))
+    return sorted(needs, key=lambda need: ([*NEEDS].index(need.kind), need.at))
+
+
+def find_idle(run: RunState, now: float, heard: Mapping[str, float]) -> Iterator[Need]:
+    """The actors that do nothing and that nobody goes on with.
+
+    A lead says nothing while it waits for those below it, and who asked for approval is one that waits.
+    """
+    living = [a for a in run.actors.values() if STATES[a.state].live]
+    resting = [a for a in living if a.state in AT_REST]
+    if resting and len(resting) == len(living) and not run.held:
+        for actor in resting:
+            yield Need("rest", actor.id, f"is {actor.state}, and nothing else of the run goes on",
+                       run.heard.get(actor.id, run.last_at))
+    waits = {a.parent for a in run.actors.values() if not a.status and a.state not in AT_REST}
+    waits |= {asked.actor for asked in run.approvals.values()}
+    for actor in living:
+        last = max(run.heard.get(actor.id, actor.hand_at), heard.get(actor.id, 0.0))
+        if actor.state == "running" and actor.id not in waits and now - last >= STALL_S:
+            yield Need("stall", actor.id, f"has said nothing for {render_duration(now - last)}", last)
+
+
+def show_need(need: Need, run_id: str) -> dict:
+    """A need as JSON has it."""
+    return {"kind": need.kind, "actor": need.actor or None, "text": need.text, "since": render_time(need.at),
+            "request_id": need.request or None,
+            "advice": NEEDS[need.kind].advice.format(run=run_id, actor=need.actor)}
 
 
 def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -11543,12 +11882,1932 @@ def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, wid
     return lines + ([clip_cells(f"… and {hidden} more", width)] if hidden else [])
 
 
+class Seat(NamedTuple):
+    """One line of the tree of a manifest: an actor, or all that may be spawned in one place."""
+
+    role: str                  # task lead worker sublead
+    depth: int                 # of a task and the root lead 0
+    id: str                    # of who is spawned: how it will be called
+    at_most: int | None        # at once, sub-leads in the whole run; None: no limit
+    agent: str
+    model: str | None          # None: any
+    timeout_s: int
+    budget_usd: float | None   # its purse, or envelope
+    time_usd: float | None     # what all its time can cost; None: that has no end
+
+
+class Outlook(NamedTuple):
+    """What a manifest can come to: its tree, and what that costs at worst."""
+
+    seats: tuple
+    worst_usd: float | None    # None: no end
+    by: str                    # the key that makes the end
+    missing: tuple             # what would make one
+    time_usd: float | None     # by timeouts and prices alone
+
+
+def foresee(manifest: Manifest, pricing: Pricing) -> Outlook:
+    """The tree of a manifest, and its worst case.
+
+    An actor costs at most its time, at the highest rate of tokens, at the price of its model.  A lead whose
+    agent tells its cost spawns nobody beyond its budget; of another one the budget sees nothing.
+    """
+    tree = manifest.mode == "hierarchical"
+    seats, missing = seat_tree(manifest, pricing) if tree else seat_tasks(manifest, pricing)
+    time_usd = None if missing else math.fsum(seat.time_usd for seat in seats)
+    tells = FORMATS[agent_row(manifest.tasks[0].agent, manifest.agents).format].tells_cost
+    budget = manifest.rules.budget_usd if tree and tells else None
+    if budget is not None and (time_usd is None or budget <= time_usd):
+        return Outlook(tuple(seats), budget, "budget_usd", (), time_usd)
+    return Outlook(tuple(seats), time_usd, "lead_timeout_secs" if tree else "timeout_secs",
+                   tuple(dict.fromkeys(missing)), time_usd)
+
+
+def usd_per_second(price: tuple, pricing: Pricing) -> float:
+    """What one agent costs in a second at most."""
+    return sum(count * usd for count, usd in zip(pricing.rate, price)) / 1e6
+
+
+def price_time(task: Task, place: str, pricing: Pricing) -> tuple[float | None, list[str]]:
+    """(what all the time of an actor costs, what is missing to say that)."""
+    price = find_price(task.model, pricing.models)
+    if price is None:
+        return None, [f"[model.{json.dumps(task.model)}] in prices.toml" if task.model else f"{place}.model"]
+    return task.timeout_s * usd_per_second(price, pricing), []
+
+
+def seat_tasks(manifest: Manifest, pricing: Pricing) -> tuple[list[Seat], list[str]]:
+    """(a seat for each task, what is missing to say what their time costs)."""
+    seats, missing = [], []
+    for task in manifest.tasks:
+        usd, lack = price_time(task, f"task[{task.index}]", pricing)
+        seats.append(Seat("task", 0, task.id, 1, task.agent, task.model, task.timeout_s, None, usd))
+        missing += lack
+    return seats, missing
+
+
+def seat_tree(manifest: Manifest, pricing: Pricing) -> tuple[list[Seat], list[str]]:
+    """(the lead's seat and those of all that it may spawn, what is missing to say what their time costs).
+
+    Who is spawned may have any model, so the dearest one counts; it ends when the root lead ends.
+    """
+    lead, rules, subleads = manifest.tasks[0], manifest.rules, manifest.rules.subleads
+    usd, missing = price_time(lead, "lead", pricing)
+    one = lead.timeout_s * max(usd_per_second(price, pricing) for price in pricing.models.values())
+    across, most = subleads.get("max_workers_across_tree"), subleads.get("max_subleads")
+    live = min(rules.max_workers, across or rules.max_workers)
+    seats = [Seat("lead", 0, lead.id, 1, lead.agent, lead.model, lead.timeout_s, rules.budget_usd, usd),
+             Seat("worker", 1, "worker-N", live, lead.agent, None, lead.worker_timeout_s, None, live * one)]
+    if "allow_subleads" not in subleads:
+        return seats, missing
+    defaults, lack = subleads["sublead_defaults"], [] if most else ["lead.max_subleads"]
+    pool = next(int(f.high) for f in SUBLEAD_FIELDS if f.name == "max_workers")  # what a spawn may ask for
+    below = across - live if across else most * pool if most else None
+    envelope = subleads.get("max_sublead_budget_usd", defaults.get("budget_usd"))
+    seats += [Seat("sublead", 1, "sublead-N", most, lead.agent, None,
+                   defaults.get("lead_timeout_secs") or lead.timeout_s, envelope, most and most * one),
+              Seat("worker", 2, "worker-N", below, lead.agent, None, lead.worker_timeout_s, None,
+                   None if below is None else below * one)]
+    return seats, [*missing, *lack]
+
+
+def public_outlook(outlook: Outlook) -> dict:
+    """The same for programs."""
+    def plain(record: NamedTuple) -> dict:
+        return {("timeout_secs" if k == "timeout_s" else k): round(v, 6) if isinstance(v, float) else v
+                for k, v in record._asdict().items()}
+
+    return {**plain(outlook), "seats": [plain(seat) for seat in outlook.seats]}
+
+
+def render_outlook(outlook: Outlook, width: int) -> list[str]:
+    """The tree of a manifest as lines, its worst case last."""
+    rows = [["ROLE", "ID", "MOST", "AGENT", "SECONDS", "BUDGET", "BY TIME", "MODEL"]]
+    for seat in outlook.seats:
+        most = "-" if seat.at_most is None else str(seat.at_most)
+        usd = "no end" if seat.time_usd is None else render_usd(seat.time_usd)
+        model = "any" if seat.model is None else clean_text(seat.model)
+        rows.append(["  " * seat.depth + seat.role, seat.id, most, clean_text(seat.agent),
+                     str(seat.timeout_s), render_usd(seat.budget_usd), usd, model])
+    lines = [*render_table(rows, (2, 4, 5, 6), width), "", render_worst(outlook)]
+    if outlook.by == "budget_usd":
+        rest = "without end" if outlook.time_usd is None else f"up to {render_usd(outlook.time_usd)} in all"
+        lines.append("Nobody is spawned beyond the budget; who runs when it is spent goes on until the end "
+                     f"of its time, {rest}.")
+    return lines
+
+
+def render_worst(outlook: Outlook) -> str:
+    """The worst case in one line."""
+    if outlook.worst_usd is None:
+        return f"worst case: no end; missing: {', '.join(outlook.missing)}"
+    return f"worst case: {render_usd(outlook.worst_usd)} (by {outlook.by})"
+
+
 def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[str]:
     """What `dispatch --dry-run` says of one task."""
     branch = task.branch or f"pitboss/<run8>/{task.id}"
     return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
             f"  branch  {branch}" if task.use_worktree
             else "  branch  none: it works in its directory itself", f"  limit   {task.timeout_s:g} s"]
+
+
+# ======================================================================================
+# REPORT: a run as one page, and in the formats of other programs                 [pure]
+# ======================================================================================
+# A Chronicle is what the journal tells beyond the records: who stood how, when; what was
+# spent by when; what was asked.  The page has no script and loads nothing, so it opens from
+# a disk and can be mailed; every word of an agent goes through `esc`.
+# To add a format: one row in REPORTS; a metric: one row in METRICS; a part of the page: one
+# row in PAGE_PARTS.
+
+class Span(NamedTuple):
+    """A time in which an actor stood in one state, a key of STATES.  Unix seconds."""
+
+    state: str
+    start: float
+    end: float
+
+
+class Moment(NamedTuple):
+    """Something that happened to an actor or, with an empty name, to the run: `kind` is a key of MOMENTS."""
+
+    actor: str
+    at: float
+    kind: str
+
+
+MOMENTS = {
+    # kind of event: in words
+    "dispatcher_started": "a dispatcher began",
+    "cancelled": "the run was cancelled",
+    "drained": "nothing new starts from here",
+    "hold_began": "a provider takes no requests",
+    "hold_ended": "the provider takes requests again",
+    "reprompted": "told something else",
+    "stop_decided": "to be stopped",
+    "approval_asked": "asks for approval",
+    "approval_decided": "its request is answered",
+}
+
+
+class Request(NamedTuple):
+    """A request for approval and what became of it; `summary` and `plan` may be blobs' names."""
+
+    id: str
+    actor: str
+    category: str
+    summary: Any
+    plan: Any
+    asked_at: float
+    ended_at: float | None
+    answer: str                # in words; empty: it waits
+
+
+class Chronicle:
+    """A run's events, read once, as drawings need them."""
+
+    def __init__(self) -> None:
+        self.run = RunState()
+        self.spans: dict[str, list[Span]] = {}
+        self.moments: list[Moment] = []
+        self.spent: list[tuple[float, float, int]] = []      # (moment, USD, tokens) of the run by then
+        self.requests: dict[str, Request] = {}
+        self.signals: dict[str, int] = {}                    # that ended an actor's last hand
+        self._totals: dict[str, tuple[float, int]] = {}
+        self._since: dict[str, tuple[str, float]] = {}
+
+    def follow(self, event: dict) -> None:
+        """Fold one more event."""
+        step(self.run, event)
+        name, kind, at = event.get("actor", ""), event["kind"], event["at"]
+        for one in [name] if name in self.run.actors else [] if name else self.run.actors:
+            self._stand(self.run.actors[one], at)
+        if kind in MOMENTS and (kind != "dispatcher_started" or self.spans):      # the first is the beginning
+            self.moments.append(Moment(name, at, kind))
+        if kind in ("usage", "hand_ended"):
+            self._spend(self.run.actors[name], at)
+        if kind == "hand_ended":
+            self.signals[name] = event.get("signal") or 0
+        if event.get("request_id"):
+            self._ask(event)
+
+    def _stand(self, actor: Actor, at: float) -> None:
+        state, since = self._since.get(actor.id, ("", at))
+        if state != actor.state:
+            if state:
+                self.spans.setdefault(actor.id, []).append(Span(state, since, at))
+            self._since[actor.id] = (actor.state, at)
+
+    def _spend(self, actor: Actor, at: float) -> None:
+        self._totals[actor.id] = ((actor.cost_usd or 0.0) + actor.hand_usd,
+                                  sum(actor.usage) + sum(actor.hand_usage))
+        known = self._totals.values()
+        self.spent.append((at, sum(usd for usd, _ in known), sum(tokens for _, tokens in known)))
+
+    def _ask(self, event: dict) -> None:
+        name, answer = event["request_id"], self.run.decided.get(event["request_id"], "")
+        old = self.requests.get(name) or Request(name, event["actor"], event.get("category", ""),
+                                                 event.get("summary"), event.get("plan"), event["at"], None,
+                                                 "")
+        self.requests[name] = old._replace(answer=answer, ended_at=event["at"] if answer else None)
+
+    def close(self, until: float) -> None:
+        """End the spans of those that have not settled at `until`."""
+        for name, (state, since) in self._since.items():
+            if state != "settled":
+                self.spans.setdefault(name, []).append(Span(state, since, max(since, until)))
+        self._since = {}
+
+
+def read_chronicle(events: Iterable[dict], until: float | None) -> Chronicle:
+    """The chronicle of a run; what goes on goes on until `until`, None: the last event."""
+    told = Chronicle()
+    for event in events:
+        told.follow(event)
+    told.close(told.run.last_at if until is None else until)
+    return told
+
+
+def chronicle_of_records(records: Iterable[dict], until: float) -> Chronicle:
+    """What the records of a run without a journal tell: when each actor began and ended, and its cost."""
+    told, ended = Chronicle(), []
+    for r in records:
+        start = seconds_of(r["started_at"])
+        if start is None:
+            continue
+        end = seconds_of(r["ended_at"])
+        told.spans[r["task_id"]] = [Span("running", start, until if end is None else max(start, end))]
+        ended.append((until if end is None else end, r["cost_usd"] or 0.0, sum(r["token_usage"].values())))
+    usd, tokens = 0.0, 0
+    for at, more_usd, more_tokens in sorted(ended):
+        usd, tokens = usd + more_usd, tokens + more_tokens
+        told.spent.append((at, usd, tokens))
+    return told
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Unix seconds of an RFC 3339 time; None for anything else."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(text or "").timestamp()
+    except ValueError:
+        return None
+
+
+class Report(NamedTuple):
+    """All that a report is made of; its texts are masked."""
+
+    head: dict                 # as `status --json` has it
+    actors: list               # records in the order of the tree, unsettled ones with a state
+    told: Chronicle
+    requests: list             # Request with texts
+    logs: dict                 # actor to the last lines of its log: (mark of LOG_MARKS, text) pairs
+    changes: dict              # actor to {a, b, files, note, patch} of its work in git
+    now: float
+    version: str
+
+
+_NOT_XML = r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+
+
+def esc(value: Any) -> str:
+    """A text as HTML and XML take it, in an element or an attribute; what XML cannot hold is left out."""
+    import html
+
+    return html.escape(re.sub(_NOT_XML, "", str(value)))
+
+
+def bounds_of(report: Report) -> tuple[float, float]:
+    """The first and the last moment of a report's time line, never the same one."""
+    spans = [s for all_of in report.told.spans.values() for s in all_of]
+    times = [t for s in spans for t in (s.start, s.end)] + [m.at for m in report.told.moments]
+    start, end = (min(times), max(times)) if times else (report.now, report.now)
+    return start, max(end, start + 0.001)
+
+
+TICKS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200,
+           86400, 172800, 604800)
+ROW_PX, LABEL_PX, WIDE_PX = 18, 190, 1000      # of a drawing: a row, its names, all of it
+
+
+def render_ticks(start: float, end: float, height: int) -> list[str]:
+    """Vertical lines with the time since the start, at most twelve."""
+    size = next((t for t in TICKS_S if (end - start) / t <= 12), (end - start) / 10)
+    marks = [n * size for n in range(int((end - start) / size) + 1)]
+    drawn = []
+    for since in marks:
+        x = place_of(start + since, start, end)
+        drawn.append(f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}"/>'
+                     f'<text class="label" x="{x:.1f}" y="10">{esc(render_duration(since))}</text>')
+    return drawn
+
+
+def place_of(at: float, start: float, end: float) -> float:
+    """Where a moment stands in a drawing, pixels from its left."""
+    return LABEL_PX + (WIDE_PX - LABEL_PX - 10) * (min(max(at, start), end) - start) / (end - start)
+
+
+def open_svg(height: int, about: str) -> str:
+    """The beginning of a drawing."""
+    return (f'<svg viewBox="0 0 {WIDE_PX} {height}" width="100%" role="img" aria-label="{esc(about)}" '
+            f'xmlns="http://www.w3.org/2000/svg">')
+
+
+def render_timeline(report: Report) -> list[str]:
+    """A row for each actor, a box for each time that it stood in one state, a dot for what happened to it."""
+    start, end = bounds_of(report)
+    rows = {r["task_id"]: 18 + ROW_PX * n for n, r in enumerate(report.actors)}
+    height, depths = 22 + ROW_PX * len(rows), depths_of(report.actors)
+    drawn = [open_svg(height, "time line of all actors"), *render_ticks(start, end, height)]
+    for record in report.actors:
+        name, y = record["task_id"], rows[record["task_id"]]
+        drawn.append(f'<text class="name" x="{8 * depths[name]}" y="{y + 11}">'
+                     f'{esc(clip_cells(clean_text(name), 26))}</text>')
+        for span in report.told.spans.get(name, ()):
+            x, wide = place_of(span.start, start, end), place_of(span.end, start, end)
+            says = (f"{name}: {span.state} for {render_duration(span.end - span.start)}, "
+                    f"from {render_time(span.start)}")
+            drawn.append(f'<rect class="s-{esc(span.state)}" x="{x:.1f}" y="{y}" '
+                         f'width="{max(1.0, wide - x):.1f}" height="12"><title>{esc(says)}</title></rect>')
+    for moment in report.told.moments:
+        x, says = place_of(moment.at, start, end), f"{MOMENTS[moment.kind]}, {render_time(moment.at)}"
+        title = f"<title>{esc(f'{moment.actor}: {says}' if moment.actor else says)}</title>"
+        if moment.actor in rows:
+            drawn.append(f'<circle class="moment" cx="{x:.1f}" cy="{rows[moment.actor] + 6}" r="4">'
+                         f'{title}</circle>')
+        elif not moment.actor:
+            drawn.append(f'<line class="whole" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height}">'
+                         f'{title}</line>')
+    key = " ".join(f'<span class="key"><svg width="12" height="12"><rect class="s-{s.name}" width="12" '
+                   f'height="12"/></svg> {s.name}: {esc(s.meaning)}</span>' for s in STATES.values()
+                   if s.name != "settled")
+    return [*drawn, "</svg>", f'<p class="small">{key}</p>']
+
+
+def depths_of(actors: list[dict]) -> dict[str, int]:
+    """How many leads stand above each actor."""
+    parents = {r["task_id"]: r["parent_task_id"] for r in actors}
+    depths = {}
+    for first in parents:
+        depth, name = 0, parents[first]
+        while name in parents and depth < 8:
+            depth, name = depth + 1, parents[name]
+        depths[first] = depth
+    return depths
+
+
+MAX_POINTS = 400           # of a curve
+
+
+def render_spending(report: Report) -> list[str]:
+    """Cost and tokens of the whole run over time, two curves in one drawing."""
+    start, end = bounds_of(report)
+    spent = report.told.spent
+    spent = spent[::max(1, len(spent) // MAX_POINTS)] + spent[-1:]
+    if not spent:
+        return ["<p>No actor has told of tokens or cost.</p>"]
+    height = 160
+    drawn = [open_svg(height, "cost and tokens over time"), *render_ticks(start, end, height)]
+    for column, name, show in ((1, "cost", render_usd), (2, "tokens", render_tokens)):
+        most = max(point[column] for point in spent)
+        points, y = [(place_of(start, start, end), height - 6.0)], height - 6.0
+        for point in spent:
+            x = place_of(point[0], start, end)
+            points.append((x, y))
+            y = height - 6 - (height - 36) * (point[column] / most if most > 0 else 0)
+            points.append((x, y))
+        points.append((place_of(end, start, end), y))
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        drawn.append(f'<polyline class="c-{name}" points="{line}"><title>{name}</title></polyline>'
+                     f'<text class="name t-{name}" x="0" y="{40 + 20 * column}">{name}: {esc(show(most))}'
+                     f'</text>')
+    return [*drawn, "</svg>"]
+
+
+def render_bar(share: float, name: str) -> str:
+    """A small bar, `share` from 0 to 1 long."""
+    return (f'<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"><rect class="b-{name}" '
+            f'width="{100 * min(1.0, max(0.0, share)):.1f}" height="8"/></svg>')
+
+
+def render_actors(report: Report) -> list[str]:
+    """A table of all actors: status and reason, time, tokens and cost with bars."""
+    tokens = {r["task_id"]: sum(r["token_usage"].values()) for r in report.actors}
+    most = max([*tokens.values(), 1])
+    dearest = max([r["cost_usd"] or 0.0 for r in report.actors] + [1e-9])
+    depths = depths_of(report.actors)
+    lines = ["<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in (
+        "actor", "status", "role", "agent", "time", "tokens", "", "cost", "", "hands", "what it said last"))
+             + "</tr></thead><tbody>"]
+    for r in report.actors:
+        row, reason = STATUSES.get(r["status"] or ""), r["failure_reason"] or {}
+        word = f"{row.glyph} {row.name}" if row else r["status"] or r.get("state") or ""
+        why = f"{reason.get('kind')}: {reason.get('message')}" if reason else ""
+        words = "".join(f'<div class="{c}">{esc(t)}</div>' for c, t in (
+            ("why", why), ("", r["final_message_preview"] or r.get("words") or "")) if t)
+        usage = ", ".join(f"{n} {c}" for n, c in r["token_usage"].items())
+        cells = (f'<td><a href="#actor-{esc(r["task_id"])}" style="padding-left:'
+                 f'{depths[r["task_id"]]}em">{esc(r["task_id"])}</a></td>',
+                 f'<td class="{row.colour if row else "cyan"}">{esc(word)}</td>',
+                 f'<td>{esc(r["role"])}</td>', f'<td>{esc(r["agent"])}<br><small>{esc(r["model"] or "")}'
+                 f'</small></td>', f'<td class="n">{esc(render_duration(age_s(r, report.now)))}</td>',
+                 f'<td class="n" title="{esc(usage)}">{esc(render_tokens(tokens[r["task_id"]]))}</td>',
+                 f'<td>{render_bar(tokens[r["task_id"]] / most, "tokens")}</td>',
+                 f'<td class="n">{esc(render_usd(r["cost_usd"]))}</td>',
+                 f'<td>{render_bar((r["cost_usd"] or 0.0) / dearest, "cost")}</td>',
+                 f'<td class="n">{esc(r.get("hands", 1))}</td>', f'<td class="wide">{words}</td>')
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return [*lines, "</tbody></table>"]
+
+
+def render_tree(report: Report) -> list[str]:
+    """Who spawned whom, with what each lead and all below it cost."""
+    if report.head["mode"] != "hierarchical":
+        return []
+    names = {r["task_id"] for r in report.actors}
+    below: dict[Any, list] = {}
+    for r in report.actors:
+        above = r["parent_task_id"]
+        below.setdefault(above if above in names and above != r["task_id"] else None, []).append(r)
+
+    def grow(name: Any) -> tuple[list[str], float]:
+        lines, total = ["<ul>"] if name in below else [], 0.0
+        for r in below.get(name, ()):
+            inner, more = grow(r["task_id"])
+            cost = (r["cost_usd"] or 0.0) + more
+            sum_words = f", {render_usd(cost)} with all below it" if inner else ""
+            lines += [f'<li>{esc(r["task_id"])} <span class="small">{esc(r["role"])}, '
+                      f'{esc(r["status"] or r.get("state") or "")}, {esc(render_usd(r["cost_usd"]))}'
+                      f'{esc(sum_words)}</span>', *inner, "</li>"]
+            total += cost
+        return lines + (["</ul>"] if name in below else []), total
+
+    return grow(None)[0]
+
+
+def render_requests(report: Report) -> list[str]:
+    """Every request for approval: who asked for what, how long it took, what the answer was."""
+    if not report.requests:
+        return ["<p>Nothing was asked.</p>"]
+    lines = ["<table><thead><tr><th>asked at</th><th>actor</th><th>category</th><th>for what</th>"
+             "<th>waited</th><th>answer</th></tr></thead><tbody>"]
+    for r in report.requests:
+        plan = f"<details><summary>plan</summary><pre>{esc(r.plan)}</pre></details>" if r.plan else ""
+        waited = render_duration((r.ended_at or report.now) - r.asked_at)
+        lines.append(f"<tr><td>{esc(render_time(r.asked_at))}</td><td>{esc(r.actor)}</td>"
+                     f"<td>{esc(r.category)}</td><td class='wide'>{esc(r.summary or '')}{plan}</td>"
+                     f'<td class="n">{esc(waited)}</td><td>{esc(r.answer or "it waits")}</td></tr>')
+    return [*lines, "</tbody></table>"]
+
+
+def render_works(report: Report) -> list[str]:
+    """A part for each actor: what it changed in git, and the end of its log."""
+    lines = []
+    for r in report.actors:
+        name = r["task_id"]
+        facts = [f"branch {r['branch']}" if r["branch"] else "", f"kept in {r['worktree_path']}"
+                 if r["worktree_path"] else "", r.get("worktree_kept") or "",
+                 f"saved as {r['rescue_ref']}" if r["rescue_ref"] else "",
+                 f"session {r['claude_session_id']}" if r["claude_session_id"] else ""]
+        lines += [f'<h3 id="actor-{esc(name)}">{esc(name)}</h3>',
+                  f'<p class="small">{esc("; ".join(f for f in facts if f))}</p>']
+        lines += render_work(report.changes.get(name))
+        shown = "\n".join(f'<span class="{LOG_MARKS[mark][0]}">{esc(mark)} {esc(text)}</span>'
+                          for mark, text in report.logs.get(name, ()))
+        lines.append(f"<details><summary>the end of its log</summary><pre>{shown}</pre></details>"
+                     if shown else "<p>It has no log.</p>")
+    return lines
+
+
+def render_work(work: dict | None) -> list[str]:
+    """What an actor changed in git: a line for each file, then the patch where it is wanted."""
+    if not work:
+        return []
+    note = [f'<p class="small">{esc(work["note"])}</p>'] if work["note"] else []
+    files = work["files"]
+    if not files:
+        return note or ["<p>It changed nothing in git.</p>"]
+    stat = render_table([[clean_text(f["path"]), "binary" if f["added"] is None else f"+{f['added']}",
+                          "" if f["removed"] is None else f"-{f['removed']}"] for f in files], right=(1,))
+    title = (f"{len(files)} file{'s' * (len(files) != 1)}, +{sum(f['added'] or 0 for f in files)} "
+             f"-{sum(f['removed'] or 0 for f in files)}: {work['a']} .. {work['b']}")
+    whole = []
+    if work["patch"]:
+        colours = {"+": "green", "-": "red", "@": "cyan"}
+        body = "\n".join(f'<span class="{colours[line[0]]}">{esc(line)}</span>' if line[:1] in colours
+                         else esc(line) for line in work["patch"].split("\n"))
+        whole = [f"<details><summary>the whole difference</summary><pre>{body}</pre></details>"]
+    return [f"<p>{esc(title)}</p>", "<pre>" + esc("\n".join(stat)) + "</pre>", *note, *whole]
+
+
+PAGE_PARTS = (
+    # heading                its lines
+    ("Time line",            render_timeline),
+    ("Actors",               render_actors),
+    ("Tree",                 render_tree),
+    ("Cost and tokens",      render_spending),
+    ("Approvals",            render_requests),
+    ("Work and logs",        render_works),
+)
+
+# Nothing is loaded and nothing runs, whatever an agent has printed.
+PAGE_SHUT = "default-src 'none'; style-src 'unsafe-inline'"
+PAGE_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --soft: #57606a; --line: #d8dee4;
+  --green: #1a7f37; --red: #c0262c; --yellow: #8a6100; --cyan: #0b6e8a; --magenta: #8250df;
+  --running: #2da44e; --wait: #d0d7de; --held: #d4a72c; --paused: #8c959f; --stop: #cf5b56; }
+@media (prefers-color-scheme: dark) { :root { --back: #14181d; --text: #dfe5ec; --soft: #98a2ad;
+  --line: #303740; --green: #57c36c; --red: #ff7b72; --yellow: #e0b341; --cyan: #5cc8e0;
+  --magenta: #c297ff; --running: #2f8f46; --wait: #3a424c; --held: #9e7a1a; --paused: #6b7480;
+  --stop: #b3443f; } }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1.2em;
+  background: var(--back); color: var(--text); } p, dd, h1, h3 { overflow-wrap: anywhere; }
+h1 { font-size: 1.5em; margin: 0 0 .3em; } h2 { font-size: 1.15em; margin: 1.8em 0 .5em;
+  border-bottom: 1px solid var(--line); } h3 { font-size: 1em; margin: 1.4em 0 .2em; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; color: var(--soft);
+  font-weight: 500; } th, td { padding: .25em .6em .25em 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; white-space: nowrap; } td.n { text-align: right; } a { color: inherit; }
+td.wide { white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
+pre { font: 12px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  background: color-mix(in srgb, var(--text) 5%, transparent); padding: .6em; }
+dl { display: flex; flex-wrap: wrap; gap: .3em 2em; margin: 0; } dt { color: var(--soft);
+  font-size: .85em; } dd { margin: 0; } .small, small { color: var(--soft); font-size: .85em; }
+.key { margin-right: 1em; white-space: nowrap; } .why { color: var(--red); } .bar { width: 90px;
+  height: 8px; } .b-cost, .b-tokens { fill: var(--cyan); } .b-cost { fill: var(--magenta); }
+.green { color: var(--green); } .red { color: var(--red); } .yellow { color: var(--yellow); }
+.cyan { color: var(--cyan); } .magenta { color: var(--magenta); } .white { color: var(--text); }
+svg text { fill: var(--text); font: 11px system-ui, sans-serif; } svg text.label { fill: var(--soft);
+  text-anchor: middle; } .tick { stroke: var(--line); } .whole { stroke: var(--red);
+  stroke-dasharray: 3 3; } .moment { fill: var(--yellow); stroke: var(--back); }
+.s-running { fill: var(--running); } .s-waiting, .s-placing, .s-dealing, .s-closing { fill: var(--wait); }
+.s-held { fill: var(--held); } .s-paused, .s-frozen { fill: var(--paused); } .s-stopping {
+  fill: var(--stop); } polyline { fill: none; stroke-width: 1.6; } .c-cost { stroke: var(--magenta); }
+.c-tokens { stroke: var(--cyan); } svg text.t-cost { fill: var(--magenta); } svg text.t-tokens {
+  fill: var(--cyan); }
+"""
+
+
+def render_page(report: Report) -> str:
+    """The run as one HTML page: its own styles and drawings, no script, nothing from elsewhere."""
+    head, (start, end) = report.head, bounds_of(report)
+    name = head["name"] or head["run_id"]
+    facts = (("run", head["run_id"]), ("mode", head["mode"] or "-"), ("state", head["state"]),
+             ("began", render_time(start)), ("took", render_duration(end - start)),
+             ("actors", head["tasks_total"]), ("not a success", head["tasks_failed"]),
+             ("not started", head["tasks_not_started"]), ("cost", render_usd(head["total_cost_usd"])),
+             ("tokens", render_tokens(sum(sum(r["token_usage"].values()) for r in report.actors))))
+    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
+             f'<meta http-equiv="Content-Security-Policy" content="{esc(PAGE_SHUT)}">',
+             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+             f"<title>{esc(name)}: {esc(head['state'])}</title>", f"<style>{PAGE_STYLE}</style>", "</head>",
+             "<body>", f"<h1>{esc(name)}</h1>",
+             "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{esc(v)}</dd></div>" for k, v in facts) + "</dl>"]
+    for title, render in PAGE_PARTS:
+        part = render(report)
+        lines += [f"<section><h2>{title}</h2>", *part, "</section>"] if part else []
+    lines.append(f'<p class="small">Made by pitboss {esc(report.version)} at {esc(render_time(report.now))}.'
+                 f'</p></body></html>')
+    return "\n".join(lines) + "\n"
+
+
+JOB_COLUMNS = ("Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval", "Signal", "Command")
+
+
+def render_joblog(report: Report) -> str:
+    """The settled actors as GNU parallel's --joblog has its jobs, in the order in which they ended.
+
+    Measured with parallel 20221122: a job that a signal ended has Exitval 0, one whose time was over -1;
+    Receive counts what it printed.  An actor that is no success for another reason has -1, too.
+    """
+    lines = ["\t".join(JOB_COLUMNS)]
+    ended = [r for r in report.actors if r["status"] and r["started_at"]]
+    for number, r in enumerate(sorted(ended, key=lambda r: (r["ended_at"] or "", r["task_id"])), 1):
+        by = report.told.signals.get(r["task_id"], 0)
+        code = 0 if is_good(r["status"]) or by else r["exit_code"] or -1
+        lines.append("\t".join((str(number), ":", f"{seconds_of(r['started_at']) or 0:.3f}",
+                                f"{r['duration_ms'] / 1000:10.3f}", "0", str(r.get("log_bytes", 0)),
+                                str(code), str(by), clean_text(f"{r['agent']} {r['task_id']}"))))
+    return "\n".join(lines) + "\n"
+
+
+def render_junit(report: Report) -> str:
+    """The run as a JUnit report: a test case for each actor; what has not settled is skipped."""
+    run = report.told.run
+    cases, counts = [], {"failure": 0, "error": 0, "skipped": 0}
+    for r in report.actors:
+        row, actor, reason = STATUSES.get(r["status"] or ""), run.actors.get(r["task_id"]), ""
+        what = "skipped" if not r["status"] or actor and actor.needless else row.junit if row else "failure"
+        why = (r["failure_reason"] or {}).get("message") or r.get("state") or ""
+        if what:
+            counts[what] += 1
+            kind = "" if what == "skipped" else f' type="{esc(r["status"])}"'
+            reason = f'<{what} message="{esc(why)}"{kind}/>'
+        said = f"<system-out>{esc(r['final_message'] or '')}</system-out>" if r["final_message"] else ""
+        cases.append(f'    <testcase classname="{esc(report.head["name"] or "run")}" '
+                     f'name="{esc(r["task_id"])}" time="{r["duration_ms"] / 1000:.3f}">{reason}{said}'
+                     f"</testcase>")
+    start, end = bounds_of(report)
+    told = (f'tests="{len(cases)}" failures="{counts["failure"]}" errors="{counts["error"]}" '
+            f'skipped="{counts["skipped"]}" time="{end - start:.3f}"')
+    name = esc(report.head["name"] or report.head["run_id"])
+    moment = (render_time(start) or "")[:19]
+    return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', f'<testsuites name="{name}" {told}>',
+                      f'  <testsuite name="{name}" id="{esc(report.head["run_id"])}" timestamp="{moment}" '
+                      f'{told}>', *cases, "  </testsuite>", "</testsuites>"]) + "\n"
+
+
+def metric_label(value: Any) -> str:
+    """A label's value as Prometheus' text format takes it."""
+    return clean_text(str(value)).replace("\\", "\\\\").replace('"', '\\"')
+
+
+def count_statuses(report: Report) -> Iterator[tuple[dict, float]]:
+    """How many actors ended how, a row for every status there is, or wait and run."""
+    words = [r["status"] or r.get("state") or "" for r in report.actors]
+    for word in dict.fromkeys([*STATUSES, *(s.tool for s in STATES.values() if s.name != "settled"),
+                               *words]):
+        yield {"status": word}, words.count(word)
+
+
+def each_actor(value: Callable[[dict], Any]) -> Callable:
+    """A metric with a row for each actor that `value` tells something of."""
+    def rows(report: Report) -> Iterator[tuple[dict, float]]:
+        for r in report.actors:
+            if value(r) is not None:
+                yield {"actor": r["task_id"], "role": r["role"], "agent": r["agent"]}, value(r)
+    return rows
+
+
+def count_actor_tokens(report: Report) -> Iterator[tuple[dict, float]]:
+    """The tokens of each actor by kind."""
+    for r in report.actors:
+        for kind, count in r["token_usage"].items():
+            yield {"actor": r["task_id"], "kind": kind}, count
+
+
+METRICS = (
+    # name, what it is, (report) -> (labels, value) pairs
+    ("run_start_timestamp_seconds", "when the run began",
+     lambda report: [({}, round(bounds_of(report)[0], 3))]),
+    ("run_duration_seconds", "how long the run took, or goes on",
+     lambda report: [({}, round(bounds_of(report)[1] - bounds_of(report)[0], 3))]),
+    ("run_finished", "1 when every record is final",
+     lambda report: [({}, int(report.head["state"] == "complete"))]),
+    ("run_actors", "actors by status, or by state", count_statuses),
+    ("run_failed_actors", "actors that count as failed", lambda report: [({}, report.head["tasks_failed"])]),
+    ("run_cost_usd", "what the run cost",
+     lambda report: [({}, report.head["total_cost_usd"])] if report.head["total_cost_usd"] is not None
+     else []),
+    ("run_approvals_waiting", "requests that wait for an operator",
+     lambda report: [({}, sum(1 for r in report.requests if not r.answer))]),
+    ("actor_duration_seconds", "how long an actor took", each_actor(lambda r: r["duration_ms"] / 1000)),
+    ("actor_cost_usd", "what an actor cost", each_actor(lambda r: r["cost_usd"])),
+    ("actor_tokens", "tokens of an actor by kind", count_actor_tokens),
+)
+
+
+def render_prometheus(report: Report) -> str:
+    """The run as gauges for the textfile collector of Prometheus' node exporter."""
+    run = {"run": report.head["run_id"], "name": report.head["name"] or ""}
+    lines = []
+    for name, about, rows in METRICS:
+        found = list(rows(report))
+        lines += [f"# HELP pitboss_{name} {about}", f"# TYPE pitboss_{name} gauge"] if found else []
+        for labels, value in found:
+            told = ",".join(f'{k}="{metric_label(v)}"' for k, v in {**run, **labels}.items())
+            lines.append(f"pitboss_{name}{{{told}}} {value}")
+    return "\n".join(lines) + "\n"
+
+
+class ReportFormat(NamedTuple):
+    """One way to write a report."""
+
+    render: Callable           # (Report) -> text
+    about: str
+    is_page: bool = False      # it shows logs and what differs in git, and goes to a file of its own
+
+
+REPORTS = {
+    "html":       ReportFormat(render_page, "one HTML page that loads nothing", is_page=True),
+    "joblog":     ReportFormat(render_joblog, "the columns of GNU parallel's --joblog"),
+    "junit":      ReportFormat(render_junit, "JUnit's XML"),
+    "prometheus": ReportFormat(render_prometheus, "metrics for Prometheus' textfile collector"),
+}
+
+
+# ======================================================================================
+# TRACKERS: tickets of an epic: the embedded store, bd and br in one shape          [io]
+# ======================================================================================
+# An issue is a plain dict in the shape that JSON shows; a Ticket is what the loop needs of one.
+# The embedded store is read whole and its rules are functions of that table; what they changed
+# is written back in the same transaction.  Of bd and br only what they print is believed.
+# To add a tracker: one subclass of Tracker and one row in TRACKERS; a verb: one row in TICKET_VERBS.
+
+
+class PitFault(PitbossError):
+    """An error as the ticket loop answers it: `word` is its code there, `facts` go beside its message."""
+
+    word = "failed"
+
+    def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
+        super().__init__(message, hint=hint)
+        self.facts = facts
+
+
+class TrackerFailed(PitFault):
+    """The tracker cannot be used now; the message is what it said."""
+
+
+class NoSuchTicket(PitFault, NotFound):
+    """No issue has that id; facts: `id`, and `candidates`, ids that are near."""
+
+    word = "not_found"
+
+    @property
+    def candidates(self) -> list[str]:
+        """Ids that may have been meant."""
+        return self.facts.get("candidates", [])
+
+
+class PitRefused(PitFault, Refused):
+    """A rule forbids it; facts say what would be lost, who holds it, or why."""
+
+    word = "refused"
+
+
+class MissingProgram(PitFault, InvalidInput):
+    """A program that is needed is not on PATH; facts: `program`."""
+
+    word = "missing_program"
+
+
+class NotARepository(PitFault, InvalidInput):
+    """The folder belongs to no project."""
+
+    word = "not_a_repository"
+
+
+class Project(NamedTuple):
+    """The main checkout of a repository."""
+
+    path: str                  # its top folder, absolute
+    common: str                # the git common dir, absolute
+    name: str                  # of its folder
+
+
+def find_project(folder: str) -> Project:
+    """The project around a folder, also from inside a worktree.  Raises NotARepository."""
+    import subprocess
+
+    if not os.path.isdir(folder):
+        raise NotARepository(f"{folder} is not a folder", hint="name a folder with -C DIR")
+    try:
+        repo = look_at_folder(folder)
+    except InvalidInput:
+        raise MissingProgram("git is not on PATH", hint="install git", program="git") from None
+    if isinstance(repo, str):
+        said = repo.partition(";")[0]
+        raise NotARepository(f"{folder}: {said}", hint="run it in a git repository that has a commit, or "
+                                                       "name one with -C DIR")
+    top = repo.top
+    if repo.gitdir != repo.common:
+        listed = subprocess.run(["git", "-C", folder, "worktree", "list", "--porcelain", "-z"],
+                                env=git_env(os.environ), capture_output=True, text=True,
+                                errors="surrogateescape", check=False).stdout.split("\0")
+        if "bare" in listed[:2] or not listed[0].startswith("worktree "):
+            raise NotARepository(f"{folder}: its repository has no main checkout",
+                                 hint="name a folder of another repository with -C DIR")
+        top = listed[0].removeprefix("worktree ")
+    return Project(os.path.realpath(top), os.path.realpath(repo.common),
+                   os.path.basename(os.path.realpath(top)))
+
+
+class Ticket(NamedTuple):
+    """One issue as the loop sees it."""
+
+    id: str
+    title: str
+    description: str
+    acceptance_criteria: str
+    status: str
+    priority: int
+    issue_type: str
+    assignee: str | None
+    parent: str | None
+    created_at: str | None
+    updated_at: str | None
+    closed_at: str | None
+    close_reason: str | None
+    waits_for: tuple = ()      # ids of open blockers, its own and those of the issues above it
+    is_ready: bool = False     # open, and waits for nothing
+
+
+ISSUE_STATUSES = ("open", "in_progress", "blocked", "deferred", "closed")
+ISSUE_TYPES = ("task", "bug", "feature", "chore", "epic")
+ENDED = ("closed", "tombstone")        # a tombstone is what beads keeps of a deleted issue
+# of beads' kinds of dependency those that keep an issue from being ready
+BLOCKING = ("blocks", "conditional-blocks", "waits-for")
+ABOVE = "parent-child"     # the kind of dependency that an issue has on the one above it
+DEFAULT_PRIORITY = 2
+
+
+def natural_key(issue_id: str) -> list:
+    """What sorts `a.2` before `a.10`."""
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", issue_id))]
+
+
+def order_of(issue: Any) -> tuple:
+    """What sorts issues or tickets: the highest priority first, then their ids."""
+    get = issue.get if isinstance(issue, dict) else functools.partial(getattr, issue)
+    return get("priority"), natural_key(get("id"))
+
+
+def above_of(issue: dict) -> str | None:
+    """The id of the issue above one."""
+    return next((d["depends_on_id"] for d in issue["dependencies"] if d["type"] == ABOVE), None)
+
+
+def issue_lineage(issues: Mapping[str, dict], issue_id: str) -> list[str]:
+    """An issue and those above it, nearest first; a loop in foreign data ends where it closes."""
+    found: dict[str, None] = {}
+    at: str | None = issue_id
+    while at in issues and at not in found:
+        found[at] = None
+        at = above_of(issues[at])
+    return list(found)
+
+
+def issues_below(issues: Mapping[str, dict], issue_id: str) -> list[dict]:
+    """Every issue below one, at any depth, by priority and id."""
+    return sorted((issues[i] for i in issues if i != issue_id and issue_id in issue_lineage(issues, i)),
+                  key=order_of)
+
+
+def blockers_of(issues: Mapping[str, dict], issue_id: str) -> tuple[str, ...]:
+    """The open issues that one, or an issue above it, waits for."""
+    wanted = [d["depends_on_id"] for i in issue_lineage(issues, issue_id) for d in issues[i]["dependencies"]
+              if d["type"] in BLOCKING]
+    return tuple(sorted({w for w in wanted if w in issues and issues[w]["status"] not in ENDED},
+                        key=natural_key))
+
+
+def is_workable(issues: Mapping[str, dict], issue: dict) -> bool:
+    """Whether somebody could begin with an issue: epics are only done through what is below them."""
+    return (issue["status"] == "open" and issue["issue_type"] != "epic"
+            and not blockers_of(issues, issue["id"]))
+
+
+def find_deadlock(issues: Mapping[str, dict]) -> list[str]:
+    """The ids of a cycle in which issues wait for each other; empty where there is none.
+
+    An issue begins when those above it may begin and what it needs is closed; it closes after it has begun
+    and everything below it is closed.
+    """
+    waits: dict[tuple, list] = {}
+    for i, issue in issues.items():
+        if issue["status"] in ENDED:
+            continue
+        waits.setdefault(("close", i), []).append(("begin", i))
+        for d in issue["dependencies"]:
+            if d["type"] in BLOCKING:
+                waits.setdefault(("begin", i), []).append(("close", d["depends_on_id"]))
+            elif d["type"] == ABOVE:
+                waits.setdefault(("begin", i), []).append(("begin", d["depends_on_id"]))
+                waits.setdefault(("close", d["depends_on_id"]), []).append(("close", i))
+    done: set = set()
+    for start in waits:
+        path, todo = {}, [(start, iter(waits[start]))]
+        path[start] = None
+        while todo:
+            node, rest = todo[-1]
+            nearest = next(rest, None)
+            if nearest is None:
+                todo.pop()
+                path.pop(node)
+                done.add(node)
+            elif nearest in path:
+                nodes = list(path)
+                return list(dict.fromkeys(i for _, i in nodes[nodes.index(nearest):]))
+            elif nearest in waits and nearest not in done:
+                path[nearest] = None
+                todo.append((nearest, iter(waits[nearest])))
+    return []
+
+
+def find_issue(issues: Mapping[str, Any], given: str,
+               hint: str = "pit ticket list --all shows every ticket") -> str:
+    """The id that a full or short id means: `uuh.1` is `repo-uuh.1`.  Raises NoSuchTicket."""
+    if given in issues:
+        return given
+    short = [i for i in issues if i.rpartition("-")[2] == given]
+    if len(short) == 1:
+        return short[0]
+    import difflib
+
+    near = {i.rpartition("-")[2]: i for i in issues} | {i: i for i in issues}
+    close = [near[n] for n in difflib.get_close_matches(given, list(near), n=5, cutoff=0.6)]
+    begun = sorted((i for n, i in near.items() if n.startswith(given)), key=natural_key)
+    names = list(dict.fromkeys([*short, *begun, *close] if given else []))[:5]
+    said = f"{given} is the short id of {len(short)} tickets" if short else f"no ticket {show_value(given)}"
+    raise NoSuchTicket(said + (f"; did you mean {' or '.join(names)}?" if names else ""),
+                       hint=hint, id=given, candidates=names)
+
+
+# The embedded store: rows of issues, what they depend on, and comments.
+TICKET_STEPS = (
+    # moments are RFC 3339; `rest` is a JSON object: what other programs know of an issue, kept as it came
+    """CREATE TABLE issues (
+           id TEXT PRIMARY KEY, title TEXT NOT NULL, description TEXT NOT NULL,
+           acceptance_criteria TEXT NOT NULL, status TEXT NOT NULL, priority INTEGER NOT NULL,
+           issue_type TEXT NOT NULL, assignee TEXT, created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
+           closed_at TEXT, close_reason TEXT, rest TEXT NOT NULL)""",
+    """CREATE TABLE links (issue_id TEXT NOT NULL, depends_on_id TEXT NOT NULL, type TEXT NOT NULL,
+                           rest TEXT NOT NULL, PRIMARY KEY (issue_id, depends_on_id, type))""",
+    """CREATE TABLE comments (id INTEGER PRIMARY KEY, issue_id TEXT NOT NULL, author TEXT NOT NULL,
+                              text TEXT NOT NULL, created_at TEXT NOT NULL)""",
+)
+TICKETS_SHAPE = Shape("the ticket store", TICKET_STEPS, 10.0, TrackerFailed)
+ISSUE_COLUMNS = ("id", "title", "description", "acceptance_criteria", "status", "priority", "issue_type",
+                 "assignee", "created_at", "updated_at", "closed_at", "close_reason")
+SHOWN_KEYS = ("id", "title", "description", "acceptance_criteria", "status", "priority", "issue_type",
+              "assignee", "parent", "created_at", "updated_at", "closed_at", "close_reason", "dependencies",
+              "comments")
+
+
+def store_path(common: str) -> str:
+    """Where the tickets of a repository are: they move with it and are part of no commit."""
+    return os.path.join(common, "pitboss", "tickets.db")
+
+
+def load_issues(db: Any) -> dict[str, dict]:
+    """Every issue of a store by its id: the columns, `rest`, dependencies and comments."""
+    issues = {}
+    for row in db.execute(f"SELECT {', '.join(ISSUE_COLUMNS)}, rest FROM issues"):
+        issues[row[0]] = {**dict(zip(ISSUE_COLUMNS, row)), "rest": json.loads(row[-1]), "dependencies": [],
+                          "comments": []}
+    for i, on, kind, rest in db.execute("SELECT issue_id, depends_on_id, type, rest FROM links "
+                                        "ORDER BY rowid"):
+        issues[i]["dependencies"].append({"issue_id": i, "depends_on_id": on, "type": kind,
+                                          **json.loads(rest)})
+    for number, i, author, text, at in db.execute("SELECT id, issue_id, author, text, created_at "
+                                                  "FROM comments ORDER BY id"):
+        issues[i]["comments"].append({"id": number, "author": author, "text": text, "created_at": at})
+    return issues
+
+
+def save_issue(db: Any, issue: dict) -> None:
+    """Write one issue with its dependencies and comments in place of what is there."""
+    values = [*(issue[c] for c in ISSUE_COLUMNS), json.dumps(issue["rest"])]
+    db.execute(f"INSERT OR REPLACE INTO issues ({', '.join(ISSUE_COLUMNS)}, rest) VALUES "
+               f"({', '.join('?' * len(values))})", values)
+    db.execute("DELETE FROM links WHERE issue_id = ?", (issue["id"],))
+    for d in issue["dependencies"]:
+        rest = {k: v for k, v in d.items() if k not in ("issue_id", "depends_on_id", "type")}
+        db.execute("INSERT INTO links (issue_id, depends_on_id, type, rest) VALUES (?, ?, ?, ?)",
+                   (issue["id"], d["depends_on_id"], d["type"], json.dumps(rest)))
+    db.execute("DELETE FROM comments WHERE issue_id = ?", (issue["id"],))
+    for c in issue["comments"]:
+        db.execute("INSERT INTO comments (id, issue_id, author, text, created_at) VALUES (?, ?, ?, ?, ?)",
+                   (c["id"], issue["id"], c["author"], c["text"], c["created_at"]))
+
+
+def read_issues(common: str) -> dict[str, dict]:
+    """Every issue of the embedded store, none where there is no store yet.  Raises TrackerFailed."""
+    path = store_path(common)
+    if not os.path.exists(path):
+        return {}
+    with open_database(path, False, TICKETS_SHAPE) as db:
+        if database_version(db) < len(TICKET_STEPS):
+            return {}
+        db.execute("BEGIN")            # the three tables at one moment
+        return load_issues(db)
+
+
+@contextlib.contextmanager
+def change_issues(common: str) -> Iterator[dict]:
+    """Every issue, to be changed: what differs at the end is written, all of it or nothing.
+
+    One process at a time is in here.  Raises TrackerFailed.
+    """
+    with open_database(store_path(common), True, TICKETS_SHAPE) as db:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            issues = load_issues(db)
+            before = {i: json.dumps(issue) for i, issue in issues.items()}
+            yield issues
+            for i, issue in issues.items():
+                if json.dumps(issue) != before.get(i):
+                    save_issue(db, issue)
+            db.execute("COMMIT")
+        except BaseException:  # boundary: an open transaction is never left behind
+            db.execute("ROLLBACK")
+            raise
+
+
+def show_issue(issue: dict) -> dict:
+    """An issue as its readers get it."""
+    return {**{k: issue.get(k) for k in SHOWN_KEYS}, "parent": above_of(issue)}
+
+
+def ticket_of(item: Mapping[str, Any], parent: str | None, waits_for: Iterable[str],
+              is_ready: bool) -> Ticket:
+    """A Ticket of an issue as the store, bd or br tells it."""
+    def text(key: str) -> str | None:
+        value = item.get(key)
+        return value if isinstance(value, str) and value else None
+
+    priority = item.get("priority")
+    return Ticket(item["id"], text("title") or "", text("description") or "",
+                  text("acceptance_criteria") or "", text("status") or "open",
+                  priority if isinstance(priority, int) else DEFAULT_PRIORITY, text("issue_type") or "task",
+                  text("assignee"), parent, text("created_at"), text("updated_at"), text("closed_at"),
+                  text("close_reason"), tuple(waits_for), is_ready)
+
+
+class Tracker:
+    """One project's tracker, as the loop asks it: the coroutines run the methods below them in a thread."""
+
+    name = ""
+    words = ""                 # what templates call it
+    needs_program = False
+
+    def __init__(self, project: Project, notes: tuple = ()) -> None:
+        self.project = project
+        self.notes = notes         # why those before it in the choice were not taken
+
+    async def epic(self, given: str) -> Ticket:
+        """The issue that an id, full or short, means.  Raises NoSuchTicket and TrackerFailed."""
+        return await asyncio.to_thread(self.read_one, given)
+
+    async def show(self, given: str) -> Ticket:
+        """The same as `epic`: one issue as it is now."""
+        return await asyncio.to_thread(self.read_one, given)
+
+    async def tickets(self, epic_id: str) -> tuple[Ticket, ...]:
+        """All issues below an epic at any depth but epics, by priority and id.  Raises TrackerFailed."""
+        return await asyncio.to_thread(self.read_below, epic_id)
+
+    async def claim(self, issue_id: str, actor: str) -> bool:
+        """Take an open issue; False: somebody else holds it, or it is not open any more."""
+        return await asyncio.to_thread(self.take, issue_id, actor)
+
+    async def give_back(self, issue_id: str, actor: str) -> None:
+        """Make an issue that the actor holds open again; any other stays as it is."""
+        await asyncio.to_thread(self.put_back, issue_id, actor)
+
+    def show_command(self, issue_id: str) -> str:
+        """What an agent types to read an issue."""
+        import shlex
+
+        return f"{self.words} show {shlex.quote(issue_id)}"
+
+    def close_command(self, issue_id: str) -> str:
+        """What an agent types to close an issue."""
+        import shlex
+
+        return f"{self.words} close {shlex.quote(issue_id)}"
+
+    def read_one(self, given: str) -> Ticket:
+        """One issue."""
+        raise NotImplementedError
+
+    def read_below(self, epic_id: str) -> tuple[Ticket, ...]:
+        """What is below one issue."""
+        raise NotImplementedError
+
+    def take(self, issue_id: str, actor: str) -> bool:
+        """Claim one issue."""
+        raise NotImplementedError
+
+    def put_back(self, issue_id: str, actor: str) -> None:
+        """Give one issue back."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise TrackerFailed where it cannot be used for the project."""
+
+
+class EmbeddedTracker(Tracker):
+    """The store that pitboss brings along."""
+
+    name = "embedded"
+    words = "pit ticket"
+
+    def read_one(self, given: str) -> Ticket:
+        """One issue."""
+        issues = read_issues(self.project.common)
+        return self.ticket(issues, issues[find_issue(issues, given)])
+
+    def read_below(self, epic_id: str) -> tuple[Ticket, ...]:
+        """What is below one issue."""
+        issues = read_issues(self.project.common)
+        return tuple(self.ticket(issues, issue) for issue in issues_below(issues, find_issue(issues, epic_id))
+                     if issue["issue_type"] != "epic" and issue["status"] != "tombstone")
+
+    def ticket(self, issues: Mapping[str, dict], issue: dict) -> Ticket:
+        """One issue of the table as a Ticket."""
+        return ticket_of(issue, above_of(issue), blockers_of(issues, issue["id"]),
+                         is_workable(issues, issue))
+
+    def take(self, issue_id: str, actor: str) -> bool:
+        """Claim one issue."""
+        try:
+            with change_issues(self.project.common) as issues:
+                claim_issue(issues[find_issue(issues, issue_id)], actor, rfc3339_now())
+        except PitRefused:
+            return False
+        return True
+
+    def put_back(self, issue_id: str, actor: str) -> None:
+        """Give one issue back."""
+        with change_issues(self.project.common) as issues:
+            issue = issues[find_issue(issues, issue_id)]
+            if issue["status"] == "in_progress" and issue["assignee"] == actor:
+                issue.update(status="open", assignee=None, updated_at=rfc3339_now())
+
+
+def rfc3339_now() -> str:
+    """This moment."""
+    return render_time(time.time()) or ""
+
+
+def claim_issue(issue: dict, actor: str, now: str) -> bool:
+    """Let an actor hold an issue; False: it does already.  Raises PitRefused."""
+    holder, name = issue["assignee"], issue["id"]
+    if holder == actor and issue["status"] == "in_progress":
+        return False
+    if holder and holder != actor and issue["status"] in ("open", "in_progress"):
+        raise PitRefused(f"{holder} holds {name}", hint=f"pit ticket update {name} --assignee '' lets it go",
+                         holder=holder)
+    if issue["status"] not in ("open", "in_progress"):
+        raise PitRefused(f"{name} is {issue['status']}: only open tickets can be claimed",
+                         hint=f"pit ticket update {name} --status open", why=issue["status"])
+    issue.update(status="in_progress", assignee=actor, updated_at=now)
+    return True
+
+
+# ---- bd and br ----
+
+BEADS_TIMEOUT_S = 60.0     # of one call; the slowest that was measured took 0.2 s
+BEADS_AGAIN_S = (0.1, 0.2, 0.4, 0.8, 1.6)      # pauses before a locked database is tried again
+BEADS_LOCKED = r"\b(locked|busy)\b"
+MAX_ASKED = 30             # issues that are asked one by one what they wait for
+MAX_SAID = 600             # characters of what a tracker said
+
+
+class Said(NamedTuple):
+    """What one call of bd or br printed."""
+
+    code: int
+    documents: tuple           # the JSON values on standard output; () when anything else is there, too
+    out: str
+    err: str
+
+
+def parse_documents(text: str) -> tuple:
+    """The JSON values of a text that holds nothing else, else ().
+
+    br prints two where it closes nothing: what it skipped, then the error (br 0.7.6).
+    """
+    found, at, blank = [], 0, re.compile(r"\s*")
+    decoder = json.JSONDecoder()
+    while (at := blank.match(text, at).end()) < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return ()
+        found.append(value)
+    return tuple(found)
+
+
+def issues_in(document: Any) -> list[dict]:
+    """The issues of one JSON value of bd or br: an array, an object, or an envelope around either.
+
+    bd 0.49.6 and 1.0.5 print arrays and objects, with BD_JSON_ENVELOPE=1 `{"data": ...}`; br 0.7.6
+    `{"issues": [...]}` for lists.
+    """
+    if isinstance(document, dict):
+        for key in ("data", "issues"):
+            if key in document and "id" not in document:
+                return issues_in(document[key])
+        document = [document]
+    return [d for d in document or () if isinstance(d, dict) and isinstance(d.get("id"), str)] if (
+        isinstance(document, list)) else []
+
+
+def error_in(document: Any) -> str:
+    """What an error among the JSON values says: `{"error": text}` of bd, `{"error": {"message"}}` of br."""
+    error = document.get("error") if isinstance(document, dict) else None
+    if isinstance(error, dict):
+        error = error.get("message") or json.dumps(error)
+    return error if isinstance(error, str) else ""
+
+
+def words_of(said: Said) -> str:
+    """What a call that failed said, on one line: bd warns on standard error whatever it does."""
+    errors = [e for d in said.documents if (e := error_in(d))]
+    lines = [line.strip() for line in said.err.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.lower().startswith(("warning", "debug", "hint"))] or lines
+    text = "; ".join(errors) or " ".join(lines) or " ".join(said.out.split())
+    return clean_text(text)[:MAX_SAID] or f"nothing, and ended with status {said.code}"
+
+
+class IssueLink(NamedTuple):
+    """One dependency of an issue as bd or br tells it."""
+
+    kind: str
+    id: str
+    status: str | None         # of the other issue, where it is told
+
+
+def issue_links(item: Mapping[str, Any], key: str) -> list[IssueLink]:
+    """The links below `dependencies` or `dependents`.
+
+    Lists tell `{depends_on_id, type}` (bd 1.0.5), `show` tells the other issue with `dependency_type` (bd
+    0.49.6, br 0.7.6).
+    """
+    found = []
+    for row in item.get(key) or ():
+        if isinstance(row, dict):
+            kind = row.get("dependency_type") or row.get("type")
+            other = row.get("depends_on_id") or row.get("id")
+            if isinstance(kind, str) and isinstance(other, str):
+                found.append(IssueLink(kind, other, row.get("status") if "dependency_type" in row else None))
+    return found
+
+
+def told_parent(item: Mapping[str, Any]) -> str | None:
+    """The issue above one, as its own JSON tells it."""
+    if isinstance(item.get("parent"), str) and item["parent"]:
+        return item["parent"]
+    return next((link.id for link in issue_links(item, "dependencies") if link.kind == ABOVE), None)
+
+
+def dotted_parent(issue_id: str) -> str | None:
+    """The issue above one, as its id tells it: `a-1` of `a-1.2`."""
+    above, dot, number = issue_id.rpartition(".")
+    return above if dot and number.isdigit() else None
+
+
+class BeadsTracker(Tracker):
+    """What bd and br have in common; they are called in the main checkout, with BEADS_DIR."""
+
+    needs_program = True
+    ready_flags = ()           # that make `ready --parent` look at any depth
+
+    def call(self, args: tuple, actor: str = "") -> Said:
+        """Run the program once.  Raises TrackerFailed when it cannot be run, or does not end."""
+        import signal
+        import subprocess
+        import tempfile
+
+        env = {k: v for k, v in os.environ.items() if k not in GIT_VARIABLES}
+        env.update(BEADS_DIR=os.path.join(self.project.path, ".beads"), RUST_LOG="error",
+                   **({"BD_ACTOR": actor, "BEADS_ACTOR": actor} if actor else {}))
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:    # no pipes: bd's own daemon
+            try:                                                                  # would keep them open
+                child = subprocess.Popen([self.name, *args, "--json"], stdin=subprocess.DEVNULL, stdout=out,
+                                         stderr=err, cwd=self.project.path, env=env, start_new_session=True)
+            except OSError as e:
+                raise TrackerFailed(f"{self.name} cannot be started: {e.strerror}") from None
+            try:
+                code = child.wait(BEADS_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                raise TrackerFailed(f"{self.name} {args[0]} did not end in {BEADS_TIMEOUT_S:g} s") from None
+            texts = []
+            for stream in (out, err):
+                stream.seek(0)
+                texts.append(stream.read().decode("utf-8", "replace"))
+        return Said(code, parse_documents(texts[0]), *texts)
+
+    def ask(self, *args: str, actor: str = "") -> list[dict]:
+        """The issues that a command prints; a locked database is tried again.
+
+        Raises TrackerFailed for anything but exit status 0 and JSON without an error: bd 0.49.6 ends with 0
+        and prints nothing when it refuses.
+        """
+        for pause in (*BEADS_AGAIN_S, None):
+            said = self.call(args, actor)
+            if said.code == 0 and said.documents and not any(map(error_in, said.documents)):
+                return [issue for d in said.documents for issue in issues_in(d)]
+            words = words_of(said)
+            if pause is None or not re.search(BEADS_LOCKED, words, re.I):
+                raise TrackerFailed(f"{self.name} {args[0]}: {words}")
+            time.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+    def check(self) -> None:
+        """Raise TrackerFailed where it cannot list the issues of the project."""
+        self.ask("list", "--limit", "1")
+
+    def read_all(self) -> dict[str, dict]:
+        """Every issue of the project by id."""
+        return {item["id"]: item for item in self.ask("list", "--all", "--limit", "0")}
+
+    def read_item(self, given: str) -> dict:
+        """What `show` tells of an issue.  Raises NoSuchTicket and TrackerFailed."""
+        try:
+            for item in self.ask("show", given):
+                if given in (item["id"], item["id"].rpartition("-")[2]):
+                    return item
+            fault = TrackerFailed(f"{self.name} show {given} told of something else")
+        except TrackerFailed as e:
+            fault = e
+        find_issue(self.read_all(), given, f"{self.name} list --all shows every ticket")
+        raise fault
+
+    def read_one(self, given: str) -> Ticket:
+        """One issue; `waits_for` without what the issues above it wait for."""
+        item = self.read_item(given)
+        waits = [link.id for link in issue_links(item, "dependencies") if link.kind in BLOCKING
+                 and link.status not in (None, *ENDED)]
+        parent = told_parent(item) or dotted_parent(item["id"])
+        return ticket_of(item, parent, waits, item.get("status") == "open" and not waits)
+
+    def read_below(self, epic_id: str) -> tuple[Ticket, ...]:
+        """What is below one issue."""
+        items = self.read_all()
+        root = find_issue(items, epic_id, f"{self.name} list --all shows every ticket")
+        above = self.read_parents(items, root)
+        mine = [i for i in items if i != root and root in climb(above, i)]
+        mine = [i for i in mine if items[i].get("issue_type") != "epic"
+                and items[i].get("status") != "tombstone"]
+        ready = {item["id"] for item in self.read_ready(root)} if mine else set()
+        waits = self.read_waits(items, above, [i for i in mine if i not in ready
+                                               and items[i].get("status") not in ENDED],
+                                idle=not any(i in ready or items[i].get("status") == "in_progress"
+                                             for i in mine))
+        found = [ticket_of(items[i], above.get(i), waits.get(i, ()), i in ready
+                           and items[i].get("status") == "open") for i in mine]
+        return tuple(sorted(found, key=order_of))
+
+    def read_parents(self, items: Mapping[str, dict], root: str) -> dict[str, str]:
+        """The issue above each one, for all that are below `root`.
+
+        Where the list tells no parents (br 0.7.6), epics are asked for their children, and ids tell the rest.
+        """
+        told = {i: p for i, item in items.items() if (p := told_parent(item))}
+        if told:
+            return told
+        above = {i: p for i in items if (p := dotted_parent(i)) in items}
+        todo, seen = [root], set()
+        while todo:
+            epic = todo.pop()
+            if epic in seen:
+                continue
+            seen.add(epic)
+            children = [c for c in self.read_children(epic) if c in items]
+            for child in [i for i, p in above.items() if p == epic and i not in children]:
+                del above[child]       # it was moved away from where its id says
+            above.update(dict.fromkeys(children, epic))
+            todo += [c for c in children if items[c].get("issue_type") == "epic"]
+        return above
+
+    def read_children(self, issue_id: str) -> list[str]:
+        """The ids right below an issue, closed ones too."""
+        return [item["id"] for item in self.ask("list", "--parent", issue_id, "--all", "--limit", "0")]
+
+    def read_ready(self, root: str) -> list[dict]:
+        """What is ready below an issue, at any depth; an old bd tells only what is ready anywhere."""
+        try:
+            return self.ask("ready", "--parent", root, *self.ready_flags, "--limit", "0")
+        except TrackerFailed as e:
+            if "unknown flag" not in str(e):
+                raise
+            return self.ask("ready", "--limit", "0")
+
+    def read_waits(self, items: Mapping[str, dict], above: Mapping[str, str], waiting: list[str],
+                   idle: bool) -> dict[str, tuple]:
+        """What issues wait for, with what those above them wait for.
+
+        Where the list does not tell dependencies, issues are asked one by one, and only when nothing is
+        ready or at work: nobody needs to know before.
+        """
+        told = any(item.get("dependencies") for item in items.values())
+        known: dict[str, list] = {}
+        found = {}
+        for i in waiting if told or idle else ():
+            for at in (i, *climb(above, i)):
+                if at not in known and (told or len(known) < MAX_ASKED):
+                    links = issue_links(items[at] if told else self.read_item(at), "dependencies")
+                    known[at] = [link.id for link in links if link.kind in BLOCKING and items.get(
+                        link.id, {}).get("status", "closed") not in ENDED]
+            found[i] = tuple(sorted({w for at in (i, *climb(above, i)) for w in known.get(at, ())},
+                                    key=natural_key))
+        return found
+
+    def take(self, issue_id: str, actor: str) -> bool:
+        """Claim one issue; where that failed, how the issue stands now decides what it means."""
+        fault = TrackerFailed(f"{self.name} update {issue_id} --claim did not tell of the claim")
+        try:
+            told = self.ask("update", issue_id, "--claim", actor=actor)
+        except TrackerFailed as e:
+            told, fault = [], e
+        for item in told:
+            if item["id"] == issue_id and item.get("status") == "in_progress":
+                if item.get("assignee") in (actor, None):
+                    return True
+                raise TrackerFailed(f"{self.name} claimed {issue_id} for {item['assignee']}, not {actor}")
+        now = self.read_one(issue_id)
+        if now.status == "in_progress" and now.assignee == actor:
+            return True
+        if now.status != "open" or now.assignee not in (None, actor):
+            return False
+        raise fault
+
+    def put_back(self, issue_id: str, actor: str) -> None:
+        """Give one issue back."""
+        now = self.read_one(issue_id)
+        if now.status == "in_progress" and now.assignee == actor:
+            items = self.ask("update", issue_id, "--status", "open", "--assignee", "", actor=actor)
+            if not any(i["id"] == issue_id and i.get("status") == "open" for i in items):
+                raise TrackerFailed(f"{self.name} update {issue_id} --status open did not tell of it")
+
+
+def climb(above: Mapping[str, str], issue_id: str) -> list[str]:
+    """The issues above one, nearest first; a loop in foreign data ends where it closes."""
+    found: list[str] = []
+    at = above.get(issue_id)
+    while at is not None and at != issue_id and at not in found:
+        found.append(at)
+        at = above.get(at)
+    return found
+
+
+class BdTracker(BeadsTracker):
+    """beads' own program; measured with bd 0.49.6 and 1.0.5."""
+
+    name = words = "bd"
+
+
+class BrTracker(BeadsTracker):
+    """The Rust program for the same store; measured with br 0.7.6."""
+
+    name = words = "br"
+    ready_flags = ("-r",)
+
+    def read_children(self, issue_id: str) -> list[str]:
+        """The ids right below an issue: `br list` knows no --parent, `show` tells dependents."""
+        return [link.id for link in issue_links(self.read_item(issue_id), "dependents") if link.kind == ABOVE]
+
+
+# `auto` tries them in this order
+TRACKERS = {t.name: t for t in (BdTracker, BrTracker, EmbeddedTracker)}
+
+
+def pick_tracker(project: Project, wanted: str = "auto") -> Tracker:
+    """The tracker of a project: a key of TRACKERS, or `auto`.
+
+    `auto`: where the project has `.beads`, the first program on PATH that opens it, else the embedded store.
+    Raises MissingProgram, InvalidInput and TrackerFailed for one that was asked for and cannot be had.
+    """
+    import shutil
+
+    has_beads, notes = os.path.isdir(os.path.join(project.path, ".beads")), []
+    for name, kind in TRACKERS.items():
+        if wanted not in ("auto", name) or wanted == "auto" and kind.needs_program and not has_beads:
+            continue
+        tracker = kind(project, tuple(notes))
+        try:
+            if kind.needs_program and not shutil.which(name):
+                raise MissingProgram(f"{name} is not on PATH", program=name,
+                                     hint=f"install {name}, or choose another with beadsBinary in .pit.json")
+            if kind.needs_program and not has_beads:
+                raise InvalidInput(f"{project.path} has no .beads folder",
+                                   hint=f"{name} init, or beadsBinary embedded")
+            tracker.check()
+            return tracker
+        except PitbossError as e:
+            if wanted != "auto":
+                raise
+            notes.append(str(e))
+    raise AssertionError("the embedded store is always there")
+
+
+async def open_tracker(project: Project, wanted: str = "auto") -> Tracker:
+    """The same as pick_tracker, without keeping the event loop waiting."""
+    return await asyncio.to_thread(pick_tracker, project, wanted)
+
+
+# ---- verbs of the embedded store ----
+
+class TicketCall(NamedTuple):
+    """What a verb is given beside the issues."""
+
+    options: Any
+    now: str                   # RFC 3339
+    prefix: str                # what new ids begin with
+    actor: str
+
+
+def ticket_prefix(name: str) -> str:
+    """What the ids of a project begin with."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())[:12] or "pit"
+
+
+def ticket_actor(env: Mapping[str, str]) -> str:
+    """Who changes tickets, as bd and br find it; an agent of an epic is that epic's."""
+    epic = env.get("PIT_EPIC")
+    return env.get("BD_ACTOR") or (f"pit/{epic}" if epic else "") or env.get("USER") or "unknown"
+
+
+def mint_issue_id(issues: Container[str], prefix: str) -> str:
+    """A free id; longer where short ones are taken."""
+    letters = "0123456789abcdefghijklmnopqrstuvwxyz"
+    tries = 0
+    while True:
+        size = 3 + tries // 8
+        found = prefix + "-" + "".join(letters[b % 36] for b in os.urandom(size))
+        if found not in issues:
+            return found
+        tries += 1
+
+
+def child_id(issues: Iterable[str], parent: str) -> str:
+    """The next id below an issue; a number is never given twice."""
+    taken = [int(i[len(parent) + 1:]) for i in issues if dotted_parent(i) == parent]
+    return f"{parent}.{max(taken, default=0) + 1}"
+
+
+def link_to(issue_id: str, other: str, kind: str) -> dict:
+    """One dependency of an issue."""
+    return {"issue_id": issue_id, "depends_on_id": other, "type": kind}
+
+
+def refuse_deadlock(issues: Mapping[str, dict], doing: str) -> None:
+    """Raise PitRefused when issues wait for each other."""
+    cycle = find_deadlock(issues)
+    if cycle:
+        raise PitRefused(f"{doing}: then these would wait for each other: {', '.join(cycle)}",
+                         hint="pit ticket show ID tells what a ticket needs", why="cycle", cycle=cycle)
+
+
+def open_below(issues: Mapping[str, dict], issue_id: str) -> list[str]:
+    """The ids below an issue that are not closed."""
+    return [i["id"] for i in issues_below(issues, issue_id) if i["status"] not in ENDED]
+
+
+def set_status(issues: Mapping[str, dict], issue: dict, status: str, call: TicketCall,
+               reason: str | None = None) -> bool:
+    """Give an issue a status; False: it has it already.  Raises PitRefused."""
+    name = issue["id"]
+    if issue["status"] == status:
+        return False
+    if status == "closed":
+        left = open_below(issues, name) if issue["issue_type"] == "epic" else []
+        if left:
+            raise PitRefused(f"{name} is an epic with open tickets: {', '.join(left[:10])}",
+                             hint=f"pit ticket list --parent {name} shows them", why="open children",
+                             open=left)
+        issue.update(status=status, closed_at=call.now, close_reason=reason or "Closed", updated_at=call.now)
+        return True
+    shut = [a for a in issue_lineage(issues, name)[1:] if issues[a]["status"] in ENDED]
+    if shut and issue["status"] in ENDED:
+        raise PitRefused(f"{shut[0]} above {name} is closed", hint=f"pit ticket reopen {shut[-1]} first",
+                         why="closed parent")
+    if issue["status"] in ENDED:
+        issue.update(assignee=None, closed_at=None, close_reason=None)
+    issue.update(status=status, updated_at=call.now)
+    return True
+
+
+def check_title(title: str) -> str:
+    """A title without blanks around it.  Raises InvalidInput for an empty one."""
+    if not title.strip():
+        raise InvalidInput("the title is empty; allowed: a few words that say what is to be done")
+    return " ".join(title.split())
+
+
+def verb_add(issues: dict, call: TicketCall) -> tuple:
+    """Make a ticket."""
+    o = call.options
+    parent = find_issue(issues, o.parent) if o.parent else None
+    needs = [find_issue(issues, n) for n in dict.fromkeys(filter(None, re.split(r"[\s,]+", o.deps or "")))]
+    if parent and issues[parent]["status"] in ENDED:
+        raise PitRefused(f"{parent} is closed", hint=f"pit ticket reopen {parent} first", why="closed parent")
+    name = child_id(issues, parent) if parent else mint_issue_id(issues, call.prefix)
+    issues[name] = {"id": name, "title": check_title(o.title), "description": o.description or "",
+                    "acceptance_criteria": o.acceptance or "", "status": "open",
+                    "priority": DEFAULT_PRIORITY if o.priority is None else int(o.priority),
+                    "issue_type": o.type or "task", "assignee": None, "created_at": call.now,
+                    "updated_at": call.now, "closed_at": None, "close_reason": None, "rest": {},
+                    "dependencies": [*([link_to(name, parent, ABOVE)] if parent else ()),
+                                     *(link_to(name, n, "blocks") for n in needs)], "comments": []}
+    refuse_deadlock(issues, f"{name} cannot need {', '.join(needs)}")
+    return name, True
+
+
+def verb_list(issues: dict, call: TicketCall) -> list[str]:
+    """List tickets."""
+    o = call.options
+    root = find_issue(issues, o.parent) if o.parent else None
+    found = issues_below(issues, root) if root else sorted(issues.values(), key=order_of)
+    return [i["id"] for i in found if (not o.status or i["status"] == o.status)
+            and (not o.type or i["issue_type"] == o.type)
+            and (o.all or o.status or i["status"] not in ENDED)]
+
+
+def verb_ready(issues: dict, call: TicketCall) -> list[str]:
+    """List what can be begun."""
+    o = call.options
+    root = find_issue(issues, o.parent) if o.parent else None
+    return [i["id"] for i in (issues_below(issues, root) if root else sorted(issues.values(), key=order_of))
+            if is_workable(issues, i)]
+
+
+def verb_show(issues: dict, call: TicketCall) -> tuple:
+    """Show a ticket."""
+    return find_issue(issues, call.options.id), None
+
+
+def verb_claim(issues: dict, call: TicketCall) -> tuple:
+    """Take a ticket."""
+    name = find_issue(issues, call.options.id)
+    return name, claim_issue(issues[name], call.options.actor or call.actor, call.now)
+
+
+def verb_close(issues: dict, call: TicketCall) -> tuple:
+    """Close a ticket."""
+    name = find_issue(issues, call.options.id)
+    return name, set_status(issues, issues[name], "closed", call, call.options.reason)
+
+
+def verb_reopen(issues: dict, call: TicketCall) -> tuple:
+    """Open a closed ticket again."""
+    name = find_issue(issues, call.options.id)
+    return name, issues[name]["status"] in ENDED and set_status(issues, issues[name], "open", call)
+
+
+def verb_comment(issues: dict, call: TicketCall) -> tuple:
+    """Add a comment to a ticket."""
+    name = find_issue(issues, call.options.id)
+    if not call.options.text.strip():
+        raise InvalidInput("the comment is empty; allowed: some text")
+    issues[name]["comments"].append({"id": next_comment(issues), "author": call.actor,
+                                     "text": call.options.text, "created_at": call.now})
+    issues[name]["updated_at"] = call.now
+    return name, True
+
+
+def next_comment(issues: Mapping[str, dict]) -> int:
+    """The number of the next comment."""
+    return max((c["id"] for i in issues.values() for c in i["comments"]), default=0) + 1
+
+
+def verb_update(issues: dict, call: TicketCall) -> tuple:
+    """Change a ticket."""
+    o = call.options
+    issue = issues[find_issue(issues, o.id)]
+    if all(v is None for v in (o.title, o.description, o.priority, o.status, o.assignee)):
+        raise InvalidInput("nothing to change; allowed: --title, -d, -p, --status, --assignee")
+    before = json.dumps(issue)
+    if o.status is not None:
+        set_status(issues, issue, o.status, call)
+    given = {"title": o.title and check_title(o.title), "description": o.description,
+             "priority": None if o.priority is None else int(o.priority)}
+    if o.title is not None:
+        check_title(o.title)
+    issue.update({k: v for k, v in given.items() if v is not None})
+    if o.assignee is not None:
+        issue["assignee"] = o.assignee or None
+    changed = json.dumps(issue) != before
+    if changed:
+        issue["updated_at"] = call.now
+    return issue["id"], changed
+
+
+def verb_dep_add(issues: dict, call: TicketCall) -> tuple:
+    """Let a ticket wait for another one."""
+    name, needs = find_issue(issues, call.options.id), find_issue(issues, call.options.needs)
+    if any(d["depends_on_id"] == needs and d["type"] == "blocks" for d in issues[name]["dependencies"]):
+        return name, False
+    issues[name]["dependencies"].append(link_to(name, needs, "blocks"))
+    issues[name]["updated_at"] = call.now
+    refuse_deadlock(issues, f"{name} cannot need {needs}")
+    return name, True
+
+
+def verb_dep_remove(issues: dict, call: TicketCall) -> tuple:
+    """Let a ticket wait for another one no more."""
+    name, needs = find_issue(issues, call.options.id), find_issue(issues, call.options.needs)
+    left = [d for d in issues[name]["dependencies"]
+            if not (d["depends_on_id"] == needs and d["type"] in BLOCKING)]
+    changed = len(left) < len(issues[name]["dependencies"])
+    if changed:
+        issues[name].update(dependencies=left, updated_at=call.now)
+    return name, changed
+
+
+def read_beads_lines(text: str) -> tuple[list[tuple[int, dict]], list[dict]]:
+    """((line, issue) pairs, problems) of beads JSONL; an array of issues is read, too.
+
+    `{"line", "found", "allowed"}` is a problem.  Lines of another `_type` than issue are left out.
+    """
+    rows, problems = [], []
+    whole = parse_documents(text) if text.lstrip().startswith("[") else ()
+    if whole and isinstance(whole[0], list):
+        rows = list(enumerate(whole[0], 1))
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except (ValueError, RecursionError) as e:
+                    problems.append({"line": number, "found": preview(line),
+                                     "allowed": f"one JSON object ({e})"})
+    issues = []
+    for number, row in rows:
+        bad = check_beads_issue(row)
+        if bad:
+            problems.append({"line": number, "found": preview(json.dumps(row)), "allowed": bad})
+        elif row.get("_type", "issue") == "issue":
+            issues.append((number, row))
+    return issues, problems
+
+
+def check_beads_issue(row: Any) -> str:
+    """What is allowed where a row of beads JSONL is not; empty where it is fine."""
+    if not isinstance(row, dict):
+        return "an object"
+    if row.get("_type", "issue") != "issue":
+        return ""
+    name = row.get("id")
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s/-][^\s/]*", name) or ".." in name:
+        return "an id without blanks, slashes and `..`"
+    if not isinstance(row.get("title"), str) or not row["title"].strip():
+        return "a title"
+    priority = row.get("priority", DEFAULT_PRIORITY)
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 4:
+        return "a priority from 0 to 4"
+    for key in ("description", "acceptance_criteria", "status", "issue_type", "assignee", "parent",
+                "created_at", "updated_at", "closed_at", "close_reason"):
+        if not isinstance(row.get(key, ""), (str, type(None))):
+            return f"{key} as text"
+    for key, needed in (("dependencies", ("depends_on_id", "type")), ("comments", ("text",))):
+        rows = row.get(key) or []
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and all(isinstance(r.get(n), str)
+                                                                             for n in needed) for r in rows):
+            return f"{key} as a list of objects with {' and '.join(needed)}"
+    return ""
+
+
+def import_issue(row: Mapping[str, Any], old: dict | None, now: str) -> dict:
+    """An issue of the store from a line of beads JSONL; what the line does not say stays as it was."""
+    name, old = row["id"], old or {}
+    links = [{**d, "issue_id": name} for d in row.get("dependencies") or ()]
+    if row.get("parent") and not any(d["type"] == ABOVE for d in links):
+        links.append(link_to(name, row["parent"], ABOVE))
+    created = row.get("created_at") or old.get("created_at") or now
+    updated = row.get("updated_at") or old.get("updated_at") or created
+    known = {*SHOWN_KEYS, "_type"}
+    closed = row.get("status") == "closed"
+    return {"id": name, "title": row["title"], "description": row.get("description") or "",
+            "acceptance_criteria": row.get("acceptance_criteria") or "",
+            "status": row.get("status") or "open", "priority": row.get("priority", DEFAULT_PRIORITY),
+            "issue_type": row.get("issue_type") or "task", "assignee": row.get("assignee") or None,
+            "created_at": created, "updated_at": updated,
+            "closed_at": row.get("closed_at") or (updated if closed else None),
+            "close_reason": row.get("close_reason") or ("Closed" if closed else None),
+            "rest": {k: v for k, v in row.items() if k not in known},
+            "comments": list(old.get("comments", ())),
+            "dependencies": list({(d["depends_on_id"], d["type"]): d for d in links}.values())}
+
+
+def is_older(moment: str, other: str) -> bool:
+    """Whether one RFC 3339 moment is before another; False where they cannot be read."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(moment) < datetime.datetime.fromisoformat(other)
+    except (ValueError, TypeError):
+        return False
+
+
+def import_issues(issues: dict, rows: list[tuple[int, dict]], now: str) -> dict:
+    """Put the issues of beads JSONL into the table; returns how many were new, changed, the same.
+
+    What changed here after the line was written stays as it is (`kept`), but for comments, which are added.
+    Deleted ones (tombstones) are left out.  Raises PitRefused when issues would wait for each other.
+    """
+    counts: dict[str, Any] = {"imported": 0, "updated": 0, "unchanged": 0}
+    kept = []
+    comment = next_comment(issues)
+    for _, row in rows:
+        old = issues.get(row["id"])
+        if row.get("status") == "tombstone":
+            continue
+        new = import_issue(row, old, now)
+        if old and is_older(new["updated_at"], old["updated_at"]):
+            kept.append(new["id"])
+            new = {**old, "comments": new["comments"]}
+        there = {(c["author"], c["text"], c["created_at"]) for c in new["comments"]}
+        for c in row.get("comments") or ():
+            key = (str(c.get("author") or "unknown"), c["text"],
+                   str(c.get("created_at") or new["updated_at"]))
+            if key not in there:
+                new["comments"].append(dict(zip(("id", "author", "text", "created_at"), (comment, *key))))
+                there.add(key)
+                comment += 1
+        counts["imported" if old is None else "unchanged" if new == old else "updated"] += 1
+        issues[new["id"]] = new
+    refuse_deadlock(issues, "this cannot be imported")
+    return {**counts, **({"kept": kept} if kept else {})}
+
+
+def export_issue(issue: dict) -> dict:
+    """An issue as a line of beads JSONL: what is empty is left out."""
+    shown = {k: v for k, v in issue.items() if k not in ("rest", "parent") and v not in (None, "", [])}
+    if shown.get("comments"):
+        shown["comments"] = [{**c, "issue_id": issue["id"]} for c in shown["comments"]]
+    return {**issue["rest"], **shown}
+
+
+class TicketVerb(NamedTuple):
+    """One verb of `pit ticket`."""
+
+    name: str
+    run: Callable | None       # (issues, TicketCall) -> (id, changed), or ids; None: has a command of its own
+    changes: bool              # whether it writes
+    usage: str
+    args: tuple                # (flags, options) pairs for add_argument
+    help: str
+    example: str
+    beads: str                 # what bd and br call it, with the places of its arguments
+
+
+_TICKET = (("id",), {"metavar": "ID", "help": "the id of a ticket, full or short"})
+_NEEDS = (("needs",), {"metavar": "NEEDS", "help": "the id of the ticket that it waits for"})
+_BODY = (("-d", "--description"), {"metavar": "TEXT",
+                                   "help": "what is to be done, with all that its reader must know"})
+_PRIORITY = (("-p", "--priority"), {"choices": ("0", "1", "2", "3", "4"), "help": "0 is highest (2)"})
+_BELOW = (("--parent",), {"metavar": "ID", "help": "only what is below this one, at any depth"})
+
+TICKET_VERBS = {v.name: v for v in (
+    TicketVerb("add", verb_add, True, "TITLE", (
+        (("title",), {"metavar": "TITLE", "help": "what is to be done, in a few words"}), _BODY,
+        (("-t", "--type"), {"choices": ISSUE_TYPES, "help": "what it is (task)"}), _PRIORITY,
+        (("--parent",), {"metavar": "ID", "help": "the epic, or ticket, that it is a part of"}),
+        (("--deps",), {"metavar": "IDS",
+                       "help": "ids of the tickets that it waits for, with commas between"}),
+        (("--acceptance",), {"metavar": "TEXT", "help": "how one sees that it is done"})),
+        "make a ticket", "ticket add 'Log in by mail' --parent auth -d 'In src/login.py …'",
+        "create {title}"),
+    TicketVerb("list", verb_list, False, "", (
+        _BELOW, (("--status",), {"choices": ISSUE_STATUSES, "help": "only those with this status"}),
+        (("--type",), {"choices": ISSUE_TYPES, "help": "only those of this type"}),
+        (("--all",), {"action": "store_true", "help": "closed ones, too"})),
+        "list tickets", "ticket list --parent auth --all", "list"),
+    TicketVerb("ready", verb_ready, False, "", (_BELOW,),
+               "list the tickets that can be begun: open, no epic, waiting for nothing",
+               "ticket ready --parent auth", "ready"),
+    TicketVerb("show", verb_show, False, "ID", (_TICKET,), "show a ticket with its comments",
+               "ticket show auth.1", "show {id}"),
+    TicketVerb("claim", verb_claim, True, "ID", (
+        _TICKET, (("--actor",), {"metavar": "ACTOR", "help": "who takes it, if not the caller"})),
+        "take a ticket, so that nobody else does", "ticket claim auth.1", "update {id} --claim"),
+    TicketVerb("close", verb_close, True, "ID", (
+        _TICKET, (("--reason",), {"metavar": "TEXT", "help": "how it ended (Closed)"})),
+        "close a ticket that is done", "ticket close auth.1 --reason 'Done in abc1234'", "close {id}"),
+    TicketVerb("reopen", verb_reopen, True, "ID", (_TICKET,), "open a closed ticket again",
+               "ticket reopen auth.1", "reopen {id}"),
+    TicketVerb("comment", verb_comment, True, "ID TEXT", (
+        _TICKET, (("text",), {"metavar": "TEXT", "help": "what is to be added"})),
+        "add a comment to a ticket", "ticket comment auth.1 'The tests need a key'",
+        "comments add {id} {text}"),
+    TicketVerb("update", verb_update, True, "ID", (
+        _TICKET, (("--title",), {"metavar": "TEXT", "help": "another title"}), _BODY, _PRIORITY,
+        (("--status",), {"choices": ISSUE_STATUSES, "help": "another status"}),
+        (("--assignee",), {"metavar": "ACTOR", "help": "who holds it; empty: nobody"})),
+        "change a ticket", "ticket update auth.1 -p 0 --status deferred", "update {id}"),
+    TicketVerb("dep add", verb_dep_add, True, "ID NEEDS", (_TICKET, _NEEDS),
+               "let a ticket wait for another one", "ticket dep add auth.2 auth.1", "dep add {id} {needs}"),
+    TicketVerb("dep remove", verb_dep_remove, True, "ID NEEDS", (_TICKET, _NEEDS),
+               "let a ticket wait for another one no more", "ticket dep remove auth.2 auth.1",
+               "dep remove {id} {needs}"),
+    TicketVerb("export", None, False, "[FILE]", (
+        (("file",), {"metavar": "FILE", "nargs": "?", "help": "the file to write; without it the answer is "
+                                                              "the issues"}),),
+        "write all tickets as beads JSONL", "ticket export tickets.jsonl", ""),
+    TicketVerb("import", None, True, "FILE", (
+        (("file",), {"metavar": "FILE", "help": "a file of beads JSONL, or - for standard input"}),),
+        "take over tickets from beads JSONL", "ticket import .beads/issues.jsonl", ""),
+)}
+
+
+def run_ticket_verb(project: Project, verb: TicketVerb, options: Any, env: Mapping[str, str]) -> Any:
+    """Do a verb on the embedded store; the issue, or the issues, that it answers with."""
+    call = TicketCall(options, rfc3339_now(), ticket_prefix(project.name), ticket_actor(env))
+    with (change_issues(project.common) if verb.changes
+          else contextlib.nullcontext(read_issues(project.common))) as issues:
+        answer = verb.run(issues, call)
+    if isinstance(answer, list):
+        return [show_issue(issues[i]) for i in answer]
+    name, changed = answer
+    return {**show_issue(issues[name]), **({} if changed is None else {"changed": bool(changed)})}
 
 
 # ======================================================================================
@@ -12039,7 +14298,7 @@ class Tmux:
 TOLD = 4000                # characters of an agent's words that an event keeps
 
 
-class Seat(NamedTuple):
+class TuiSeat(NamedTuple):
     """What a row of TUI_AGENTS needs to know of the agent that it prepares."""
 
     folder: str                # SESSION/epics/EPIC: what is made for the agent lies here
@@ -12117,7 +14376,7 @@ def told_input(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)[:TOLD]
 
 
-def prepare_claude(seat: Seat) -> Prepared:
+def prepare_claude(seat: TuiSeat) -> Prepared:
     """Claude Code as a terminal program; nothing is written into the worktree (measured with 2.1.197)."""
     import shlex
 
@@ -12133,7 +14392,7 @@ def prepare_claude(seat: Seat) -> Prepared:
                      words: seat.instructions}, argv, env)
 
 
-def prepare_demo(seat: Seat) -> Prepared:
+def prepare_demo(seat: TuiSeat) -> Prepared:
     """The scripted agent of this file, in a terminal; it takes the settings that claude takes."""
     prepared = prepare_claude(seat)
     settings = next(iter(prepared.files))
@@ -12250,7 +14509,7 @@ def opencode_usage(messages: Iterable[dict]) -> dict:
     return {**used._asdict(), "cost_usd": cost}
 
 
-def prepare_opencode(seat: Seat) -> Prepared:
+def prepare_opencode(seat: TuiSeat) -> Prepared:
     """opencode as a terminal program; nothing is written into the worktree (measured with 1.18.33).
 
     The plugin comes by the configuration in the environment.  A configuration folder would do too, but
@@ -12342,7 +14601,7 @@ class TuiAgent(NamedTuple):
 
     name: str
     agent: str                 # key of AGENTS: finds its program
-    prepare: Callable          # (Seat) -> Prepared
+    prepare: Callable          # (TuiSeat) -> Prepared
     read: Callable             # (what its hook was told) -> {"event", "session", facts}
     clear: str                 # the command that begins a new conversation
     # what its screen shows once it takes the prompt of a new conversation; empty: its events `started` and
@@ -12535,6 +14794,2813 @@ async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float
 
 
 # ======================================================================================
+# LOOP: the ticket loop's state and its one reducer                               [pure]
+# ======================================================================================
+# An epic's agent is given one ticket after another.  What happens arrives here as an event; an
+# epic is in one phase, and where a phase is a row of PIT_EFFECTS that is what must now be done
+# for it, until an event says that it was.  A daemon that takes over does the same from there.
+# To add an event: one handler, one row in PIT_EVENTS; a reason to pause: one row in PAUSES.
+
+PIT_FORMAT = 1             # what pit_opened carries; a newer one is refused
+PIT_BUSY = ("starting", "running")       # states that hold a place
+EPIC_ID = r"(?!-)(?!.*\.\.)[^\s/\x00-\x1f\x7f]+"
+
+_MS = 600_000
+PIT_FIELDS = (
+    Field("agent", "word", "auto", "the program that works: auto is opencode, else claude-code; demo is "
+          "scripted", choices=("auto", "opencode", "claude-code", "demo")),
+    Field("model", "word", None, "given on to the agent", shown="the agent's own"),
+    Field("beadsBinary", "word", "auto", "where the tickets are", choices=("auto", "bd", "br", "embedded")),
+    Field("worktreeDir", "path", ".worktrees", "where worktrees go, from the project"),
+    Field("baseBranch", "word", "main", "the branch or commit that new branches begin at"),
+    Field("tmuxSession", "word", "pit", "the tmux session of the windows", pattern=r"[^.:\x00-\x1f\x7f]+"),
+    Field("clearDelay", "count", 2000, "ms between a ticket's last turn and the clearing", low=0, high=_MS),
+    Field("initDelay", "count", 5000, "ms; an agent has six times as long, and 5 s at least, to begin",
+          low=0, high=_MS),
+    Field("ticketTimeout", "number", None, "minutes that a ticket may take, fractions allowed", above=0,
+          shown="no limit"),
+    Field("promptTemplate", "path", None, "a text file: what an agent is told with a ticket"),
+    Field("instructionsTemplate", "path", None, "a text file: what an agent is told once"),
+    Field("maxConcurrent", "count", None, "epics at work at once, the rest waits", low=1, shown="no limit"),
+)
+SETTING_FLAGS = {"agent": "--agent", "model": "--model", "beadsBinary": "--beads-binary",
+             "worktreeDir": "--worktree-dir", "baseBranch": "--base-branch", "tmuxSession": "--tmux-session",
+             "clearDelay": "--clear-delay", "initDelay": "--init-delay", "ticketTimeout": "--ticket-timeout",
+             "promptTemplate": "--prompt-template", "instructionsTemplate": "--instructions-template",
+             "maxConcurrent": "--max"}
+
+
+class PauseKind(NamedTuple):
+    """One reason why an epic is paused."""
+
+    name: str
+    ends: str                  # by: resume; agent, a sign of life of it; look, the tracker is asked again
+    when: str
+
+
+PAUSES = {p.name: p for p in (
+    PauseKind("MANUAL",            "resume", "`pause`"),
+    PauseKind("NEEDS_HUMAN_INPUT", "agent",  "the agent is idle and the ticket is not closed; its last words "
+                                             "follow"),
+    PauseKind("PERMISSION",        "agent",  "it asks for a permission, a plan or an answer; tool and input "
+                                             "follow"),
+    PauseKind("TIMEOUT",           "resume", "`ticketTimeout` passed (paused time does not count); the turn "
+                                             "was interrupted"),
+    PauseKind("BLOCKED",           "look",   "tickets are left and none is ready; each is named with what it "
+                                             "waits for"),
+    PauseKind("AGENT_START",       "agent",  "no sign of life after its start; the screen follows"),
+    PauseKind("AGENT_EXITED",      "agent",  "its process ended; status and last lines follow"),
+    PauseKind("API_ERROR",         "agent",  "the turn ended in an API error, which follows"),
+    PauseKind("DELIVERY",          "agent",  "a prompt was sent three times and never confirmed"),
+    PauseKind("WINDOW_GONE",       "resume", "the window or the tmux server is gone"),
+    PauseKind("TRACKER",           "look",   "the tracker fails; what it said follows"),
+    PauseKind("WORKTREE",          "resume", "the worktree is missing, or the agent is not in it"),
+)}
+
+
+class Epic(NamedTuple):
+    """One epic: what it is, how it stands, what was done."""
+
+    id: str                        # as it was typed
+    epic_id: str                   # in full
+    title: str
+    agent: str
+    model: str | None
+    headless: bool
+    branch: str
+    base: str                      # commit or branch that the branch begins at
+    worktree: str
+    state: str = "queued"          # queued starting running paused done
+    reason: str = ""               # a key of PAUSES; STOPPED
+    detail: str = ""               # what is known beyond that
+    since: float = 0.0             # of the state, unix seconds
+    phase: str = "rest"            # a key of PIT_EFFECTS, or rest, or work: the agent is in a turn
+    todo: dict = {}                # the phase's facts
+    stint: int = 0                 # of the phase: one that began anew has another
+    wants: tuple | None = None     # (phase, facts) that a place is waited for
+    ticket: str | None = None
+    ticket_title: str | None = None
+    tickets: tuple = ()            # (id, title, status) of all below it when they were last looked at
+    worked: dict = {}              # ticket to {startedAt, endedAt, usage, sessionId}, moments in unix seconds
+    worked_s: float = 0.0          # on this ticket, before clock_at
+    clock_at: float | None = None  # since when it is at work on its ticket
+    window: str | None = None
+    pane: str | None = None
+    pid: int | None = None
+    session: str = ""              # the agent's conversation
+    messages: tuple = ()           # for its agent, oldest first: texts, or {"blob": sha256}
+    spooled: str = ""              # name of the hook's file that was recorded last
+    run_id: str | None = None      # of a headless one
+    hand: str | None = None        # the actor of that run that was started last
+
+
+class PitState:
+    """The tables of a project's session.  Only the handlers of PIT_EVENTS change them."""
+
+    def __init__(self) -> None:
+        self.settings: dict = {}                  # of PIT_FIELDS; empty: there is no session
+        self.facts: dict = {}                     # of pit_opened
+        self.epics: dict[str, Epic] = {}
+        self.stopped_by_hand = False              # `daemon stop`: no hook and no reading command starts one
+        self.seq = 0
+        self.last_at = 0.0
+
+
+def step_pit(state: PitState, event: dict) -> list[dict]:
+    """Fold one event into the session; returns what watchers are told of it."""
+    state.seq, state.last_at = event["seq"], event["at"]
+    row = PIT_EVENTS.get(event["kind"])
+    if row is None:
+        return []
+    before = dict(state.epics)
+    row(state, event)
+    fill_places(state)
+    return list(tell_changes(before, state, event))
+
+
+def fold_pit(events: Iterable[dict]) -> PitState:
+    """The session that a journal's events make."""
+    state = PitState()
+    for event in events:
+        step_pit(state, event)
+    return state
+
+
+def tell_changes(before: dict[str, Epic], state: PitState, event: dict) -> Iterator[dict]:
+    """The lines of `watch` that an event is worth."""
+    head = {"seq": event["seq"], "at": render_time(event["at"])}
+    for name, epic in state.epics.items():
+        old = before.get(name)
+        if old is epic:
+            continue
+        if epic.ticket and (old is None or old.ticket != epic.ticket):
+            yield {"event": "ticket_started", **head, "epic": name, "ticket": epic.ticket}
+        if event["kind"] == "ticket_closed" and event["epic"] == name:
+            yield {"event": "ticket_closed", **head, "epic": name, "ticket": event["ticket"],
+                   "usage": event.get("usage")}
+        if old is not None and len(epic.messages) > len(old.messages):
+            yield {"event": "message", **head, "epic": name, "ticket": epic.ticket}
+        if old is None or (old.state, old.reason, old.detail) != (epic.state, epic.reason, epic.detail):
+            yield {"event": "state", **head, "epic": name, "from": old.state if old else None,
+                   "state": epic.state, "reason": reason_of(epic), "ticket": epic.ticket,
+                   "progress": progress_of(epic)}
+    for name in before.keys() - state.epics.keys():
+        yield {"event": "state", **head, "epic": name, "from": before[name].state, "state": None,
+               "reason": "TORN_DOWN", "ticket": None, "progress": progress_of(before[name])}
+
+
+def alter(book: PitState, name: str, /, **facts: Any) -> Epic:
+    """Exchange an epic's record for one with other facts; its clock runs while it is running on a ticket."""
+    old = book.epics[name]
+    new = old._replace(**facts)
+    if new.state != old.state:
+        new = new._replace(since=book.last_at)
+    if new.ticket != old.ticket:
+        new = new._replace(worked_s=0.0, clock_at=None)
+    ticks = new.state == "running" and new.ticket is not None
+    if ticks and new.clock_at is None:
+        new = new._replace(clock_at=book.last_at)
+    elif not ticks and new.clock_at is not None:
+        new = new._replace(worked_s=new.worked_s + book.last_at - new.clock_at, clock_at=None)
+    book.epics[name] = new
+    return new
+
+
+def set_phase(state: PitState, name: str, phase: str, /, **todo: Any) -> Epic:
+    """Let an epic enter a phase, anew where it is in it."""
+    return alter(state, name, phase=phase, todo=todo, stint=state.epics[name].stint + 1)
+
+
+def free_places(state: PitState) -> int:
+    """How many more epics may be at work."""
+    most = state.settings.get("maxConcurrent")
+    busy = sum(e.state in PIT_BUSY for e in state.epics.values())
+    return 1 << 20 if most is None else most - busy
+
+
+def take_place(state: PitState, name: str, phase: str, /, **todo: Any) -> None:
+    """Let an epic go on in a phase, as soon as there is a place for it."""
+    epic = state.epics[name]
+    if epic.state in PIT_BUSY or free_places(state) > 0:
+        alter(state, name, wants=None, reason="", detail="",
+              state="starting" if phase in ("open", "greet") else "running")
+        set_phase(state, name, phase, **todo)
+    else:
+        alter(state, name, wants=(phase, todo), state="queued", reason="", detail="")
+        set_phase(state, name, "rest")
+
+
+def fill_places(state: PitState) -> None:
+    """Give each free place to the epic that waits longest."""
+    line = sorted((e for e in state.epics.values() if e.state == "queued" and e.wants), key=lambda e: e.since)
+    for epic in line[:max(0, free_places(state))]:
+        take_place(state, epic.id, epic.wants[0], **epic.wants[1])
+
+
+def rows_of(event: dict) -> tuple:
+    """The tickets that an event carries, as an Epic keeps them."""
+    return tuple(tuple(row) for row in event["tickets"])
+
+
+def note_started(epic: Epic, at: float) -> dict:
+    """`worked` once the epic's ticket was given to its agent."""
+    fresh = {"startedAt": at, "endedAt": None, "usage": None, "sessionId": None}
+    return {**epic.worked, epic.ticket: {**epic.worked.get(epic.ticket, fresh),
+                                         "sessionId": epic.session or None}}
+
+
+def spooled_in(event: Mapping[str, Any]) -> dict:
+    """What an epic's record keeps of the file that an event came from."""
+    return {"spooled": event["spool"]} if event.get("spool") else {}
+
+
+def on_pit_opened(state: PitState, event: dict) -> None:
+    """A session begins.  Raises JournalError for a journal of a newer version."""
+    if event.get("format", 0) > PIT_FORMAT:
+        raise JournalError(f"the journal has format {event['format']}; this pitboss knows formats up to "
+                           f"{PIT_FORMAT}", hint="use the version of pitboss that began the session")
+    state.settings, state.facts = event["settings"], event
+
+
+def on_daemon_began(state: PitState, event: dict) -> None:
+    """A daemon took the session over."""
+    state.stopped_by_hand = False
+
+
+def on_daemon_left(state: PitState, event: dict) -> None:
+    """The daemon ended by itself or because it was told to."""
+    state.stopped_by_hand = event["why"] == "stop"
+
+
+def on_epic_added(state: PitState, event: dict) -> None:
+    """An epic joins the session, or one that was done goes on."""
+    known = state.epics.get(event["epic"])
+    facts = {k: event[k] for k in event.keys() & set(Epic._fields) - {"tickets"}}
+    epic = known._replace(**facts) if known else Epic(id=event["epic"], since=event["at"], **facts)
+    state.epics[epic.id] = epic._replace(tickets=rows_of(event))
+    if is_complete(state.epics[epic.id]):
+        alter(state, epic.id, state="done", reason="", detail="")
+    else:
+        alter(state, epic.id, state="queued", wants=("open", {}), reason="", detail="")
+
+
+def on_epic_opened(state: PitState, event: dict) -> None:
+    """Its worktree and its window are there."""
+    facts = {k: event[k] for k in event.keys() & {"window", "pane", "pid", "worktree", "branch", "run_id"}}
+    alter(state, event["epic"], session="", **facts)
+    set_phase(state, event["epic"], "greet", **({"adopted": True} if event.get("adopted") else {}))
+
+
+def on_session_began(state: PitState, event: dict) -> None:
+    """The agent began a conversation: it can be given something."""
+    epic = alter(state, event["epic"], session=event["session"], **spooled_in(event))
+    may_wake = epic.state == "paused" and epic.reason in ("AGENT_START", "AGENT_EXITED")
+    if epic.phase in ("greet", "clear") or may_wake:
+        take_place(state, epic.id, "pick")
+
+
+def on_epic_looked(state: PitState, event: dict) -> None:
+    """The tracker was asked."""
+    alter(state, event["epic"], tickets=rows_of(event))
+
+
+def on_epic_picked(state: PitState, event: dict) -> None:
+    """A ticket is claimed for it."""
+    epic = alter(state, event["epic"], ticket=event["ticket"], ticket_title=event["title"],
+                 tickets=rows_of(event))
+    alter(state, epic.id, worked=note_started(epic, event["at"]))
+    set_phase(state, epic.id, "send")
+
+
+def on_send_begun(state: PitState, event: dict) -> None:
+    """Something is about to be pasted."""
+    epic = state.epics[event["epic"]]
+    alter(state, epic.id, todo={**epic.todo, "begun": True})
+
+
+def on_hand_given(state: PitState, event: dict) -> None:
+    """What a headless agent is to do has a name in a run."""
+    epic = alter(state, event["epic"], run_id=event["run_id"], hand=event["hand"])
+    alter(state, epic.id, todo={**epic.todo, "hand": event["hand"], "session": event.get("session")})
+
+
+def on_prompted(state: PitState, event: dict) -> None:
+    """The agent took something up: what it was sent, or what somebody typed into its window."""
+    session = event.get("session")
+    epic = alter(state, event["epic"], **spooled_in(event), **({"session": session} if session else {}))
+    if epic.ticket:
+        alter(state, epic.id, worked=note_started(epic, event["at"]))
+    if epic.state == "running":
+        set_phase(state, epic.id, "work")
+    elif epic.state == "paused" and PAUSES[epic.reason].ends == "agent":
+        alter(state, epic.id, state="running", reason="", detail="")
+        set_phase(state, epic.id, "work")
+
+
+def on_turn_ended(state: PitState, event: dict) -> None:
+    """The agent is idle."""
+    epic = alter(state, event["epic"], **spooled_in(event))
+    if event.get("session") and epic.ticket:
+        alter(state, epic.id, session=event["session"])
+        alter(state, epic.id, worked=note_started(state.epics[epic.id], event["at"]))
+    woken = epic.state == "paused" and PAUSES[epic.reason].ends == "agent"
+    if epic.phase == "work" or woken:
+        alter(state, epic.id, state="running", reason="", detail="")
+        set_phase(state, epic.id, "ask", last=event.get("last", ""), usage=event.get("usage"),
+                  **({"failed": event["failed"]} if event.get("failed") else {}))
+
+
+def on_ticket_closed(state: PitState, event: dict) -> None:
+    """Its ticket is closed: the context goes, then the next one comes."""
+    epic = state.epics[event["epic"]]
+    done = {**epic.worked.get(event["ticket"], {"startedAt": None, "sessionId": None}),
+            "endedAt": event["at"], "usage": event.get("usage")}
+    alter(state, epic.id, worked={**epic.worked, event["ticket"]: done}, ticket=None, ticket_title=None,
+          tickets=rows_of(event))
+    if is_complete(state.epics[epic.id]):
+        finish_epic(state, epic.id)
+    else:
+        set_phase(state, epic.id, "clear")
+
+
+def on_epic_finished(state: PitState, event: dict) -> None:
+    """No ticket is left."""
+    alter(state, event["epic"], tickets=rows_of(event))
+    finish_epic(state, event["epic"])
+
+
+def finish_epic(state: PitState, name: str) -> None:
+    """All tickets of an epic are closed: its agent is ended."""
+    alter(state, name, state="done", reason="", detail="", ticket=None, ticket_title=None, messages=())
+    set_phase(state, name, "end")
+
+
+def on_epic_paused(state: PitState, event: dict) -> None:
+    """It goes on when the pause's cause has ended, or by resume."""
+    epic = state.epics[event["epic"]]
+    row = PAUSES[event["reason"]]
+    in_turn = epic.phase in ("send", "work", "ask", "interrupt")
+    alter(state, epic.id, state="paused", reason=row.name, detail=event.get("detail", ""), wants=None,
+          **spooled_in(event), **({"tickets": rows_of(event)} if "tickets" in event else {}))
+    if row.name in ("MANUAL", "TIMEOUT") and in_turn:
+        set_phase(state, epic.id, "interrupt")
+    elif row.ends == "look":
+        set_phase(state, epic.id, "recheck", **{**epic.todo, "then": event.get("then", "pick")})
+    else:
+        set_phase(state, epic.id, "rest")
+
+
+def on_epic_rested(state: PitState, event: dict) -> None:
+    """What had to be done for it is done: its turn is interrupted, its agent ended."""
+    alter(state, event["epic"], **({"ticket": None, "ticket_title": None} if event.get("gave_back") else {}))
+    set_phase(state, event["epic"], "rest")
+
+
+def on_epic_rechecked(state: PitState, event: dict) -> None:
+    """The tracker answers, or a ticket is ready."""
+    epic = state.epics[event["epic"]]
+    take_place(state, epic.id, epic.todo["then"], **{k: v for k, v in epic.todo.items() if k != "then"})
+
+
+def on_epic_resumed(state: PitState, event: dict) -> None:
+    """Somebody lets it go on."""
+    epic = state.epics[event["epic"]]
+    if event.get("message") is not None:
+        alter(state, epic.id, messages=(*epic.messages, event["message"]))
+    take_place(state, epic.id, "go_on")
+
+
+def on_epic_messaged(state: PitState, event: dict) -> None:
+    """Somebody has a message for its agent while it is at work."""
+    epic = state.epics[event["epic"]]
+    alter(state, epic.id, messages=(*epic.messages, event["message"]))
+    if epic.phase == "work":
+        set_phase(state, epic.id, "work")
+
+
+def on_epic_told(state: PitState, event: dict) -> None:
+    """Its agent has the oldest message."""
+    epic = state.epics[event["epic"]]
+    alter(state, epic.id, messages=epic.messages[1:])
+    if epic.phase == "work":
+        set_phase(state, epic.id, "work")
+
+
+def on_epic_went_on(state: PitState, event: dict) -> None:
+    """What resuming it needs is known; a message that it then sends is taken from the line."""
+    epic = state.epics[event["epic"]]
+    todo = event.get("todo", {})
+    if "message" in todo:
+        alter(state, epic.id, messages=epic.messages[1:])
+    alter(state, epic.id, state="starting" if event["phase"] == "open" else "running")
+    set_phase(state, epic.id, event["phase"], **todo)
+
+
+def on_epic_stopped(state: PitState, event: dict) -> None:
+    """Somebody stops it: its agent is ended, its ticket given back."""
+    alter(state, event["epic"], state="done", reason="STOPPED", detail="", wants=None, messages=())
+    set_phase(state, event["epic"], "end")
+
+
+def on_tear_decided(state: PitState, event: dict) -> None:
+    """All that was made for an epic goes, as far as it holds nothing of its own."""
+    alter(state, event["epic"], state="done", wants=None)
+    set_phase(state, event["epic"], "tear", keep=event["keep"], force=event["force"])
+
+
+def on_epic_torn(state: PitState, event: dict) -> None:
+    """Nothing of it is left but what is named."""
+    del state.epics[event["epic"]]
+
+
+def on_pit_closed(state: PitState, event: dict) -> None:
+    """The session is over."""
+    state.settings, state.facts = {}, {}
+    state.epics.clear()
+
+
+PIT_EVENTS: dict[str, Callable] = {
+    "pit_opened": on_pit_opened, "pit_closed": on_pit_closed,
+    "daemon_began": on_daemon_began, "daemon_left": on_daemon_left,
+    "epic_added": on_epic_added, "epic_opened": on_epic_opened, "epic_looked": on_epic_looked,
+    "epic_picked": on_epic_picked, "send_begun": on_send_begun, "hand_given": on_hand_given,
+    "ticket_closed": on_ticket_closed,
+    "session_began": on_session_began, "prompted": on_prompted, "turn_ended": on_turn_ended,
+    "epic_paused": on_epic_paused, "epic_rested": on_epic_rested, "epic_rechecked": on_epic_rechecked,
+    "epic_resumed": on_epic_resumed, "epic_messaged": on_epic_messaged, "epic_told": on_epic_told,
+    "epic_went_on": on_epic_went_on, "epic_finished": on_epic_finished, "epic_stopped": on_epic_stopped,
+    "tear_decided": on_tear_decided, "epic_torn": on_epic_torn,
+}
+
+
+def verb_of(epic: Epic) -> str:
+    """What must be done for an epic now: a key of PIT_EFFECTS, or nothing."""
+    if epic.phase == "work":
+        return "tell" if epic.messages else ""
+    return "" if epic.phase == "rest" else epic.phase
+
+
+def is_complete(epic: Epic) -> bool:
+    """Whether all tickets below it were closed when they were last looked at."""
+    return bool(epic.tickets) and all(status == "closed" for _, _, status in epic.tickets)
+
+
+def progress_of(epic: Epic) -> str:
+    """`3/7`: closed of all."""
+    return f"{sum(status == 'closed' for _, _, status in epic.tickets)}/{len(epic.tickets)}"
+
+
+def reason_of(epic: Epic) -> str | None:
+    """Why it is as it is: a word, and what is known beyond that."""
+    return (f"{epic.reason}: {epic.detail}" if epic.detail else epic.reason) or None
+
+
+def decide_agent_event(epic: Epic, told: Mapping[str, Any]) -> tuple[str, dict] | None:
+    """What something that an agent's hook told means for its epic: an event's kind and facts; None: nothing.
+
+    What comes late from an earlier conversation means nothing.
+    """
+    kind, session = told.get("event"), str(told.get("session") or "")
+    if kind in ("started", "cleared"):
+        # a start that is told late, after the clearing that followed it, would bring the old one back
+        known = session and session == epic.session
+        return None if known else ("session_began", {"epic": epic.id, "session": session})
+    if epic.session and session and session != epic.session:
+        return None
+    last = str(told.get("last") or "")
+    if kind == "prompt":
+        return "prompted", {"epic": epic.id, **({"session": session} if session else {})}
+    if kind == "turn_ended" or kind == "notice" and epic.phase == "work":
+        return None if told.get("background") else (
+            "turn_ended", {"epic": epic.id, "last": last,
+                           **({"usage": told["usage"]} if told.get("usage") else {})})
+    may_pause = epic.state == "running" and epic.phase in ("send", "work", "ask")
+    if kind == "turn_failed" and may_pause:
+        return "epic_paused", {"epic": epic.id, "reason": "API_ERROR",
+                               "detail": str(told.get("error") or "the agent did not say which")}
+    if kind == "permission" and may_pause:
+        return "epic_paused", {"epic": epic.id, "reason": "PERMISSION", "detail": permission_words(told)}
+    return None
+
+
+def permission_words(told: Mapping[str, Any]) -> str:
+    """What an agent asks a permission for, in one line."""
+    given = told.get("input")
+    words = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False) if given else ""
+    return clip_cells(clean_text(f"{told.get('tool') or 'a tool'} {words}".strip()), 500)
+
+
+def decide_pick(epic: Epic, tickets: Iterable[Any], lost: Container[str] = ()) -> tuple[str, Any]:
+    """("done", None); ("ticket", the one to work on now); ("blocked", what is left waits for, in words).
+
+    `tickets` are in the order in which they are to be worked; `lost` are those that somebody else claimed
+    just now.  One that this epic's agent holds comes first.
+    """
+    rows, actor = list(tickets), pit_actor(epic.id)
+    left = [t for t in rows if t.status != "closed"]
+    if rows and not left:
+        return "done", None
+    mine = [t for t in left if t.status == "in_progress" and t.assignee == actor]
+    ready = [t for t in left if t.status == "open" and t.is_ready and t.id not in lost]
+    if mine or ready:
+        return "ticket", (mine or ready)[0]
+    return "blocked", "; ".join(map(waiting_words, left)) or "there are no tickets below it"
+
+
+def waiting_words(ticket: Any) -> str:
+    """What an open ticket waits for."""
+    if ticket.waits_for:
+        return f"{ticket.id} waits for {', '.join(ticket.waits_for)}"
+    holder = f" by {ticket.assignee}" if ticket.assignee else ""
+    return f"{ticket.id} is {ticket.status}{holder if ticket.status == 'in_progress' else ''}"
+
+
+def pit_actor(name: str) -> str:
+    """Who claims the tickets of an epic."""
+    return f"pit/{name}"
+
+
+def is_overdue(settings: Mapping[str, Any], epic: Epic, now: float) -> bool:
+    """Whether an epic has been at work on its ticket for longer than it may."""
+    limit = settings.get("ticketTimeout")
+    if limit is None or epic.clock_at is None:
+        return False
+    return epic.worked_s + now - epic.clock_at > limit * 60
+
+
+def decide_epic_pause(epic: Epic) -> dict | None:
+    """The facts of a manual pause; None: it is paused so already.  Raises Refused."""
+    if epic.state == "done":
+        raise Refused(f"{epic.id} is done: there is nothing to pause", hint=f"pit resume {epic.id}")
+    if epic.state == "paused" and epic.reason == "MANUAL":
+        return None
+    return {"epic": epic.id, "reason": "MANUAL"}
+
+
+def decide_epic_resume(epic: Epic, message: str | None) -> tuple[str, dict] | None:
+    """(kind, facts) of what lets an epic go on; None: it does.  Raises Refused for one that is done."""
+    if epic.state == "done" and is_complete(epic):
+        raise Refused(f"{epic.id} is done: all its tickets are closed",
+                      hint="reopen a ticket or add one, then resume it")
+    if epic.state in ("paused", "done"):
+        return "epic_resumed", {"epic": epic.id, **({"message": message} if message else {})}
+    return ("epic_messaged", {"epic": epic.id, "message": message}) if message else None
+
+
+def decide_tear(epic: Epic, found: Mapping[str, Any], force: bool) -> dict | None:
+    """What tearing an epic down would lose: `files`, `commits`, `ticket`, `state`; None: nothing, or forced.
+
+    `found` has what its worktree holds: files, commits, doubt.
+    """
+    lost: dict = {k: found[k] for k in ("files", "commits") if found.get(k)}
+    if found.get("doubt"):
+        lost["why"] = found["doubt"]
+    if epic.state in ("queued", *PIT_BUSY):
+        lost["state"] = epic.state
+        if epic.ticket:
+            lost["ticket"] = epic.ticket
+    return None if force or not lost else lost
+
+
+API_FAILURES = ("rate_limit", "auth_failure", "context_exceeded", "network_error", "invalid_argument")
+
+
+def decide_unclosed(last: str, failed: Mapping[str, Any] | None) -> tuple[str, str]:
+    """(reason to pause, what is known) of a turn that ended while its ticket is not closed.
+
+    `failed` is how a headless agent's hand failed: {status, kind, message}.
+    """
+    if not failed:
+        return "NEEDS_HUMAN_INPUT", clip_cells(clean_text(last), 1000)
+    words = clip_cells(clean_text(f"{failed.get('status')}: {failed.get('message') or last}"), 1000)
+    return "API_ERROR" if failed.get("kind") in API_FAILURES else "AGENT_EXITED", words
+
+
+# ---- what agents are told
+
+TEMPLATE_NAMES = ("EPIC_ID", "EPIC_NAME", "TICKET_ID", "TICKET_TITLE", "TICKET_BODY", "BRANCH", "BASE_BRANCH",
+                  "WORKTREE", "TRACKER", "TICKET_SHOW", "TICKET_CLOSE")
+DEFAULT_PROMPT = """Work on ticket {{TICKET_ID}} ({{TICKET_TITLE}}) of epic {{EPIC_ID}} ({{EPIC_NAME}}). \
+It is claimed for you.
+Read it with `{{TICKET_SHOW}}`. Do only this; commit; push the branch if the repository has a remote and \
+AGENTS.md does not forbid it; close it with `{{TICKET_CLOSE}}`; then stop: the next comes by itself. If you \
+are stuck, say what you need and stop."""
+DEFAULT_INSTRUCTIONS = """You are working through epic {{EPIC_ID}} ({{EPIC_NAME}}), one ticket at a time.
+
+- Your folder is {{WORKTREE}}, a git worktree on the branch {{BRANCH}}, which began at {{BASE_BRANCH}}. \
+Work there and nowhere else; leave the main checkout and other worktrees alone.
+- Tickets are kept by `{{TRACKER}}`. Each one is claimed for you before you are told of it: do not look for \
+others, and do not start one that you were not given.
+- Read the whole ticket first. It holds what you need to know; your memory is cleared before the next one.
+- Do what it asks and no more. Follow AGENTS.md: run the checks that it names, and repair what fails.
+- Commit your work on this branch, with the ticket's id in the message. Push the branch if the repository \
+has a remote and AGENTS.md does not forbid it. Do not merge it.
+- Close the ticket when, and only when, it is done. Then stop and wait: the next one comes by itself.
+- When you are stuck, or something must be decided, do not guess and do not close the ticket: say in a few \
+sentences what you need, and stop. Somebody will answer here.
+"""
+MESSAGE_HEAD = "Message from the orchestrator:\n"
+
+
+def render_pit_template(text: str, values: Mapping[str, str]) -> str:
+    """A template with its places filled in, once; other braces stay.
+
+    Agents take some first characters for commands of their own, so what is filled in never comes first.
+    """
+    names = "|".join(TEMPLATE_NAMES)
+    told = re.sub(r"\{\{(" + names + r")\}\}", lambda m: values.get(m[1], ""), text)
+    return f"Ticket:\n{told}" if text.lstrip()[:2] == "{{" or told.lstrip()[:1] in tuple("/!#@$&") else told
+
+
+# ---- configuration
+
+def strip_json(text: str) -> str:
+    """JSON without comments and trailing commas; what is left stands where it stood."""
+    def blank(found: re.Match) -> str:
+        return found[0] if found[0].startswith('"') else re.sub(r"[^\n]", " ", found[0])
+
+    quoted = r'"(?:\\.|[^"\\\n])*"'
+    plain = re.sub(quoted + r"|//[^\n]*|/\*.*?\*/", blank, text, flags=re.S)
+    return re.sub(quoted + r"|,(?=\s*[\]}])", blank, plain, flags=re.S)
+
+
+def read_pit_config(text: str) -> tuple[dict, list[dict]]:
+    """(what `.pit.json` gives, all that is wrong with it as {key, found, allowed, line})."""
+    plain = strip_json(text)
+    try:
+        given = json.loads(plain)
+    except (ValueError, RecursionError) as e:
+        line = getattr(e, "lineno", 1)
+        return {}, [{"key": None, "found": clean_text(str(e)), "allowed": "a JSON object", "line": line}]
+    if not isinstance(given, dict):
+        return {}, [{"key": None, "found": show_value(given), "allowed": "a JSON object", "line": 1}]
+    kept = {k: v for k, v in given.items() if v is not None
+            or not any(f.name == k and f.default is None for f in PIT_FIELDS)}
+    values, problems = check_pit_settings(kept)
+    for problem in problems:
+        found = re.search(re.escape(json.dumps(problem["key"], ensure_ascii=False)) + r"\s*:", plain)
+        problem["line"] = plain.count("\n", 0, found.start()) + 1 if found else 1
+    return {k: values[k] for k in kept if k in values}, problems
+
+
+def check_pit_settings(given: dict) -> tuple[dict, list[dict]]:
+    """(settings completed with defaults, all that is wrong as {key, found, allowed})."""
+    values, problems = check_fields(PIT_FIELDS, given, "", ())
+    known = ", ".join(f.name for f in PIT_FIELDS)
+    return values, [{"key": p.path, "found": show_value(given.get(p.path)),
+                     "allowed": p.message.partition("allowed: ")[2] or f"{p.message}; known keys: {known}"}
+                    for p in problems]
+
+
+# ---- what callers see
+
+def show_epic(state: PitState, epic: Epic, with_tickets: bool = False) -> dict:
+    """An epic as `status` shows it."""
+    shown = {"state": epic.state, "progress": progress_of(epic), "reason": reason_of(epic),
+             "ticket": epic.ticket, "ticketTitle": epic.ticket_title, "since": render_time(epic.since),
+             "epicId": epic.epic_id, "title": epic.title, "branch": epic.branch, "worktree": epic.worktree,
+             "window": epic.window, "pane": epic.pane, "agent": epic.agent, "model": epic.model,
+             "headless": epic.headless, "usage": sum_usage(epic),
+             **({"runId": epic.run_id} if epic.headless else {})}
+    return {**shown, "tickets": [show_ticket_work(epic, *row) for row in epic.tickets]} if with_tickets \
+        else shown
+
+
+def show_ticket_work(epic: Epic, name: str, title: str, status: str) -> dict:
+    """A ticket of an epic, and what the loop did with it."""
+    done = epic.worked.get(name, {})
+    word = "closed" if status == "closed" else "working" if name == epic.ticket else "todo"
+    return {"id": name, "title": title, "state": word, "startedAt": render_time(done.get("startedAt")),
+            "endedAt": render_time(done.get("endedAt")), "usage": done.get("usage"),
+            "sessionId": done.get("sessionId")}
+
+
+USAGE_KEYS = ("input", "output", "cache_read", "cache_creation")
+
+
+def sum_usage(epic: Epic) -> dict | None:
+    """What an epic's agent used as far as it is known; None: nothing is."""
+    told = [w["usage"] for w in epic.worked.values() if w.get("usage")]
+    if not told:
+        return None
+    costs = [u["cost_usd"] for u in told if u.get("cost_usd") is not None]
+    return {**{key: sum(u.get(key) or 0 for u in told) for key in USAGE_KEYS},
+            "cost_usd": sum(costs) if costs else None}
+
+
+def status_words(state: PitState) -> str:
+    """`pit 2 running 1 paused`, for the status bar of tmux."""
+    counts: dict[str, int] = {}
+    for epic in state.epics.values():
+        counts[epic.state] = counts.get(epic.state, 0) + 1
+    parts = [f"{counts[s]} {s}" for s in (*PIT_BUSY, "queued", "paused", "done") if s in counts]
+    return " ".join(["pit", *parts]) if parts else ""
+
+
+UNTIL = {
+    # condition: (the epics' states, whether a change was seen) -> whether it holds
+    "paused":  lambda states, changed: "paused" in states,
+    "done":    lambda states, changed: all(s == "done" for s in states),
+    "settled": lambda states, changed: all(s in ("paused", "done") for s in states),
+    "change":  lambda states, changed: changed,
+}
+
+
+# ======================================================================================
+# PIT: daemon and commands of the ticket loop                                    [async]
+# ======================================================================================
+# Its caller is mostly a language model: whatever happens, standard output is one JSON value, and a
+# refusal says what to do next.  To add a command: one handler and one row in PIT_COMMANDS.
+
+PIT_WORDS = {
+    # word in answers    a row of EXIT_CODES
+    "not_reached":       "failed",
+    "failed":            "failed",
+    "usage":             "invalid",
+    "config":            "invalid",
+    "missing_program":   "invalid",
+    "not_a_repository":  "invalid",
+    "not_found":         "missing",
+    "refused":           "refused",
+    "environment":       "environment",
+    "internal":          "bug",
+}
+
+
+class Answer(NamedTuple):
+    """What a command of the ticket loop answers, where that is not plain success."""
+
+    value: Any                 # JSON; None: everything was printed
+    code: str                  # a row of EXIT_CODES
+
+
+class PitCall(NamedTuple):
+    """What a command of the ticket loop is given."""
+
+    options: Any
+    folder: str                # the current one, or that of -C
+    project: Project | None    # None where the command needs none
+    env: Mapping[str, str]
+    pretty: bool
+
+
+class PitCommand(NamedTuple):
+    """One command of the ticket loop."""
+
+    name: str                  # one or more words
+    run: Callable              # (PitCall) -> a JSON value, or an Answer
+    usage: str
+    args: tuple                # (flags, options) pairs for add_argument
+    help: str
+    example: str
+    in_agent: bool = False     # whether an agent of an epic may call it
+    needs_project: bool = True
+
+
+def pit_word(error: PitbossError) -> str:
+    """The word that an error has in answers."""
+    default = next((word for word, code in reversed(PIT_WORDS.items()) if code == error.code), "failed")
+    plain = {"failed": "failed", "invalid": "usage"}.get(error.code, default)
+    return getattr(error, "word", plain)
+
+
+def pit_error(error: PitbossError) -> dict:
+    """An error as the ticket loop answers it."""
+    return {"error": {"code": pit_word(error), "message": str(error), "hint": error.hint,
+                      **getattr(error, "facts", {})}}
+
+
+def run_pit_ticket(name: str, call: PitCall) -> Any:
+    """A verb on tickets, where the embedded store has them."""
+    import shlex
+
+    verb = TICKET_VERBS[name]
+    tracker = pick_tracker(call.project)
+    if tracker.needs_program:
+        quoted = {k: shlex.quote(str(v)) for k, v in vars(call.options).items()}
+        raise PitRefused(f"the tickets of this project are in {tracker.name}",
+                         hint=f"{tracker.name} {verb.beads.format_map(quoted)}", why="tracker",
+                         tracker=tracker.name)
+    return run_ticket_verb(call.project, verb, call.options, call.env)
+
+
+def run_pit_export(call: PitCall) -> Any:
+    """Every ticket of the embedded store, as an array or into a file of beads JSONL."""
+    issues = [export_issue(i) for i in sorted(read_issues(call.project.common).values(),
+                                              key=lambda i: natural_key(i["id"]))]
+    if call.options.file is None:
+        return issues
+    path = os.path.join(call.folder, call.options.file)
+    text = "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in issues)
+    try:
+        write_file(os.path.realpath(path), text.encode("utf-8", "surrogatepass"), durable=True, mode=0o666)
+    except OSError as e:
+        raise fault_of(e, "writing the tickets") from None
+    return {"exported": len(issues), "file": path}
+
+
+def run_pit_import(call: PitCall) -> Any:
+    """Take over tickets from beads JSONL into the embedded store."""
+    try:
+        if call.options.file == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(os.path.join(call.folder, call.options.file), "rb") as f:
+                data = f.read()
+    except OSError as e:
+        raise InvalidInput(f"{call.options.file}: {e.strerror}",
+                           hint="name a file of beads JSONL, or - for standard input") from None
+    rows, problems = read_beads_lines(data.decode("utf-8-sig", "replace"))
+    if problems:
+        lines = ", ".join(str(p["line"]) for p in problems[:10])
+        raise BadTickets(f"{call.options.file}: no beads JSONL in line {lines}; nothing was imported",
+                         hint="each line is one issue: {\"id\": …, \"title\": …}", problems=problems)
+    with change_issues(call.project.common) as issues:
+        return import_issues(issues, rows, rfc3339_now())
+
+
+class BadTickets(PitFault, InvalidInput):
+    """A file of tickets that cannot be read; facts: `problems`, each with its line."""
+
+    word = "usage"
+
+
+TICKET_HANDLERS = {"export": run_pit_export, "import": run_pit_import}     # those that read or write files
+
+
+def ticket_handler(verb: TicketVerb) -> Callable:
+    """What does a verb as a command."""
+    there = TICKET_HANDLERS.get(verb.name)
+    return there or functools.update_wrapper(functools.partial(run_pit_ticket, verb.name), verb.run)
+
+
+
+# ---- the loop's own commands ----
+
+PIT_ROOT = "/tmp/pit"          # not TMPDIR: every caller has to find the socket, and its path must be short
+IDLE_S = 60.0                  # how long a daemon stays when all epics are done and nobody watches
+RECHECK_S = 15.0               # between two looks at a tracker that fails, or has nothing ready
+SPOOL_EVERY_S = 0.2            # between two looks at the spools; a hook's poke comes sooner
+PANES_EVERY_S = 0.5            # between two looks at the windows, and at headless hands
+DAEMON_START_S = 20.0          # how long a command waits for the daemon that it started
+SHOWN_LINES = 12               # of a screen that a reason shows
+START_FACTOR, START_LEAST_S = 6, 5.0       # an agent has six times initDelay to begin, and so long at least
+
+class PitError(PitFault):
+    """An error of the ticket loop under any word: what a daemon told, or one of a kind that is rare."""
+
+    def __init__(self, word: str, message: str, *, hint: str = "", **facts: Any) -> None:
+        super().__init__(message, hint=hint, **facts)
+        self.word, self.code = word, PIT_WORDS[word]
+
+
+def restore_error(told: Mapping[str, Any]) -> PitError:
+    """The error that a daemon told."""
+    facts = {k: v for k, v in told.items() if k not in ("code", "message", "hint")}
+    word = told.get("code")
+    return PitError(word if word in PIT_WORDS else "internal", str(told.get("message")),
+                    hint=str(told.get("hint") or ""), **facts)
+
+
+# ---- the project and its places
+
+class PitPlace(NamedTuple):
+    """A project and where the files of its session are."""
+
+    project: Project
+    root: str                  # the main checkout, real path
+    common: str                # its git common dir
+    folder: str                # the session folder
+    socket: str
+    env: Mapping
+
+    def epic_dir(self, name: str) -> str:
+        """The folder of an epic's files."""
+        return epic_folder(self.folder, name)
+
+
+def place_of_project(call: PitCall) -> PitPlace:
+    """Where the session of a call's project is."""
+    root = call.project.path
+    return PitPlace(call.project, root, call.project.common, session_folder(root, call.env), pit_socket(root),
+                    call.env)
+
+
+def project_hash(root: str) -> str:
+    """What tells a project's session from others': made of its real path."""
+    import hashlib
+
+    return hashlib.sha256(os.fsencode(root)).hexdigest()[:12]
+
+
+def session_folder(root: str, env: Mapping[str, str]) -> str:
+    """Where the session of a project is kept."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(root))[:60] or "project"
+    return os.path.join(data_folder(env), "pit", f"{name}-{project_hash(root)}")
+
+
+def pit_socket(root: str) -> str:
+    """Where a project's daemon listens."""
+    own, base = f"{os.getuid()}-{project_hash(root)}", PIT_ROOT
+    with contextlib.suppress(FileNotFoundError):
+        stat = os.lstat(base)
+        if stat.st_uid != os.getuid() and not stat.st_mode & 0o1000:
+            base = f"{PIT_ROOT}-{os.getuid()}"
+    return os.path.join(base, own if base == PIT_ROOT else project_hash(root), "d.sock")
+
+
+def make_socket_folder(path: str) -> None:
+    """Make the folder of a socket, for its owner alone.  Raises EnvironmentFault."""
+    folder = os.path.dirname(path)
+    shared = os.path.dirname(folder)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(shared, 0o700)
+        if shared == PIT_ROOT:
+            os.chmod(shared, 0o1777)         # other users have projects, too
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    stat = os.lstat(folder)
+    if stat.st_uid != os.getuid() or not os.path.isdir(folder) or os.path.islink(folder):
+        raise EnvironmentFault(f"{folder} belongs to somebody else", hint="remove it")
+    os.chmod(folder, 0o700)
+
+
+def read_session(project: PitPlace) -> PitState:
+    """How the session of a project stands, from its journal."""
+    path = os.path.join(project.folder, "journal.jsonl")
+    return fold_pit(read_journal(path)) if os.path.exists(path) else PitState()
+
+
+def find_epic(state: PitState, name: str) -> Epic:
+    """The epic of a session that is named, in either form.  Raises PitError not_found."""
+    found = [e for e in state.epics.values() if name in (e.id, e.epic_id)]
+    found = found or [e for e in state.epics.values() if e.epic_id.endswith(f"-{name}")]
+    if len(found) != 1:
+        import difflib
+
+        near = difflib.get_close_matches(name, list(state.epics), n=5, cutoff=0.3) or list(state.epics)
+        raise PitError("not_found", f"no epic {show_value(name)} in the session", id=name, candidates=near,
+                       hint="pit status shows the epics" if state.epics else "pit start --epics EPIC")
+    return found[0]
+
+
+def check_epic_id(name: str) -> str:
+    """An epic's id that may name a folder and a branch.  Raises PitError usage."""
+    if not re.fullmatch(EPIC_ID, name) or name.endswith((".", ".lock")):
+        raise PitError("usage", f"found {show_value(name)} as an epic's id; allowed: a text without blanks, "
+                                "/ and .., that does not begin with -", hint="pit start --epics EPIC[,EPIC]")
+    return name
+
+
+# ---- the daemon
+
+class PitDaemon:
+    """The one owner of a project's session: records events, does what its epics' phases owe."""
+
+    def __init__(self, project: PitPlace, journal: Journal, state: PitState, umask: int) -> None:
+        self.project, self.journal, self.state, self.umask = project, journal, state, umask
+        self.git = Git(project.env, umask)
+        self.began_at = time.time()
+        self.doing: dict[str, tuple[int, asyncio.Task]] = {}      # epic to (stint, what is done for it)
+        self.waiters: set[asyncio.Future] = set()                 # of who waits for the next event
+        self.watchers: set[PitSession] = set()
+        self.links: set = set()
+        self.tracker: Tracker | None = None
+        self.tmux: Tmux | None = None
+        self.server_pid: int | None = None
+        self.spool_news: asyncio.Event | None = None
+        self.ended: asyncio.Event | None = None
+        self.why_left = ""
+        self.idle_since: float | None = None
+        self.starting: asyncio.Lock | None = None
+        self.reviving: set[str] = set()        # headless epics whose dispatcher is being started again
+
+    # ---- recording
+
+    def record(self, kind: str, **facts: Any) -> None:
+        """Append one event, step it, tell watchers, and see to what the epics' phases owe now."""
+        event = self.journal.append(kind, facts)
+        news = step_pit(self.state, event)
+        for watcher in tuple(self.watchers):
+            watcher.tell(news)
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.waiters = set()
+        self.act()
+
+    def act(self) -> None:
+        """Start what is owed for each epic; what is owed no longer is given up."""
+        if self.ended is None or self.ended.is_set():
+            return
+        for name, (stint, task) in tuple(self.doing.items()):
+            epic = self.state.epics.get(name)
+            if epic is None or epic.stint != stint:
+                del self.doing[name]
+                if task is not asyncio.current_task():
+                    task.cancel()
+        for epic in self.state.epics.values():
+            if epic.id not in self.doing and (verb := verb_of(epic)):
+                task = self.group.create_task(self.perform(verb, epic.id, epic.stint),
+                                              name=f"{verb} {epic.id}")
+                self.doing[epic.id] = epic.stint, task
+
+    async def perform(self, verb: str, name: str, stint: int) -> None:
+        """Do what one phase owes; what goes wrong pauses the epic."""
+        def pause(reason: str, error: object) -> None:
+            epic = self.state.epics.get(name)
+            if epic is None or epic.stint != stint:
+                return
+            if verb in ("end", "tear", "interrupt"):
+                return self.record("epic_rested", epic=name, failed=str(error))
+            self.record("epic_paused", epic=name, reason=reason, detail=clip_cells(str(error), 1000),
+                        then=verb if reason == "TRACKER" else "pick")
+
+        try:
+            await PIT_EFFECTS[verb](self, self.state.epics[name])
+        except TrackerFailed as e:
+            pause("TRACKER", e)
+        except (TmuxGone, PaneGone) as e:
+            pause("WINDOW_GONE", e)
+        except GitError as e:
+            pause("WORKTREE", e)
+        except (OSError, PitbossError) as e:
+            pause("AGENT_START", e)
+        except Exception as e:  # boundary: a bug in one epic's work must not end the others'
+            self.tell_bug(e)
+            pause("AGENT_START", f"a bug in pitboss: {type(e).__name__}: {e}; see daemon.log")
+
+    def tell_bug(self, error: Exception) -> None:
+        """Keep a traceback in daemon.log, which is standard error."""
+        import traceback
+
+        sys.stderr.write("".join(traceback.format_exception(error)))
+        sys.stderr.flush()
+
+    async def until(self, holds: Callable[[], Any], seconds: float) -> bool:
+        """Whether something comes to hold in so many seconds; looked at after each event."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            waiter = asyncio.get_running_loop().create_future()
+            self.waiters.add(waiter)
+            try:
+                await asyncio.wait_for(waiter, left)
+            except TimeoutError:
+                pass
+            finally:
+                self.waiters.discard(waiter)
+        return True
+
+    def epic(self, name: str) -> Epic:
+        """An epic as it is now."""
+        return self.state.epics[name]
+
+    # ---- serving
+
+    async def serve(self) -> None:
+        """Work until there is nothing more to do, or somebody says so."""
+        import signal
+
+        self.ended, self.spool_news, self.starting = asyncio.Event(), asyncio.Event(), asyncio.Lock()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.leave, "signal")
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        async with asyncio.TaskGroup() as self.group:
+            server = await self.listen()
+            self.record("daemon_began", pid=os.getpid(), version=VERSION)
+            own = [self.group.create_task(job(), name=name) for name, job in (
+                ("spool", self.keep_reading), ("panes", self.keep_looking), ("status", self.keep_status),
+                ("socket", self.keep_socket))]
+            try:
+                await self.ended.wait()
+            finally:
+                server.close()
+                for link in tuple(self.links):
+                    link.close()
+                for task in [*own, *(task for _, task in self.doing.values())]:
+                    task.cancel()
+        self.journal.append("daemon_left", {"why": self.why_left})
+        with contextlib.suppress(OSError):
+            os.unlink(self.project.socket)
+
+    def leave(self, why: str) -> None:
+        """End this daemon; agents go on."""
+        self.why_left = self.why_left or why
+        self.ended.set()
+
+    async def listen(self) -> Any:
+        """Open the socket, at its place from the first moment with mode 0600."""
+        import socket
+
+        path = self.project.socket
+        make_socket_folder(path)
+        listener, beside = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), f"{path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        listener.bind(beside)
+        os.chmod(beside, 0o600)
+        listener.setblocking(False)
+        listener.listen(100)
+        os.replace(beside, path)
+        return await asyncio.get_running_loop().create_unix_server(
+            lambda: Link(lambda link: PitSession(link, self), self.links, self.tell_bug, peer_uid),
+            sock=listener, backlog=100)
+
+    async def keep_socket(self) -> None:
+        """Leave when the socket or the session folder is taken away, and when there is nothing to do."""
+        mark = file_mark(self.project.socket)
+        while True:
+            await asyncio.sleep(0.5)
+            if file_mark(self.project.socket) != mark or not os.path.isdir(self.project.folder):
+                return self.leave("socket")
+            busy = any(e.state != "done" or verb_of(e) for e in self.state.epics.values()) or self.watchers
+            if busy:
+                self.idle_since = None
+            elif self.idle_since is None:
+                self.idle_since = time.monotonic()
+            elif time.monotonic() - self.idle_since > IDLE_S:
+                return self.leave("idle")
+
+    async def keep_reading(self) -> None:
+        """Record what agents tell through their spools."""
+        self.read_spools()
+        self.act()                 # not before: what was told meanwhile may have done what is owed
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.spool_news.wait(), SPOOL_EVERY_S)
+            self.spool_news.clear()
+            self.read_spools()
+
+    def read_spools(self) -> None:
+        """Record every event of every spool, in its order, then let its file go."""
+        for name in tuple(self.state.epics):
+            for event in read_hook_spool(self.project.epic_dir(name)):
+                try:
+                    if name in self.state.epics and event["file"] > self.epic(name).spooled:
+                        self.take_event(name, event)
+                except (KeyError, TypeError, ValueError) as e:
+                    self.tell_bug(e)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.project.epic_dir(name), "spool", event["file"]))
+
+    def take_event(self, name: str, event: Mapping[str, Any]) -> None:
+        """Record what an agent told, as far as it means something."""
+        epic = self.epic(name)
+        begins = event["event"] in ("started", "cleared")
+        if begins and event.get("cwd") and not is_below(event["cwd"], epic.worktree):
+            return self.record("epic_paused", epic=name, reason="WORKTREE", spool=event.get("file", ""),
+                               detail=f"the agent is in {event['cwd']}, not in {epic.worktree}")
+        found = decide_agent_event(epic, event)
+        if found:
+            kind, facts = found
+            self.record(kind, **facts, spool=event.get("file", ""))
+
+    async def keep_looking(self) -> None:
+        """Pause epics whose window or process is gone, and whose time is over."""
+        while True:
+            await asyncio.sleep(PANES_EVERY_S)
+            for epic in tuple(self.state.epics.values()):
+                if epic.state == "running" and is_overdue(self.state.settings, epic, self.journal.now()):
+                    minutes = self.state.settings["ticketTimeout"]
+                    self.record("epic_paused", epic=epic.id, reason="TIMEOUT",
+                                detail=f"{epic.ticket} took more than {minutes:g} minutes")
+            try:
+                await self.look_at_panes()
+                look_at_hands(self)
+            except PitbossError as e:
+                sys.stderr.write(f"{e}\n")
+
+    async def look_at_panes(self) -> None:
+        """Pause epics that wait for an agent which is not there any more."""
+        watched = [e.id for e in self.state.epics.values() if not e.headless and e.state == "running"
+                   and e.phase in ("work", "send", "ask")]
+        if not watched:
+            return
+        try:
+            panes = await self.tmux_server().panes()
+        except TmuxGone:
+            panes = {}
+        for name in watched:
+            epic, pane = self.epic(name), panes.get(name)
+            if epic.state != "running" or epic.phase not in ("work", "send", "ask"):
+                continue               # it has gone on meanwhile
+            if pane is None:
+                self.record("epic_paused", epic=name, reason="WINDOW_GONE",
+                            detail="its window, or the tmux server, is gone")
+            elif pane.is_dead:
+                words = await self.last_words(pane)
+                self.record("epic_paused", epic=name, reason="AGENT_EXITED", detail=words)
+
+    async def last_words(self, pane: Pane) -> str:
+        """How an agent's process ended, and what its screen shows."""
+        screen = await self.tmux_server().capture(pane.pane_id, SHOWN_LINES)
+        lines = " / ".join(line.strip() for line in clean_lines(screen) if line.strip())
+        how = f"status {pane.status}" if pane.status is not None else "ended by a signal"
+        return clip_cells(f"{how}; {lines}", 800)
+
+    async def keep_status(self) -> None:
+        """Keep what tmux's status bar shows current."""
+        while True:
+            words = shown = status_words(self.state)
+            if self.state.facts.get("tmux"):
+                with contextlib.suppress(PitbossError):
+                    await self.tmux_server().set_status(words)
+            await self.until(lambda: status_words(self.state) != shown, 3600.0)
+
+    async def revive(self, epic: Epic) -> None:
+        """Start the dispatcher of a headless epic again: it was killed."""
+        if epic.id in self.reviving:
+            return
+        self.reviving.add(epic.id)
+        try:
+            await have_dispatcher(self, epic)
+        except PitbossError as e:
+            sys.stderr.write(f"{e}\n")
+        finally:
+            self.reviving.discard(epic.id)
+
+    # ---- what effects use
+
+    def tmux_server(self) -> Tmux:
+        """The tmux server of the session."""
+        if self.tmux is None or self.tmux.socket != self.state.facts.get("tmux"):
+            self.tmux = Tmux(self.state.facts["tmux"], self.project.folder, self.project.root,
+                             self.caller_env(), self.umask)
+        return self.tmux
+
+    def caller_env(self) -> dict[str, str]:
+        """The environment of the `start` that was called."""
+        kept = read_json(os.path.join(self.project.folder, "env.json"))
+        return kept if isinstance(kept, dict) else dict(self.project.env)
+
+    async def open_tracker(self) -> Tracker:
+        """The project's tracker."""
+        if self.tracker is None:
+            wanted = self.state.settings.get("beadsBinary") or "auto"
+            self.tracker = await open_tracker(self.project.project, self.state.facts.get("tracker") or wanted)
+        return self.tracker
+
+    async def look(self, epic: Epic) -> tuple:
+        """All tickets below an epic, in the order in which they are to be worked."""
+        tracker = await self.open_tracker()
+        return await tracker.tickets(epic.epic_id)
+
+    # ---- effects
+
+    async def effect_open(self, epic: Epic) -> None:
+        """Make its worktree and start its agent."""
+        place = await make_worktree(self.git, self.project, epic)
+        await DRIVERS[epic.headless].open(self, epic, place)
+
+    async def effect_greet(self, epic: Epic) -> None:
+        """Wait for the agent's own word that it started: its event ends this."""
+        await DRIVERS[epic.headless].greet(self, epic)
+
+    async def effect_pick(self, epic: Epic) -> None:
+        """Claim the next ticket."""
+        tracker, lost = await self.open_tracker(), []
+        while True:
+            tickets = await self.look(epic)
+            rows = [[t.id, t.title, t.status] for t in tickets]
+            verdict, found = decide_pick(epic, tickets, lost)
+            if verdict == "done":
+                return self.record("epic_finished", epic=epic.id, tickets=rows)
+            if verdict == "blocked":
+                return self.record("epic_paused", epic=epic.id, reason="BLOCKED", detail=found, tickets=rows)
+            if found.status == "in_progress" or await tracker.claim(found.id, pit_actor(epic.id)):
+                rows = [[*row[:2], "in_progress"] if row[0] == found.id else row for row in rows]
+                return self.record("epic_picked", epic=epic.id, ticket=found.id, title=found.title,
+                                   tickets=rows)
+            lost.append(found.id)
+
+    async def effect_send(self, epic: Epic) -> None:
+        """Hand its ticket, or a message, to the agent; the agent's event of the prompt ends this."""
+        begun = bool(epic.todo.get("begun"))
+        if "message" in epic.todo:
+            text = MESSAGE_HEAD + get_blob(self.project.folder, epic.todo["message"])
+        else:
+            text = await self.prompt_of(epic)
+        if not begun:
+            self.record("send_begun", epic=epic.id)
+        if not await DRIVERS[epic.headless].send(self, self.epic(epic.id), text, begun):
+            self.record("epic_paused", epic=epic.id, reason="DELIVERY",
+                        detail="Enter was pressed three times and the agent told of no prompt")
+
+    async def prompt_of(self, epic: Epic) -> str:
+        """What its agent is told with its ticket."""
+        tracker = await self.open_tracker()
+        ticket = await tracker.show(epic.ticket)
+        template = get_blob(self.project.folder, self.state.facts.get("prompt_template")) or DEFAULT_PROMPT
+        template += HEADLESS_TAILS.get(epic.agent, "") if epic.headless else ""
+        return render_pit_template(template, self.template_values(epic, tracker, ticket))
+
+    def template_values(self, epic: Epic, tracker: Tracker, ticket: Any = None) -> dict[str, str]:
+        """What the places of a template stand for."""
+        body = "" if ticket is None else "\n\n".join(filter(None, (ticket.description,
+                                                                   ticket.acceptance_criteria)))
+        return {"EPIC_ID": epic.epic_id, "EPIC_NAME": epic.title, "BRANCH": epic.branch,
+                "BASE_BRANCH": epic.base, "WORKTREE": epic.worktree, "TRACKER": tracker.words,
+                "TICKET_ID": epic.ticket or "", "TICKET_TITLE": epic.ticket_title or "", "TICKET_BODY": body,
+                "TICKET_SHOW": tracker.show_command(epic.ticket) if epic.ticket else "",
+                "TICKET_CLOSE": tracker.close_command(epic.ticket) if epic.ticket else ""}
+
+    async def effect_ask(self, epic: Epic) -> None:
+        """The agent is idle: look whether its ticket is closed."""
+        tracker = await self.open_tracker()
+        if epic.ticket is None:
+            return self.record("epic_went_on", epic=epic.id, phase="clear")
+        ticket = await tracker.show(epic.ticket)
+        rows = [[t.id, t.title, t.status] for t in await self.look(epic)]
+        if ticket.status == "closed":
+            return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows,
+                               usage=epic.todo.get("usage"))
+        reason, detail = decide_unclosed(str(epic.todo.get("last") or ""), epic.todo.get("failed"))
+        self.record("epic_paused", epic=epic.id, reason=reason, tickets=rows, detail=detail)
+
+    async def effect_clear(self, epic: Epic) -> None:
+        """Give its agent a fresh conversation: the event of it ends this."""
+        await asyncio.sleep(self.state.settings.get("clearDelay", 0) / 1000)
+        await DRIVERS[epic.headless].clear(self, self.epic(epic.id))
+
+    async def effect_interrupt(self, epic: Epic) -> None:
+        """Interrupt its agent's turn."""
+        await DRIVERS[epic.headless].interrupt(self, epic)
+        self.record("epic_rested", epic=epic.id)
+
+    async def effect_tell(self, epic: Epic) -> None:
+        """Give its agent a message while it works."""
+        text = MESSAGE_HEAD + get_blob(self.project.folder, epic.messages[0])
+        await DRIVERS[epic.headless].tell(self, epic, text)
+        self.record("epic_told", epic=epic.id)
+
+    async def effect_recheck(self, epic: Epic) -> None:
+        """Ask the tracker now and then, until what paused the epic is over."""
+        while True:
+            await asyncio.sleep(RECHECK_S)
+            try:
+                verdict, _ = decide_pick(epic, await self.look(epic))
+            except TrackerFailed:
+                continue
+            if verdict != "blocked" or epic.reason == "TRACKER":
+                return self.record("epic_rechecked", epic=epic.id)
+
+    async def effect_go_on(self, epic: Epic) -> None:
+        """Find out what resuming an epic needs."""
+        def go(phase: str, **todo: Any) -> None:
+            self.record("epic_went_on", epic=epic.id, phase=phase, todo=todo)
+
+        if not os.path.isdir(epic.worktree):
+            return go("open", fresh=True)
+        if not await DRIVERS[epic.headless].is_there(self, epic):
+            return go("open")
+        if epic.messages:
+            return go("send", message=epic.messages[0])
+        if epic.ticket is None:
+            return go("clear")
+        tracker = await self.open_tracker()
+        closed = (await tracker.show(epic.ticket)).status == "closed"
+        if closed:
+            rows = [[t.id, t.title, t.status] for t in await self.look(epic)]
+            return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows)
+        go("clear")
+
+    async def effect_end(self, epic: Epic) -> None:
+        """End its agent; what it has not finished is given back."""
+        await DRIVERS[epic.headless].end(self, epic)
+        gave_back = False
+        if epic.ticket is not None:
+            tracker = await self.open_tracker()
+            gave_back = True
+            if (await tracker.show(epic.ticket)).status != "closed":
+                await tracker.give_back(epic.ticket, pit_actor(epic.id))
+        self.record("epic_rested", epic=epic.id, gave_back=gave_back)
+
+    async def effect_tear(self, epic: Epic) -> None:
+        """Take away what was made for it, as far as nothing is lost with it."""
+        await DRIVERS[epic.headless].remove(self, epic)
+        if epic.ticket is not None:
+            with contextlib.suppress(TrackerFailed, NotFound):
+                tracker = await self.open_tracker()
+                await tracker.give_back(epic.ticket, pit_actor(epic.id))
+        told = await close_epic_tree(self.git, self.project, epic, epic.todo["keep"], epic.todo["force"])
+        self.record("epic_torn", epic=epic.id, told=told)
+
+    # ---- requests
+
+    async def start(self, params: Mapping[str, Any]) -> dict:
+        """Check all epics that are named, then start them."""
+        async with self.starting:
+            joined = bool(self.state.epics)
+            facts = self.state.facts if joined else {}
+            if not joined:
+                self.tracker = None
+            tracker = await open_tracker(self.project.project,
+                                         facts.get("tracker") or params["settings"]["beadsBinary"])
+            found, note = await self.check_epics(tracker, params)
+            if not joined:
+                write_file(os.path.join(self.project.folder, "env.json"), json.dumps(params["env"]).encode())
+                self.record("pit_opened", format=PIT_FORMAT, project=self.project.root,
+                            settings=params["settings"], tracker=tracker.name, tmux=params.get("tmux"),
+                            prompt_template=params.get("prompt"), instructions=params.get("instructions"))
+                self.tracker = tracker
+            for facts in found:
+                known = self.state.epics.get(facts["epic"])
+                if known is None or known.state == "done":
+                    self.record("epic_added", **facts)
+            return {**self.show([f["epic"] for f in found]), **note}
+
+    async def check_epics(self, tracker: Tracker, params: Mapping[str, Any]) -> tuple[list[dict], dict]:
+        """(the facts of what is to be added, what must be said besides).  Raises before anything begins."""
+        settings, note = params["settings"], {}
+        base = settings["baseBranch"]
+        code, _, _ = await self.git.run(self.project.root, "rev-parse", "--verify", "-q", "--end-of-options",
+                                        f"{base}^{{commit}}")
+        if code and not params.get("base_given"):
+            _, out, _ = await self.git.run(self.project.root, "symbolic-ref", "-q", "--short", "HEAD")
+            base = out.decode("utf-8", "surrogateescape").strip() or "HEAD"
+            note = {"baseBranch": base, "note": f"there is no branch main: new branches begin at {base}"}
+        elif code:
+            raise PitError("config", f"the base {show_value(base)} does not exist", problems=[
+                {"key": "baseBranch", "found": base, "allowed": "a branch or commit that exists",
+                 "line": None}])
+        found, owners = [], {e.id: e.epic_id for e in self.state.epics.values() if e.state != "done"}
+        for name in params["epics"]:
+            facts = await self.check_epic(tracker, name, base, params)
+            owners[facts["epic"]] = facts["epic_id"]
+            found.append(facts)
+        await self.check_nesting(tracker, owners, [f["epic"] for f in found])
+        return found, note
+
+    async def check_epic(self, tracker: Tracker, name: str, base: str, params: Mapping[str, Any]) -> dict:
+        """The facts of one epic that is to be added.  Raises PitbossError."""
+        ticket = await tracker.epic(name)
+        known = next((e for e in self.state.epics.values() if e.epic_id == ticket.id), None)
+        name = known.id if known else name
+        tickets = await tracker.tickets(ticket.id)
+        if not tickets:
+            raise PitError("refused", f"epic {name} has no tickets below it", why="no tickets",
+                           hint=f"add one: {tracker.words} add TITLE --parent {ticket.id}"
+                           if tracker.name == "embedded" else "add tickets with --parent")
+        settings = params["settings"]
+        root, top = self.project.root, settings["worktreeDir"]
+        path = os.path.join(os.path.normpath(os.path.join(root, os.path.expanduser(top))), name)
+        branch = known.branch if known else await choose_epic_branch(self.git, root, name)
+        if known is None:
+            await check_epic_place(self.git, self.project, path, branch)
+        return {"epic": name, "epic_id": ticket.id, "title": ticket.title, "agent": params["agent"],
+                "model": params["models"].get(name) or params["models"].get(ticket.id) or settings["model"],
+                "headless": bool(params.get("headless")), "branch": branch, "base": base,
+                "worktree": known.worktree if known else path,
+                "tickets": [[t.id, t.title, t.status] for t in tickets]}
+
+    async def check_nesting(self, tracker: Tracker, owners: Mapping[str, str], names: list[str]) -> None:
+        """No ticket may belong to two epics of a session.  Raises PitError refused."""
+        below: dict[str, str] = {}
+        for name, epic_id in owners.items():
+            for ticket in await tracker.tickets(epic_id):
+                other = below.setdefault(ticket.id, name)
+                if other != name and {other, name} & set(names):
+                    raise PitError("refused", f"{ticket.id} is below both epics, {other} and {name}",
+                                   why="one epic is inside the other", hint="start only one of them")
+
+    def show(self, names: Iterable[str]) -> dict:
+        """What `start` and `add` answer."""
+        session = self.state.settings.get("tmuxSession")
+        tmux = self.state.facts.get("tmux")
+        return {"epics": {n: show_epic(self.state, self.epic(n)) for n in names}, "session": session,
+                "attach": attach_words(tmux, session)}
+
+    async def add(self, params: Mapping[str, Any]) -> dict:
+        """Start one more epic with the session's settings."""
+        if not self.state.epics:
+            raise PitError("refused", "there is no session to add an epic to", why="no session",
+                           hint=f"pit start --epics {params['epic']}")
+        some = next(iter(self.state.epics.values()))
+        return await self.start({"epics": [params["epic"]], "settings": self.state.settings,
+                                 "models": {params["epic"]: params.get("model")}, "agent": some.agent,
+                                 "headless": some.headless, "base_given": False})
+
+    async def pause(self, params: Mapping[str, Any]) -> dict:
+        """Interrupt an epic's turn and keep its ticket."""
+        epic = find_epic(self.state, params["epic"])
+        facts = decide_epic_pause(epic)
+        if facts:
+            self.record("epic_paused", **facts)
+            await self.until(lambda: not verb_of(self.epic(epic.id)), 10.0)
+        return {"epic": epic.id, "state": "paused", "reason": "MANUAL", "changed": facts is not None}
+
+    async def resume(self, params: Mapping[str, Any]) -> dict:
+        """Let an epic go on, with a message or without."""
+        epic = find_epic(self.state, params["epic"])
+        if epic.state == "done":
+            rows = [[t.id, t.title, t.status] for t in await self.look(epic)]
+            self.record("epic_looked", epic=epic.id, tickets=rows)
+        found = decide_epic_resume(self.epic(epic.id), params.get("message"))
+        if found:
+            self.record(found[0], **found[1])
+        epic = self.epic(epic.id)
+        return {"epic": epic.id, "state": epic.state, "ticket": epic.ticket, "changed": found is not None}
+
+    async def stop(self, params: Mapping[str, Any]) -> dict:
+        """End agents and give back what they have not finished."""
+        names = [find_epic(self.state, params["epic"]).id] if params.get("epic") else list(self.state.epics)
+        changed = []
+        for name in names:
+            if self.epic(name).state != "done":
+                self.record("epic_stopped", epic=name)
+                changed.append(name)
+        await self.until(lambda: not any(verb_of(self.epic(n)) for n in names if n in self.state.epics), 60.0)
+        return {"epics": {n: {"state": e.state, "reason": reason_of(e), "progress": progress_of(e),
+                              "changed": n in changed} for n in names
+                          if (e := self.state.epics.get(n)) is not None}}
+
+    async def teardown(self, params: Mapping[str, Any]) -> dict:
+        """Take away what was made for epics: all of them or none."""
+        all_of = not params.get("epic")
+        names = list(self.state.epics) if all_of else [find_epic(self.state, params["epic"]).id]
+        keep, force = bool(params.get("keep")), bool(params.get("force"))
+        lost = {}
+        for name in names:
+            found = {} if keep else await look_at_epic_tree(self.git, self.project, self.epic(name))
+            if (would := decide_tear(self.epic(name), found, force)) is not None:
+                lost[name] = would
+        if lost:
+            raise PitError("refused", f"work would be lost, or is under way: {', '.join(lost)}", lost=lost,
+                           hint="commit it, or stop the epics first; --force saves it to a rescue ref")
+        told: dict[str, dict] = {}
+        started = self.state.seq
+        for name in names:
+            self.record("tear_decided", epic=name, keep=keep, force=force)
+        await self.until(lambda: not any(n in self.state.epics and verb_of(self.epic(n)) for n in names),
+                         120.0)
+        for event in read_journal(self.journal.path):
+            if event["seq"] > started and event["kind"] == "epic_torn":
+                told[event["epic"]] = event["told"]
+        answer: dict = {"epics": told}
+        if all_of and not self.state.epics:
+            await self.close_session(answer)
+        return answer
+
+    async def close_session(self, answer: dict) -> None:
+        """The last epic is torn down: the tmux session and this daemon go, too."""
+        if self.state.facts.get("tmux"):
+            with contextlib.suppress(PitbossError):
+                await self.tmux_server().set_status("")
+                await self.tmux_server().close_session(self.state.settings.get("tmuxSession", "pit"))
+        if self.state.settings:
+            self.record("pit_closed")
+        answer["daemon"] = "stopped"
+        asyncio.get_running_loop().call_later(0.05, self.leave, "teardown")
+
+    async def status(self, params: Mapping[str, Any]) -> dict:
+        """How every epic stands."""
+        return show_session(self.state, params.get("epics") or (),
+                            {"running": True, "pid": os.getpid()})
+
+    async def log(self, params: Mapping[str, Any]) -> dict:
+        """What an epic's agent showed last."""
+        return await read_epic_log(self.project, self.state, params["epic"], int(params.get("lines") or 50))
+
+    async def ping(self, params: Mapping[str, Any]) -> dict:
+        """Say who is there."""
+        return {"running": True, "pid": os.getpid(), "socket": self.project.socket,
+                "log": os.path.join(self.project.folder, "daemon.log"), "since": render_time(self.began_at)}
+
+    async def shutdown(self, params: Mapping[str, Any]) -> dict:
+        """End this daemon; agents go on."""
+        asyncio.get_running_loop().call_later(0.02, self.leave, params.get("why") or "stop")
+        return {"running": False, "pid": os.getpid()}
+
+    # ---- agents' own messages
+
+    def hear_event(self, params: Mapping[str, Any]) -> None:
+        """A hook left something in a spool, or tells what happened itself."""
+        event = params.get("event")
+        if isinstance(event, dict) and params.get("epicId") in self.state.epics:
+            self.take_event(params["epicId"], {"session": "", **event, "file": ""})
+        self.spool_news.set()
+
+    def hear_idle(self, params: Mapping[str, Any]) -> None:
+        """A plugin says that an agent is idle."""
+        self.hear_event({"epicId": params.get("epicId"), "event": {"event": "turn_ended"}})
+
+    def hear_permission(self, params: Mapping[str, Any]) -> None:
+        """A plugin says that an agent asks for a permission."""
+        self.hear_event({"epicId": params.get("epicId"), "event": {
+            "event": "permission", "tool": params.get("tool"), "input": params.get("input")}})
+
+
+PIT_EFFECTS: dict[str, Callable] = {
+    "open": PitDaemon.effect_open, "greet": PitDaemon.effect_greet, "pick": PitDaemon.effect_pick,
+    "send": PitDaemon.effect_send, "ask": PitDaemon.effect_ask, "clear": PitDaemon.effect_clear,
+    "interrupt": PitDaemon.effect_interrupt, "tell": PitDaemon.effect_tell,
+    "recheck": PitDaemon.effect_recheck, "go_on": PitDaemon.effect_go_on, "end": PitDaemon.effect_end,
+    "tear": PitDaemon.effect_tear,
+}
+# methods of the socket: those that answer, and those of agents, who need not read
+PIT_METHODS: dict[str, Callable] = {
+    "ping": PitDaemon.ping, "start": PitDaemon.start, "add": PitDaemon.add, "status": PitDaemon.status,
+    "log": PitDaemon.log, "pause": PitDaemon.pause, "resume": PitDaemon.resume, "stop": PitDaemon.stop,
+    "teardown": PitDaemon.teardown, "shutdown": PitDaemon.shutdown,
+}
+PIT_NOTES: dict[str, Callable] = {
+    "agent-idle": PitDaemon.hear_idle, "agent-permission": PitDaemon.hear_permission,
+    "agent-event": PitDaemon.hear_event,
+}
+
+
+class PitSession:
+    """One connection to a daemon: a JSON object a line."""
+
+    def __init__(self, link: Link, daemon: PitDaemon) -> None:
+        self.link, self.daemon = link, daemon
+        self.watch_id: Any = None
+
+    def send(self, **facts: Any) -> None:
+        """One line to the client."""
+        self.link.send(json.dumps(facts))
+
+    def on_line(self, line: bytes | None) -> None:
+        """One line of the client; None stands for one that was too long."""
+        try:
+            message = parse_message(line) if line is not None else None
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            return self.fail(None, PitError("usage", "a line must be a JSON object with a method"))
+        method, number, params = message.get("method"), message.get("id"), message.get("params") or {}
+        if not isinstance(params, dict):
+            return self.fail(number, PitError("usage", "params must be an object"))
+        if method in PIT_NOTES:
+            PIT_NOTES[method](self.daemon, params)
+            return self.send(id=number, result={}) if number is not None else None
+        if method == "watch":
+            return self.watch(number)
+        if method not in PIT_METHODS:
+            known = ", ".join((*PIT_METHODS, "watch", *PIT_NOTES))
+            return self.fail(number, PitError("usage", f"unknown method {show_value(method)}; known: "
+                                                       f"{known}"))
+        self.daemon.group.create_task(self.answer(method, number, params), name=f"method {method}")
+
+    async def answer(self, method: str, number: Any, params: dict) -> None:
+        """Do what is asked, and say how it went."""
+        try:
+            self.send(id=number, result=await PIT_METHODS[method](self.daemon, params))
+        except PitbossError as e:
+            self.fail(number, e)
+        except (KeyError, TypeError, AttributeError) as e:
+            self.daemon.tell_bug(e)
+            self.fail(number, PitError("usage", f"{method}: a parameter is missing or of a wrong type: {e}"))
+        except Exception as e:  # boundary: a bug in one request must not end the others' work
+            self.daemon.tell_bug(e)
+            self.fail(number, PitError("internal", f"{type(e).__name__}: {e}", hint="see daemon.log"))
+
+    def fail(self, number: Any, error: PitbossError) -> None:
+        """Say no."""
+        self.send(id=number, error=pit_error(error)["error"])
+
+    def watch(self, number: Any) -> None:
+        """From now on tell what changes; first how everything stands."""
+        self.watch_id = number
+        self.daemon.watchers.add(self)
+        self.send(id=number, result=snapshot_of(self.daemon.state, self.daemon.state.epics))
+
+    def tell(self, news: list[dict]) -> None:
+        """Tell what changed."""
+        for line in news:
+            self.send(id=self.watch_id, result=line)
+
+    def on_end(self) -> None:
+        """The client is gone."""
+        self.daemon.watchers.discard(self)
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a folder is another one or below it, links followed."""
+    real, top = os.path.realpath(path), os.path.realpath(folder)
+    return real == top or real.startswith(os.path.join(top, ""))
+
+
+def attach_words(tmux: str | None, session: str | None) -> str | None:
+    """The command that shows the windows; None for a session without any."""
+    if not tmux or not session:
+        return None
+    plain = tmux.endswith(f"/tmux-{os.getuid()}/default")
+    return render_argv(["tmux", *([] if plain else ["-S", tmux]), "attach", "-t", session])
+
+
+# ---- worktrees of epics
+
+async def choose_epic_branch(git: Git, root: str, name: str) -> str:
+    """`pit/NAME`, or `pit-NAME` where a branch `pit` makes that impossible."""
+    code, _, _ = await git.run(root, "show-ref", "--verify", "--quiet", "refs/heads/pit")
+    return f"pit/{name}" if code else f"pit-{name}"
+
+
+async def check_epic_place(git: Git, project: PitPlace, path: str, branch: str) -> None:
+    """Whether an epic's worktree can be made, or is there.  Raises PitError refused."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        gitdir = worktree_gitdir(path)
+        ours = gitdir and os.path.realpath(os.path.dirname(os.path.dirname(gitdir))) == os.path.realpath(
+            project.common)
+        if not ours and os.listdir(path):
+            raise PitError("refused", f"{path} is there and is no worktree of this repository",
+                           why="another folder is in its place", hint="move it away, or set worktreeDir")
+        if ours:
+            return
+    elif os.path.lexists(path):
+        raise PitError("refused", f"{path} is there and is no folder", why="something is in its place",
+                       hint="move it away, or set worktreeDir")
+    _, used_at = await git.look_at_branch(project.root, branch)
+    if used_at and os.path.isdir(used_at) and os.path.realpath(used_at) != os.path.realpath(path):
+        raise PitError("refused", f"the branch {branch} is checked out in {used_at}",
+                       why="its branch is in use", hint=f"git -C {used_at} switch another branch")
+
+
+async def make_worktree(git: Git, project: PitPlace, epic: Epic) -> tuple[str, str]:
+    """(folder, branch) of an epic's worktree, which is made where it is missing.  Raises GitError."""
+    path = epic.worktree
+    async with git.repository_lock(project.common) as fd:
+        if worktree_gitdir(path):
+            head = await git.ask(path, "rev-parse", "--abbrev-ref", "HEAD")
+            return path, head if head != "HEAD" else epic.branch
+        ignore_folder(project, os.path.dirname(path))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        tip, _ = await git.look_at_branch(project.root, epic.branch)
+        words = [path, epic.branch] if tip else ["--no-track", "-b", epic.branch, path, epic.base]
+        code, _, err = await git.run(project.root, "-c", "core.logAllRefUpdates=always", "worktree", "add",
+                                     *words, pass_fds=(fd,))
+        if code and MISSING_ENTRY in err:        # somebody removed its folder by hand: a branch has its work
+            code, _, err = await git.run(project.root, "worktree", "add", "-f", path, epic.branch,
+                                         pass_fds=(fd,))
+        if code:
+            raise GitError(err or f"git worktree add ended with status {code}")
+    return path, epic.branch
+
+
+def ignore_folder(project: PitPlace, folder: str) -> None:
+    """Have git ignore the folder of worktrees, by a file that is part of no commit."""
+    top = os.path.join(project.root, "")
+    real = os.path.realpath(folder)
+    if not real.startswith(top):
+        return
+    line = "/" + re.sub(r"([\\*?\[!# ])", r"\\\1", real[len(top):].split(os.sep)[0]) + "/"
+    path = os.path.join(project.common, "info", "exclude")
+    old = read_text(path)
+    if line not in old.split("\n"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        text = old + "\n" * bool(old) + line + "\n"
+        write_file(path, text.encode("utf-8", "surrogateescape"), mode=0o644)
+
+
+def place_of_epic(project: PitPlace, epic: Epic) -> Place:
+    """An epic's worktree as GIT has it."""
+    return Place(epic.worktree, epic.worktree, epic.branch, "", False, project.common, project.root,
+                 worktree_gitdir(epic.worktree))
+
+
+async def look_at_epic_tree(git: Git, project: PitPlace, epic: Epic) -> dict:
+    """What an epic's worktree holds that is nowhere else: files, commits, doubt."""
+    if not worktree_gitdir(epic.worktree):
+        return {}
+    place = place_of_epic(project, epic)
+    tree = await git.inspect(place)
+    files = (await git.ask(epic.worktree, "status", "--porcelain", "--untracked-files=all")).splitlines()
+    commits = [await git.ask(epic.worktree, "log", "-1", "--format=%h %s", c) for c in tree.commits[:20]]
+    return {"files": files, "commits": commits, "doubt": tree.doubt}
+
+
+async def close_epic_tree(git: Git, project: PitPlace, epic: Epic, keep: bool, force: bool) -> dict:
+    """Remove an epic's worktree and an empty branch; with `force` what would be lost is saved first."""
+    if keep:
+        return {"worktree": "kept", "branch": "kept", "path": epic.worktree}
+    told: dict[str, Any] = {"worktree": "missing", "branch": "missing"}
+    if os.path.isdir(epic.worktree):
+        told.update(await remove_epic_tree(git, project, epic, force))
+    told.update(await drop_epic_branch(git, project, epic))
+    return told
+
+
+async def remove_epic_tree(git: Git, project: PitPlace, epic: Epic, force: bool) -> dict:
+    """Remove the worktree of an epic.  {worktree, rescue?, why?}."""
+    try:
+        place = place_of_epic(project, epic)
+        tree = await git.inspect(place)
+        told: dict[str, Any] = {"worktree": "removed"}
+        if (tree.unsaved or tree.doubt) and not force:
+            return {"worktree": "kept", "path": epic.worktree,
+                    "why": tree.doubt or "unsaved work: " + ", ".join(tree.unsaved)}
+        if tree.unsaved or tree.doubt:
+            stamp = re.sub(r"[^0-9T]", "", (render_time(time.time()) or "")[:19])
+            told["rescue"] = await git.rescue(place, tree, f"refs/pitboss/rescue/pit/{epic.id}/{stamp}",
+                                              f"pit: what was unsaved in the worktree of {epic.id}",
+                                              project.epic_dir(epic.id))
+        await git.remove_worktree(place, force=force)
+        return told if not os.path.lexists(epic.worktree) else {**told, "worktree": "kept",
+                                                                "why": "it could not be removed whole"}
+    except (GitError, OSError) as e:
+        return {"worktree": "kept", "path": epic.worktree, "why": clean_text(str(e))}
+
+
+async def drop_epic_branch(git: Git, project: PitPlace, epic: Epic) -> dict:
+    """Delete an epic's branch when all its commits are on the base.  {branch, why?}."""
+    tip, used_at = await git.look_at_branch(project.root, epic.branch)
+    if not tip:
+        return {"branch": "missing"}
+    if used_at:
+        return {"branch": "kept", "why": f"it is checked out in {used_at}"}
+    code, out, err = await git.run(project.root, "rev-list", "--count", f"{epic.base}..{tip}")
+    ahead = out.decode().strip()
+    if code or ahead != "0":
+        why = f"{ahead} commit{'s' * (ahead != '1')} not on {epic.base}" if not code else err
+        return {"branch": "kept", "why": why, "name": epic.branch}
+    code, _, err = await git.run(project.root, "update-ref", "-d", f"refs/heads/{epic.branch}", tip)
+    return {"branch": "kept", "why": err} if code else {"branch": "removed"}
+
+
+# ---- how agents are driven
+
+class Driver(NamedTuple):
+    """One way to have an agent at work; each is async (daemon, epic, ...)."""
+
+    open: Callable             # (daemon, epic, (folder, branch)): start it, then record epic_opened
+    greet: Callable            # wait until it told that it began, or pause
+    send: Callable             # (daemon, epic, text, begun) -> False when it was never confirmed
+    clear: Callable            # give it a fresh conversation
+    interrupt: Callable        # end its turn
+    tell: Callable             # (daemon, epic, text): a message while it works
+    end: Callable              # end its processes; what it showed stays
+    remove: Callable           # and take away what was made for it
+    is_there: Callable         # -> whether it can be told something
+
+
+def seat_epic(daemon: PitDaemon, epic: Epic, tracker: Tracker) -> Prepared:
+    """What starts an epic's agent; the files that it names are written."""
+    project, row = daemon.project, TUI_AGENTS[epic.agent]
+    env = pit_env(daemon.caller_env())
+    program = find_program(AGENTS[row.agent], env, {}, "/") or tuple(self_argv(project.folder))
+    words = get_blob(project.folder, daemon.state.facts.get("instructions")) or DEFAULT_INSTRUCTIONS
+    seat = TuiSeat(project.epic_dir(epic.id), epic.id, tuple(program), epic.model or "",
+                tuple(hook_argv(project.folder, row.name, epic.id, project.socket)),
+                render_pit_template(words, daemon.template_values(epic, tracker)), os.geteuid() == 0, env)
+    prepared = row.prepare(seat)
+    write_prepared(prepared)
+    beads = os.path.join(project.root, ".beads")
+    more = {"PIT_EPIC": epic.id, "PIT_SOCKET_PATH": project.socket,
+            "PIT_WAKE": json.dumps(daemon_argv(project, "wake")),
+            "PATH": os.path.join(project.folder, "bin") + os.pathsep + env.get("PATH", os.defpath),
+            **({"BEADS_DIR": beads} if os.path.isdir(beads) else {})}
+    return prepared._replace(env={**prepared.env, **more})
+
+
+def pit_env(env: Mapping[str, str]) -> dict[str, str]:
+    """A caller's environment for agents: without the marks of an agent around it, and git's variables."""
+    return {k: v for k, v in clear_marks(env).items()
+            if k not in GIT_VARIABLES and k not in ("PIT_EPIC", "PIT_SOCKET_PATH", "PIT_WAKE")}
+
+
+async def find_pane(daemon: PitDaemon, epic: Epic) -> Pane | None:
+    """The pane of an epic's agent."""
+    try:
+        return (await daemon.tmux_server().panes()).get(epic.id)
+    except TmuxGone:
+        return None
+
+
+async def tmux_open(daemon: PitDaemon, epic: Epic, place: tuple[str, str]) -> None:
+    """Start an agent in a window; one that a daemon before this one started is taken over."""
+    tmux, tracker = daemon.tmux_server(), await daemon.open_tracker()
+    path, branch = place
+    epic = epic._replace(worktree=path, branch=branch)
+    pane, adopted = await find_pane(daemon, epic), False
+    if pane and not pane.is_dead and not epic.todo.get("fresh"):
+        adopted = True
+    else:
+        prepared = seat_epic(daemon, epic, tracker)
+        os.makedirs(os.path.dirname(tmux.socket), mode=0o700, exist_ok=True)     # tmux does so without -S
+        if pane:
+            pane = await tmux.respawn(pane.pane_id, path, prepared.argv, prepared.env)
+        else:
+            pane = await tmux.open_window(daemon.state.settings["tmuxSession"], epic.id, path, prepared.argv,
+                                          prepared.env)
+    daemon.record("epic_opened", epic=epic.id, worktree=path, branch=branch, window=f"epic-{epic.id}",
+                  pane=pane.pane_id, pid=pane.pid, adopted=adopted)
+
+
+async def tmux_greet(daemon: PitDaemon, epic: Epic) -> None:
+    """Wait for an agent's own word; where none comes, say what its screen shows."""
+    limit = max(START_LEAST_S, START_FACTOR * daemon.state.settings.get("initDelay", 0) / 1000)
+    deadline, row = time.monotonic() + limit, TUI_AGENTS[epic.agent]
+    while not await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, 0.5):
+        pane = await find_pane(daemon, epic)
+        if pane is None:
+            return daemon.record("epic_paused", epic=epic.id, reason="WINDOW_GONE",
+                                 detail="its window was closed while its agent began")
+        if pane.is_dead:
+            daemon.read_spools()
+            if daemon.epic(epic.id).stint != epic.stint:
+                return None
+            return daemon.record("epic_paused", epic=epic.id, reason="AGENT_START",
+                                 detail=f"it ended at once: {await daemon.last_words(pane)}")
+        if time.monotonic() > deadline:
+            screen = await daemon.tmux_server().capture(pane.pane_id, SHOWN_LINES)
+            return daemon.record("epic_paused", epic=epic.id, reason="AGENT_START",
+                                 detail=clip_cells(explain_silence(row, screen), 1000))
+    return None
+
+
+async def tmux_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> bool:
+    """Paste a prompt and press Enter, until the agent's event of it has come.
+
+    What a daemon before this one may have pasted is submitted first: it may stand there, or be at work.
+    """
+    tmux, row = daemon.tmux_server(), TUI_AGENTS[epic.agent]
+
+    async def submitted(seconds: float) -> bool:
+        return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
+
+    if begun:
+        await tmux.press(epic.pane, "Enter")
+        for _ in range(5):
+            if await submitted(CONFIRM_S):
+                return True
+            if not is_busy((await tmux.pane(epic.pane)).title):
+                break
+        await tmux.press(epic.pane, *row.empties)
+        await asyncio.sleep(PASTE_S)
+    if not epic.session and row.home:
+        await wait_home(tmux, row, epic.pane, CLEAR_S)
+    return await deliver(tmux, epic.pane, text, submitted)
+
+
+async def tmux_clear(daemon: PitDaemon, epic: Epic) -> None:
+    """Have an agent forget; where it does not confirm that, give the window a fresh process."""
+    tmux, row = daemon.tmux_server(), TUI_AGENTS[epic.agent]
+
+    async def cleared(seconds: float) -> bool:
+        return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
+
+    if await clear_context(tmux, row, epic.pane, cleared):
+        if row.home:                       # it tells its new session with the next prompt
+            daemon.record("session_began", epic=epic.id, session="")
+        return
+    prepared = seat_epic(daemon, epic, await daemon.open_tracker())
+    pane = await tmux.respawn(epic.pane, epic.worktree, prepared.argv, prepared.env)
+    daemon.record("epic_opened", epic=epic.id, pane=pane.pane_id, pid=pane.pid)
+
+
+async def tmux_interrupt(daemon: PitDaemon, epic: Epic) -> None:
+    """Interrupt an agent's turn; one that is gone has none."""
+    with contextlib.suppress(TmuxGone, PaneGone):
+        await interrupt_turn(daemon.tmux_server(), TUI_AGENTS[epic.agent], epic.pane)
+
+
+async def tmux_tell(daemon: PitDaemon, epic: Epic, text: str) -> None:
+    """Type a message into an agent's window: it takes it up when it can."""
+    tmux = daemon.tmux_server()
+    await tmux.paste(epic.pane, guard_prompt(text))
+    await asyncio.sleep(PASTE_S)
+    await tmux.press(epic.pane, "Enter")
+
+
+async def tmux_end(daemon: PitDaemon, epic: Epic) -> None:
+    """End an agent's processes; its window stays."""
+    pane = await find_pane(daemon, epic)
+    if pane:
+        await keep_screen(daemon, epic, pane)
+        await daemon.tmux_server().end_agent(pane)
+
+
+async def tmux_remove(daemon: PitDaemon, epic: Epic) -> None:
+    """End an agent and its window."""
+    pane = await find_pane(daemon, epic)
+    if pane:
+        await keep_screen(daemon, epic, pane)
+        await daemon.tmux_server().kill_window(pane)
+
+
+async def tmux_is_there(daemon: PitDaemon, epic: Epic) -> bool:
+    """Whether an agent lives in its window."""
+    pane = await find_pane(daemon, epic)
+    return pane is not None and not pane.is_dead
+
+
+KEPT_LINES = 2000          # of a screen, in a file
+
+
+async def keep_screen(daemon: PitDaemon, epic: Epic, pane: Pane) -> None:
+    """Keep what an agent showed, for `log` once its window is gone."""
+    with contextlib.suppress(TmuxFailed, OSError):
+        screen = await daemon.tmux_server().capture(pane.pane_id, KEPT_LINES)
+        path = os.path.join(daemon.project.epic_dir(epic.id), "screen.txt")
+        write_file(path, screen.encode("utf-8", "replace"))
+
+
+# ---- without windows: each ticket is one hand of a run that stays open
+
+HEADLESS_S = 30 * 86400        # the timeout of a hand: the loop has one of its own
+# the scripted agent reads no tickets where it has no terminal
+HEADLESS_TAILS = {"demo": "\n\n{{TICKET_BODY}}\n$ run {{TICKET_CLOSE}}\n"}
+
+
+def run_folder_of(daemon: PitDaemon, epic: Epic) -> str:
+    """The folder of an epic's run; empty where it has none."""
+    path = os.path.join(runs_folder(daemon.project.env), epic.run_id or "-")
+    return path if os.path.isdir(path) else ""
+
+
+def begin_headless_run(daemon: PitDaemon, epic: Epic, hand: str, text: str) -> str:
+    """Make the run of an epic, with its first task; returns its id.  Raises PitbossError."""
+    row = AGENTS[TUI_AGENTS[epic.agent].agent]
+    task = {"id": hand, "directory": epic.worktree, "use_worktree": False, "agent": row.name,
+            "timeout_secs": HEADLESS_S, "prompt": text, **({"model": epic.model} if epic.model else {})}
+    data = "\n".join([
+        "[run]", f"name = {render_toml(f'pit {epic.id}')}", "max_parallel = 1", 'worktree_cleanup = "never"',
+        "", "[[task]]", *(f"{key} = {render_toml(value)}" for key, value in task.items()), ""]).encode()
+    manifest = read_manifest(data, "stdin", stem="pit", env={}, agents=AGENTS,
+                             expand=functools.partial(expand_path, daemon.project.root))
+    if manifest.problems:
+        raise PitError("config", "; ".join(f"{p.path}: {p.message}" for p in manifest.problems))
+    order = Order(data, manifest, "stdin", "pit", daemon.project.root, runs_folder(daemon.project.env), None,
+                  stays_open=True)
+    return os.path.basename(create_run(order, daemon.project.env, make_mask([daemon.project.env])))
+
+
+async def have_dispatcher(daemon: PitDaemon, epic: Epic) -> None:
+    """Have a dispatcher for an epic's run.  Raises EnvironmentFault when none comes up."""
+    import subprocess
+
+    run_dir = run_folder_of(daemon, epic)
+    if is_locked(run_dir):
+        return
+    env = seat_epic(daemon, epic, await daemon.open_tracker()).env
+    with open(os.path.join(run_dir, "dispatch.log"), "ab") as log:
+        child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{daemon.umask:o}"],
+                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                 cwd="/", env=env)
+    deadline = time.monotonic() + DAEMON_START_S
+    while not (is_locked(run_dir) and read_sockets(run_dir)):
+        if time.monotonic() > deadline or child.poll() is not None:
+            raise EnvironmentFault("the dispatcher did not come up: "
+                                   + last_lines(read_end(os.path.join(run_dir, "dispatch.log"), 2000), 2))
+        await asyncio.sleep(0.05)
+    child.returncode = 0               # it goes on without this process
+
+
+async def ask_run(daemon: PitDaemon, epic: Epic, op: str, **fields: Any) -> bool:
+    """Have the dispatcher of an epic's run do something.  False: nobody is there, or it said no."""
+    run_dir = run_folder_of(daemon, epic)
+    path = (read_sockets(run_dir) or {}).get("control", os.path.join(run_dir, "control.sock"))
+    try:
+        reader, writer = await asyncio.open_unix_connection(path, limit=WIRE_LINE)
+    except OSError:
+        return False
+    try:
+        hello = {"op": "hello", "client_version": VERSION}
+        writer.write("".join(json.dumps(m) + "\n" for m in (hello, {"op": op, "id": 1, **fields})).encode())
+        async with asyncio.timeout(60.0):
+            while line := await reader.readline():
+                answer = json.loads(line)
+                if answer.get("id") == 1:
+                    return answer["event"] == "op_acked"
+    except (OSError, ValueError, TimeoutError):
+        pass
+    finally:
+        writer.close()
+    return False
+
+
+def hand_of(daemon: PitDaemon, epic: Epic) -> Actor | None:
+    """The actor that works, or worked last, on an epic's ticket."""
+    run_dir = run_folder_of(daemon, epic)
+    if not run_dir or not os.path.exists(os.path.join(run_dir, "journal.jsonl")):
+        return None
+    return fold_run(run_dir).actors.get(epic.hand)
+
+
+def look_at_hands(daemon: PitDaemon) -> None:
+    """Record the end of headless hands."""
+    for epic in tuple(daemon.state.epics.values()):
+        if not (epic.headless and epic.state == "running" and epic.phase == "work"):
+            continue
+        actor, run_dir = hand_of(daemon, epic), run_folder_of(daemon, epic)
+        if actor is not None and actor.state == "settled":
+            record = whole_record(run_dir, fold_run(run_dir), actor.id)
+            reason = record["failure_reason"] or {}
+            failed = None if record["status"] == "Success" else {
+                "status": record["status"], "kind": reason.get("kind"), "message": reason.get("message")}
+            daemon.record("turn_ended", epic=epic.id, last=record["final_message"] or "", failed=failed,
+                          session=record["claude_session_id"],
+                          usage={**record["token_usage"], "cost_usd": record["cost_usd"]})
+        elif not is_locked(run_dir) and epic.id not in daemon.doing:
+            daemon.group.create_task(daemon.revive(epic), name=f"revive {epic.id}")
+
+
+async def headless_open(daemon: PitDaemon, epic: Epic, place: tuple[str, str]) -> None:
+    """There is nothing to start yet."""
+    daemon.record("epic_opened", epic=epic.id, worktree=place[0], branch=place[1])
+
+
+async def headless_greet(daemon: PitDaemon, epic: Epic) -> None:
+    """There is nobody to wait for."""
+    daemon.record("session_began", epic=epic.id, session="")
+
+
+async def headless_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> bool:
+    """Deal a hand for a ticket; a message goes into the session of the one before."""
+    run_dir, session = run_folder_of(daemon, epic), None
+    begun_run = bool(run_dir) and os.path.exists(os.path.join(run_dir, "journal.jsonl"))
+    run = fold_run(run_dir) if begun_run else RunState()
+    given = epic.todo.get("hand")
+    if not given:
+        base = re.sub(r"[^A-Za-z0-9_-]", "-", epic.ticket or epic.id)[:50]
+        number = 1 + sum(1 for name in run.actors if re.fullmatch(re.escape(base) + r"(-n\d+)?", name))
+        given = base if number == 1 else f"{base}-n{number}"
+        if "message" in epic.todo and epic.hand in run.actors:
+            session = run.actors[epic.hand].session_id or None
+        if not run_dir or run.finished_at is not None:
+            run_id = begin_headless_run(daemon, epic, given, text)
+        else:
+            run_id = epic.run_id
+        daemon.record("hand_given", epic=epic.id, run_id=run_id, hand=given, session=session)
+    epic = daemon.epic(epic.id)
+    await have_dispatcher(daemon, epic)
+    if not await ask_run(daemon, epic, "add_task", task_id=given, prompt=text,
+                         **({"session": epic.todo["session"]} if epic.todo.get("session") else {})):
+        raise EnvironmentFault(f"the run {epic.run_id} took no more tasks",
+                               hint=f"pitboss status {epic.run_id}")
+    while True:
+        actor = hand_of(daemon, epic)
+        if actor is not None and (actor.hands or actor.state == "settled"):
+            daemon.record("prompted", epic=epic.id)
+            return True
+        await asyncio.sleep(0.1)
+
+
+async def headless_clear(daemon: PitDaemon, epic: Epic) -> None:
+    """The next hand has a fresh conversation anyway."""
+    daemon.record("session_began", epic=epic.id, session="")
+
+
+async def headless_interrupt(daemon: PitDaemon, epic: Epic) -> None:
+    """End the hand that works; its session can be gone on with."""
+    actor = hand_of(daemon, epic)
+    if actor is not None and not actor.status:
+        await ask_run(daemon, epic, "cancel_worker", task_id=actor.id, reason="paused")
+
+
+async def headless_tell(daemon: PitDaemon, epic: Epic, text: str) -> None:
+    """Tell a hand that works something, in its session."""
+    await ask_run(daemon, epic, "reprompt_worker", task_id=epic.hand, prompt=text)
+
+
+async def headless_end(daemon: PitDaemon, epic: Epic) -> None:
+    """End the hand that works, and the run."""
+    await headless_interrupt(daemon, epic)
+    run_dir = run_folder_of(daemon, epic)
+    if run_dir and is_locked(run_dir):
+        await ask_run(daemon, epic, "end_run")
+        deadline = time.monotonic() + DAEMON_START_S
+        while is_locked(run_dir) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+
+async def headless_is_there(daemon: PitDaemon, epic: Epic) -> bool:
+    """A hand is started when it is needed."""
+    return True
+
+
+def read_headless_log(project: PitPlace, epic: Epic, lines: int) -> str:
+    """The last lines of what a headless agent said."""
+    path = os.path.join(runs_folder(project.env), epic.run_id or "-", "tasks", epic.hand or "-", "stdout.log")
+    form = AGENTS[TUI_AGENTS[epic.agent].agent].format
+    raw = read_end(path, 1 << 20).encode("utf-8", "replace").split(b"\n")
+    shown = [f"{mark} {text}" for line in raw if line for mark, text in render_log_line(line, form)]
+    return "\n".join(shown[-lines:])
+
+
+DRIVERS = {
+    # headless: how
+    True: Driver(headless_open, headless_greet, headless_send, headless_clear, headless_interrupt,
+                 headless_tell, headless_end, headless_end, headless_is_there),
+    False: Driver(tmux_open, tmux_greet, tmux_send, tmux_clear, tmux_interrupt, tmux_tell, tmux_end,
+                  tmux_remove, tmux_is_there),
+}
+
+
+# ---- reading a session
+
+def snapshot_of(state: PitState, names: Iterable[str]) -> dict:
+    """The first line of `watch`."""
+    return {"event": "snapshot", "seq": state.seq,
+            "epics": {n: show_epic(state, state.epics[n]) for n in names}}
+
+
+def show_session(state: PitState, names: Iterable[str], daemon: dict) -> dict:
+    """What `status` answers; an epic that is named also lists its tickets."""
+    named = [find_epic(state, n).id for n in names]
+    shown = {n: show_epic(state, state.epics[n], with_tickets=n in named) for n in named or state.epics}
+    tmux, session = state.facts.get("tmux"), state.settings.get("tmuxSession")
+    return {"epics": shown, "seq": state.seq, "daemon": daemon, "tracker": state.facts.get("tracker"),
+            "attach": attach_words(tmux, session)}
+
+
+async def read_epic_log(project: PitPlace, state: PitState, name: str, lines: int) -> dict:
+    """What an epic's agent showed last: from its window, else from a file."""
+    epic = find_epic(state, name)
+    told = {"epic": epic.id, "lines": lines}
+    if not epic.headless and state.facts.get("tmux"):
+        tmux = Tmux(state.facts["tmux"], project.folder, project.root, project.env, 0o077)
+        with contextlib.suppress(TmuxFailed):
+            pane = (await tmux.panes()).get(epic.id)
+            if pane:
+                return {**told, "source": "pane", "output": await tmux.capture(pane.pane_id, lines)}
+    if epic.headless:
+        return {**told, "source": "file", "output": read_headless_log(project, epic, lines)}
+    text = read_text(os.path.join(project.epic_dir(epic.id), "screen.txt"))
+    return {**told, "source": "file", "output": "\n".join(text.split("\n")[-lines:]) if lines > 0 else ""}
+
+
+# ---- the daemon's process, and talking to it
+
+def dial_daemon(project: PitPlace) -> Any:
+    """A connection to a project's daemon; None where nobody is there."""
+    import socket
+
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        link.connect(project.socket)
+        return link
+    except OSError:
+        link.close()
+        return None
+
+
+def call_daemon(project: PitPlace, method: str, params: dict | None = None, seconds: float = 600.0) -> dict:
+    """What a project's daemon answers.  Raises PitError, its own or for one that is gone."""
+    link = dial_daemon(project)
+    if link is None:
+        raise PitError("refused", "no daemon is there", why="no daemon", hint="pit daemon start")
+    with link:
+        link.settimeout(seconds)
+        link.sendall(json.dumps({"id": 1, "method": method, "params": params or {}}).encode() + b"\n")
+        with link.makefile("rb") as lines:
+            try:
+                line = lines.readline()
+            except OSError as e:
+                raise PitError("failed", f"the daemon did not answer: {e}", epics={}) from None
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise PitError("failed", "the daemon ended before it answered", hint="pit status") from None
+    if "error" in answer:
+        raise restore_error(answer["error"])
+    return answer["result"]
+
+
+def is_running(project: PitPlace) -> bool:
+    """Whether a project's daemon answers."""
+    link = dial_daemon(project)
+    if link is not None:
+        link.close()
+    return link is not None
+
+
+def launch_daemon(project: PitPlace) -> bool:
+    """Have a daemon; False when there was one.  Raises EnvironmentFault when it does not come up."""
+    import subprocess
+
+    if is_running(project):
+        return False
+    try:
+        os.makedirs(os.path.join(project.folder, "epics"), mode=0o700, exist_ok=True)
+        prepare_session(project)
+    except OSError as e:
+        raise fault_of(e, f"making the session folder {project.folder}") from None
+    log = os.path.join(project.folder, "daemon.log")
+    with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
+        child = subprocess.Popen(daemon_argv(project, "run"), env=pit_env(project.env), cwd="/",
+                                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    deadline = time.monotonic() + DAEMON_START_S
+    while not is_running(project):
+        if time.monotonic() > deadline or (child.poll() or 0) > 0:
+            raise EnvironmentFault(f"the daemon did not come up: {last_lines(read_end(log, 2000), 3)}",
+                                   hint=f"see {log}")
+        time.sleep(0.02)
+    child.returncode = 0               # it goes on without this process
+    return True
+
+
+def daemon_argv(project: PitPlace, verb: str) -> list[str]:
+    """The command of the session's own copy of this program."""
+    return [*self_argv(project.folder), "pit", "daemon", verb, "-C", project.root]
+
+
+def prepare_session(project: PitPlace) -> None:
+    """Pin this program for the session's processes, and `pit` for its agents.  Raises OSError."""
+    pin_self(project.folder)
+    pin_hook(project.folder)
+    path = os.path.join(project.folder, "bin", "pit")
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    write_file(path, f"#!/bin/sh\nexec {render_argv([*self_argv(project.folder), 'pit'])} \"$@\"\n".encode(),
+               mode=0o700)
+    write_file(os.path.join(project.folder, "project"), os.fsencode(project.root) + b"\n")
+
+
+def run_daemon(project: PitPlace) -> None:
+    """Be the daemon of a project, until it leaves; where there is one, leave at once."""
+    umask = os.umask(0o077)
+    try:
+        lock = take_lock(project.folder)
+    except Refused:
+        return
+    path = os.path.join(project.folder, "journal.jsonl")
+    if os.path.exists(path):
+        mend_journal(path)
+    state = read_session(project)
+    journal = Journal(project.folder, make_mask([project.env]), state.seq, state.last_at)
+    try:
+        asyncio.run(PitDaemon(project, journal, state, umask).serve())
+    finally:
+        os.close(journal.fd)
+        os.close(lock)
+
+
+def rouse_daemon(project: PitPlace) -> None:
+    """Have a daemon where work is left that nobody does, unless it was told to stop."""
+    state = read_session(project)
+    work_left = any(e.state != "done" or verb_of(e) for e in state.epics.values())
+    if work_left and not state.stopped_by_hand:
+        launch_daemon(project)
+
+
+# ---- commands
+
+def pit_settings(options: Any, project: PitPlace) -> tuple[dict, bool]:
+    """(the settings of a start, whether a base was given).  Raises PitError config or usage."""
+    given: dict = {}
+    path = os.path.join(project.root, ".pit.json")
+    if os.path.lexists(path):
+        try:
+            with open(path, encoding="utf-8") as f:
+                text = f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            raise PitError("config", f"{path} cannot be read: {e}", problems=[]) from None
+        given, problems = read_pit_config(text)
+        if problems:
+            raise PitError("config", f"{path}: " + "; ".join(
+                f"line {p['line']}: {p['key'] or 'the file'}: found {p['found']}; allowed: {p['allowed']}"
+                for p in problems), problems=problems, hint=f"repair {path}")
+    flags = {f.name: getattr(options, f.name) for f in PIT_FIELDS if getattr(options, f.name) is not None}
+    values, problems = check_pit_settings({**given, **flags})
+    if problems:
+        raise PitError("usage", "; ".join(f"{SETTING_FLAGS[p['key']]}: found {p['found']}; allowed: "
+                                          f"{p['allowed']}" for p in problems), hint="pit start --help")
+    return values, "baseBranch" in given or "baseBranch" in flags
+
+
+def read_template(project: PitPlace, settings: Mapping[str, Any], key: str) -> str | None:
+    """The text of a template.  Raises PitError config."""
+    if settings[key] is None:
+        return None
+    path = os.path.join(project.root, os.path.expanduser(settings[key]))
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", None) or "it is no text"
+        raise PitError("config", f"{key}: {path}: {why}", problems=[
+            {"key": key, "found": settings[key], "allowed": "path of a text file that exists", "line": None}],
+            ) from None
+
+
+def choose_tui_agent(wanted: str, env: Mapping[str, str]) -> str:
+    """The key of TUI_AGENTS that a start means; its program is there.  Raises PitError missing_program."""
+    names = ("opencode", "claude-code") if wanted == "auto" else (wanted,)
+    for name in names:
+        row = TUI_AGENTS.get(name)
+        if row is None:
+            continue
+        try:
+            find_program(AGENTS[row.agent], env, {}, "/")
+            return name
+        except InvalidInput as e:
+            said = str(e)
+    program = AGENTS[TUI_AGENTS[names[-1]].agent].program
+    raise PitError("missing_program", said, program=program,
+                   hint=f"install {program}, put it on PATH, or name it in PITBOSS_{program.upper()}_BINARY")
+
+
+def pit_start(call: PitCall) -> dict:
+    """Start agents for epics, or go on with them."""
+    options, project = call.options, place_of_project(call)
+    settings, base_given = pit_settings(options, project)
+    epics = list(dict.fromkeys(filter(None, (word.strip() for word in options.epics.split(",")))))
+    if not epics:
+        raise PitError("usage", "--epics names no epic", hint="pit start --epics EPIC[,EPIC]")
+    for name in epics:
+        check_epic_id(name)
+    models = {}
+    for pair in options.epic_model or ():
+        name, equals, model = pair.partition("=")
+        if not equals or not model or name not in epics:
+            raise PitError("usage", f"--epic-model: found {show_value(pair)}; allowed: EPIC=MODEL of an "
+                                    "epic that is started", hint="pit start --epics A --epic-model A=MODEL")
+        models[name] = model
+    texts = {"prompt": read_template(project, settings, "promptTemplate"),
+             "instructions": read_template(project, settings, "instructionsTemplate")}
+    tmux = None
+    if not options.headless:
+        find_tmux(project.env)
+        tmux = default_socket(project.env)
+    agent = choose_tui_agent(settings["agent"], project.env)
+    launch_daemon(project)
+    return call_daemon(project, "start", {
+        "epics": epics, "settings": settings, "models": models, "agent": agent, "tmux": tmux,
+        "headless": options.headless, "base_given": base_given, "env": dict(project.env), **texts})
+
+
+def pit_add(call: PitCall) -> dict:
+    """Add an epic to the running session, with its settings."""
+    options, project = call.options, place_of_project(call)
+    check_epic_id(options.epic)
+    if read_session(project).epics:
+        launch_daemon(project)
+        return call_daemon(project, "add", {"epic": options.epic, "model": options.model})
+    raise PitError("refused", "there is no session to add an epic to", why="no session",
+                   hint=f"pit start --epics {options.epic}")
+
+
+def pit_status(call: PitCall) -> dict:
+    """Show how every epic stands; one that is named also lists its tickets."""
+    options, project = call.options, place_of_project(call)
+    rouse_daemon(project)
+    state = read_session(project)
+    return show_session(state, options.epics, daemon_facts(project))
+
+
+def daemon_facts(project: PitPlace) -> dict:
+    """Whether a daemon runs, and its pid."""
+    held = is_locked(project.folder)
+    holder = read_json(os.path.join(project.folder, "lock")) if held else None
+    return {"running": held, "pid": (holder or {}).get("pid") if held else None}
+
+
+def pit_log(call: PitCall) -> dict:
+    """Show an agent's recent output."""
+    options, project = call.options, place_of_project(call)
+    if options.lines < 1:
+        raise PitError("usage", f"--lines: found {options.lines}; allowed: an integer >= 1")
+    return asyncio.run(read_epic_log(project, read_session(project), options.epic, options.lines))
+
+
+def ask_session(project: PitPlace, method: str, **params: Any) -> dict:
+    """Have the daemon do something with epics of the session.  Raises PitError."""
+    state = read_session(project)
+    if params.get("epic"):
+        find_epic(state, params["epic"])
+    if not state.epics:
+        return {"epics": {}}
+    launch_daemon(project)
+    return call_daemon(project, method, params)
+
+
+def pit_pause(call: PitCall) -> dict:
+    """Interrupt an epic's agent and keep its ticket, until it is resumed."""
+    options, project = call.options, place_of_project(call)
+    return ask_session(project, "pause", epic=options.epic)
+
+
+def pit_resume(call: PitCall) -> dict:
+    """Let a paused epic go on, with words for its agent or without."""
+    options, project = call.options, place_of_project(call)
+    if options.message is not None and not options.message.strip():
+        raise PitError("usage", "--message is empty")
+    return ask_session(project, "resume", epic=options.epic, message=options.message)
+
+
+def pit_stop(call: PitCall) -> dict:
+    """End agents and give back what they have not finished; worktrees and branches stay."""
+    options, project = call.options, place_of_project(call)
+    return ask_session(project, "stop", epic=options.epic)
+
+
+def pit_teardown(call: PitCall) -> dict:
+    """Take away windows, worktrees and empty branches, as far as nothing is lost with them."""
+    options, project = call.options, place_of_project(call)
+    told = ask_session(project, "teardown", epic=options.epic, keep=options.keep_worktrees,
+                       force=options.force)
+    if not options.epic and "daemon" not in told:
+        was_there = is_running(project)
+        if was_there:
+            call_daemon(project, "shutdown", {"why": "teardown"})
+        told["daemon"] = "stopped"
+    if told.get("daemon"):
+        wait_until_gone(project)
+    return told
+
+
+def wait_until_gone(project: PitPlace) -> None:
+    """Wait until a daemon that was told to leave has left."""
+    deadline = time.monotonic() + 30.0
+    while is_locked(project.folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def pit_watch(call: PitCall) -> Answer:
+    """Print what changes, one JSON object a line, until a condition holds."""
+    code = "ok"
+    for line in watch_lines(call.options, place_of_project(call)):
+        print("  ".join(render_pit(line)) if call.pretty else json.dumps(line), flush=True)
+        code = "failed" if line["event"] == "timeout" else "ok"
+    return Answer(None, code)
+
+
+def watch_lines(options: Any, project: PitPlace) -> Iterator[dict]:
+    """What `watch` prints; after a line `timeout` nothing was reached."""
+    names = [n for n in (options.epics or "").split(",") if n]
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    rouse_daemon(project)
+    path, state = os.path.join(project.folder, "journal.jsonl"), PitState()
+    since, news = options.since, []
+    for event in read_journal(path) if os.path.exists(path) else ():
+        news += [n for n in step_pit(state, event) if since is not None and n["seq"] > since]
+    chosen = [find_epic(state, n).id for n in names]
+
+    def mine() -> list[str]:
+        return [n for n in state.epics if not chosen or n in chosen]
+
+    changed = False
+    yield snapshot_of(state, mine())
+    tail, looked = Tail(path, os.path.getsize(path) if os.path.exists(path) else 0), time.monotonic()
+    tail.at = journal_end(path, state.seq)
+    while True:
+        for line in news:
+            if not chosen or line["epic"] in chosen:
+                changed = changed or line["event"] == "state"
+                yield line
+        states = [state.epics[n].state for n in mine()]
+        if not states or (options.until and UNTIL[options.until](states, changed)):
+            return
+        if deadline is not None and time.monotonic() > deadline:
+            yield {"event": "timeout"}
+            return
+        time.sleep(0.1)
+        news = [n for raw in tail.read(READ_AT_ONCE) if (event := parse_event(raw + b"\n"))
+                for n in step_pit(state, event)]
+        if time.monotonic() - looked > 2.0:
+            looked = time.monotonic()
+            rouse_daemon(project) if not is_locked(project.folder) else None
+
+
+def journal_end(path: str, seq: int) -> int:
+    """The byte after the event `seq` of a journal."""
+    at = 0
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+        for line in f:
+            event = parse_event(line)
+            if event is None or event["seq"] > seq:
+                break
+            at += len(line)
+    return at
+
+
+def pit_daemon(call: PitCall) -> Any:
+    """Start, stop or look at the project's daemon."""
+    options, project = call.options, place_of_project(call)
+    return PIT_DAEMON_VERBS[options.verb](project)
+
+
+def pit_daemon_start(project: PitPlace) -> dict:
+    """Have a daemon."""
+    changed = launch_daemon(project)
+    return {**call_daemon(project, "ping"), "changed": changed}
+
+
+def pit_daemon_stop(project: PitPlace) -> dict:
+    """End the daemon; agents go on, and nothing but a command starts the next."""
+    changed = is_running(project)
+    if changed:
+        call_daemon(project, "shutdown", {"why": "stop"})
+        wait_until_gone(project)
+    return {**pit_daemon_status(project), "changed": changed}
+
+
+def pit_daemon_status(project: PitPlace) -> dict:
+    """Say whether there is one."""
+    if is_running(project):
+        return call_daemon(project, "ping")
+    return {"running": False, "pid": None, "socket": project.socket,
+            "log": os.path.join(project.folder, "daemon.log"), "since": None}
+
+
+def pit_daemon_restart(project: PitPlace) -> dict:
+    """End the daemon and start another one."""
+    pit_daemon_stop(project)
+    return pit_daemon_start(project)
+
+
+def pit_daemon_run(project: PitPlace) -> Answer:
+    """Be the daemon."""
+    run_daemon(project)
+    return Answer(None, "ok")
+
+
+def pit_daemon_wake(project: PitPlace) -> dict:
+    """Have a daemon where there is work for one."""
+    rouse_daemon(project)
+    return {"running": is_running(project)}
+
+
+PIT_DAEMON_VERBS: dict[str, Callable] = {
+    "start": pit_daemon_start, "stop": pit_daemon_stop, "status": pit_daemon_status,
+    "restart": pit_daemon_restart, "run": pit_daemon_run, "wake": pit_daemon_wake,
+}
+
+
+def pit_cleanup(call: PitCall) -> dict:
+    """Remove session folders that nobody needs."""
+    options, base = call.options, os.path.join(data_folder(call.env), "pit")
+    removed, kept = [], []
+    for name in names_of_folders(base):
+        path = os.path.join(base, name)
+        why = why_kept(path)
+        if why:
+            kept.append({"path": path, "why": why})
+            continue
+        removed.append(path)
+        if not options.dry_run:
+            import shutil
+
+            shutil.rmtree(path, ignore_errors=True)
+    return {"removed": removed, "kept": kept}
+
+
+def names_of_folders(base: str) -> list[str]:
+    """The folders in a folder, which may be missing."""
+    try:
+        return sorted(e.name for e in os.scandir(base) if e.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+def why_kept(folder: str) -> str:
+    """Why a session folder stays; empty: it may go."""
+    root = read_text(os.path.join(folder, "project"))
+    if is_locked(folder):
+        return "has a living daemon"
+    try:
+        path = os.path.join(folder, "journal.jsonl")
+        epics = fold_pit(read_journal(path)).epics if os.path.exists(path) else {}
+    except PitbossError as e:
+        return f"cannot be read: {e}"
+    key = f"pit-{project_hash_of(folder)}"
+    table = ProcessTable()
+    table.refresh()
+    if any(f"{key}:" in lineage for lineage in table.lineages.values()):
+        return "has an agent"
+    if root and not os.path.isdir(root):
+        return ""
+    if epics:
+        return f"holds {', '.join(epics)}"
+    return "has tickets" if any(os.path.exists(os.path.join(folder, n)) for n in ("tickets.db",)) else ""
+
+
+def project_hash_of(folder: str) -> str:
+    """What marks the processes of a session folder's agents."""
+    return Tmux("", folder, "", {}, 0).key
+
+
+_EPIC = (("epic",), {"metavar": "EPIC", "help": "an epic of the session, in either form of its id"})
+_ONE_EPIC = (("epic",), {"metavar": "EPIC", "nargs": "?", "help": "only this one"})
+_TYPES = {"count": int, "number": float}
+_SETTINGS = tuple(((SETTING_FLAGS[f.name],), {"dest": f.name, "type": _TYPES.get(f.kind, str),
+                                              "metavar": "V", "help": f"{f.help}; {allowed_words(f)}"})
+                  for f in PIT_FIELDS)
+PIT_LOOP_COMMANDS = (
+    PitCommand("start", pit_start, "--epics A,B", (
+        (("--epics",), {"required": True, "metavar": "A,B", "help": "the epics"}), *_SETTINGS,
+        (("--epic-model",), {"action": "append", "metavar": "E=M",
+                             "help": "the model of one epic; repeatable"}),
+        (("--headless",), {"action": "store_true", "help": "without tmux: each ticket is one hand of a "
+                                                           "run"})),
+        "start agents for epics, or go on with them", "start --epics auth,payments"),
+    PitCommand("add", pit_add, "EPIC", (_EPIC, (("--model",), {"metavar": "M", "help": "its model"})),
+               "add an epic to the running session", "add billing"),
+    PitCommand("status", pit_status, "[EPIC ...]", ((("epics",), {"metavar": "EPIC", "nargs": "*"}),),
+               "show how every epic stands; one that is named also lists its tickets", "status auth",
+               in_agent=True),
+    PitCommand("watch", pit_watch, "", (
+        (("--epics",), {"metavar": "A,B", "help": "only these"}),
+        (("--until",), {"choices": tuple(UNTIL), "help": "end when any is paused, all are done, all are "
+                                                         "paused or done, anything changed"}),
+        (("--timeout",), {"type": float, "metavar": "S", "help": "seconds; then exit 1"}),
+        (("--since",), {"type": int, "metavar": "SEQ", "help": "first repeat what came after SEQ"})),
+        "print what changes, a JSON object a line, until a condition holds", "watch --until settled"),
+    PitCommand("log", pit_log, "EPIC", (
+        _EPIC, (("--lines",), {"type": int, "default": 50, "metavar": "N", "help": "so many lines (50)"})),
+        "show an agent's recent output", "log auth --lines 100", in_agent=True),
+    PitCommand("pause", pit_pause, "EPIC", (_EPIC,), "interrupt an epic's agent and keep its ticket",
+               "pause auth"),
+    PitCommand("resume", pit_resume, "EPIC", (
+        _EPIC, (("--message",), {"metavar": "T", "help": "what its agent is told"})),
+        "let a paused epic go on, with words for its agent or without",
+        "resume auth --message 'the file is src/config.ts'"),
+    PitCommand("stop", pit_stop, "[EPIC]", (_ONE_EPIC,), "end agents, give back what they have not finished",
+               "stop auth"),
+    PitCommand("teardown", pit_teardown, "[EPIC]", (
+        _ONE_EPIC, (("--keep-worktrees",), {"action": "store_true", "help": "keep folders and branches"}),
+        (("--force",), {"action": "store_true", "help": "save what would be lost to a rescue ref first"})),
+        "take away windows, worktrees and empty branches", "teardown auth"),
+    PitCommand("cleanup", pit_cleanup, "", ((("--dry-run",), {"action": "store_true",
+                                                              "help": "only say what would go"}),),
+               "remove session folders that nobody needs", "cleanup --dry-run", needs_project=False),
+    PitCommand("daemon", pit_daemon, "start|stop|status|restart", (
+        (("verb",), {"choices": tuple(PIT_DAEMON_VERBS), "metavar": "VERB",
+                     "help": "start, stop, status or restart"}),),
+        "start, stop or look at the project's daemon", "daemon status"),
+)
+
+
+PIT_COMMANDS = {c.name: c for c in (
+    *PIT_LOOP_COMMANDS,
+    *(PitCommand(f"ticket {v.name}", ticket_handler(v), v.usage, v.args, v.help, v.example, in_agent=True)
+      for v in TICKET_VERBS.values()),
+)}
+
+
+def pit_words(argv: list[str]) -> tuple[str, list[str], bool, str | None]:
+    """(name of the command, the rest of its line, --pretty, -C) of a command line.
+
+    --pretty and -C may stand before, between and after the words of a command; the ones after are left to
+    its parser.  Raises InvalidInput for what is no command.
+    """
+    names, pretty, folder = [], False, None
+    rest = list(argv)
+    while rest:
+        word = rest[0]
+        if word == "--pretty":
+            pretty = True
+        elif word == "-C" and len(rest) > 1:
+            folder = os.path.join(folder or "", rest.pop(1))
+        elif word.startswith("-C") and len(word) > 2:
+            folder = os.path.join(folder or "", word[2:])
+        elif any(f"{name} ".startswith(" ".join([*names, word, ""])) for name in PIT_COMMANDS):
+            names.append(word)
+        else:
+            break
+        rest.pop(0)
+    return " ".join(names), rest, pretty, folder
+
+
+def run_pit(command: PitCommand, options: Any, folder: str, env: Mapping[str, str]) -> Any:
+    """Do one command of the ticket loop.  Raises PitbossError."""
+    if env.get("PIT_EPIC") and not command.in_agent:
+        allowed = ", ".join(dict.fromkeys(c.name.split()[0] for c in PIT_COMMANDS.values() if c.in_agent))
+        raise PitRefused(f"{command.name} is not for the agent of an epic (PIT_EPIC is {env['PIT_EPIC']}); "
+                         f"allowed: {allowed}", hint="do your ticket, close it and stop", why="agent")
+    project = find_project(folder) if command.needs_project else None
+    return command.run(PitCall(options, folder, project, env, options.pretty))
+
+
+def render_pit(value: Any) -> list[str]:
+    """A JSON value as lines for people: objects as `key  value`, lists of objects as a table."""
+    if isinstance(value, list):
+        rows = [v for v in value if isinstance(v, dict)]
+        keys = [k for k in (rows[0] if rows else ()) if any(not isinstance(r[k], (dict, list))
+                                                            and r[k] not in (None, "") for r in rows
+                                                            if k in r)]
+        if len(rows) < len(value) or not keys:
+            return [render_cell(v) for v in value] or ["none"]
+        return render_table([[k.upper() for k in keys],
+                             *([render_cell(r.get(k)) for k in keys] for r in rows)])
+    if not isinstance(value, dict):
+        return [render_cell(value)]
+    lines = []
+    wide = max(map(cell_width, value), default=0)
+    for key, item in value.items():
+        inner = render_pit(item) if isinstance(item, (dict, list)) and item else []
+        if inner:
+            lines += [key, *(f"  {line}" for line in inner)]
+        elif isinstance(item, str) and "\n" in item:
+            lines += [key, *(f"  {clean_text(line)}" for line in item.splitlines())]
+        else:
+            lines.append(f"{pad_cells(key, wide)}  {render_cell(item)}".rstrip())
+    return lines
+
+
+def render_cell(value: Any) -> str:
+    """One value on one line."""
+    if value is None or value in ([], {}):
+        return "-"
+    return clean_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+# ======================================================================================
 # DEMO: a scripted agent and a demonstration run                                   [cli]
 # ======================================================================================
 # The scripted agent prints the events that claude prints and does what its prompt says, so
@@ -12570,6 +17636,7 @@ class DemoAgent:
         self.lingers = self.deaf = False
         self.echo: dict | None = None
         self.speech = "claude"     # a key of SPEECHES
+        self.prices: Mapping[str, tuple] = PRICES
         self.pending: dict = {}    # of a tool call: what its result is told with
         self.items = 0
         self.inbox: list[dict | None] = []
@@ -12661,7 +17728,7 @@ class DemoAgent:
     def result(self, text: str | None, *, subtype: str = "success", error: bool = False,
                status: int | None = None, reason: str = "completed", errors: tuple = ()) -> None:
         """Print the result event of a turn."""
-        cost = price_usd(self.model, self.usage)
+        cost = price_usd(self.model, self.usage, self.prices)
         told = {"input_tokens": self.usage.input, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 0, "output_tokens": self.usage.output}
         models = {self.model: {"inputTokens": self.usage.input, "outputTokens": self.usage.output,
@@ -13189,7 +18256,7 @@ def speak_opencode(agent: DemoAgent, event: dict) -> list[dict]:
         tokens = {"total": sum(used), "input": used.input, "output": used.output, "reasoning": 0,
                   "cache": {"write": 0, "read": 0}}
         return [line("step_finish", "step-finish", reason=reason, tokens=tokens,
-                     cost=price_usd(agent.model, used))]
+                     cost=price_usd(agent.model, used, agent.prices))]
 
     time_ = {"start": now, "end": now}
     if block.get("type") == "text":
@@ -13692,6 +18759,7 @@ def read_given(path: str, kind: str, what: str) -> bytes:
 def check_manifest(data: bytes, label: str, stem: str, base_dir: str, env: Mapping[str, str],
                    say: Callable[[str], None]) -> Loaded:
     """A manifest's bytes, read and checked with the file system.  Raises ManifestError with all problems."""
+    read_prices(env)           # what is wrong there is said before anything starts
     manifest = read_manifest(data, label, stem=stem, env=env, agents=AGENTS,
                              expand=functools.partial(expand_path, base_dir))
     problems = [*manifest.problems, *check_places(manifest)]
@@ -13822,6 +18890,41 @@ def render_sublead_rules(rules: dict) -> str:
     return "".join(f", {key}" if value is True else f", {key}={value:g}" for key, value in flat.items())
 
 
+WORST_CASE = """\
+What the worst case takes for granted:
+  - Of a run with a lead its budget_usd counts, which the envelopes of its sub-leads are part of,
+    or what its timeouts allow, whichever is less. Nobody is spawned beyond the budget; who runs
+    when it is spent goes on, and the last line says how far.
+  - Of a flat run, and of a lead whose agent tells no cost, timeouts and prices count: each agent
+    works all its time, uses as many tokens a second as [rate] of prices.toml says, and pays the
+    price of its model. Who is spawned is as its lead, with the dearest model that has a price,
+    and ends when the root lead does. A model without a price, and sub-leads without
+    max_subleads, have no end.
+  - Nobody pauses an actor, and no finished run is dealt again.
+$XDG_CONFIG_HOME/pitboss/prices.toml may have tables [model.NAME] and [rate]; without them list
+prices count, and a rate of {rate}.
+""".format(rate=", ".join(f"{f.default} {f.name}" for f in RATE_FIELDS))
+
+
+def cmd_tree(options: Any) -> str:
+    """Show what a manifest can come to: its actors, and what they cost at worst."""
+    if options.check is not None and not (math.isfinite(options.check) and options.check >= 0):
+        raise InvalidInput(f"--check: found {options.check}; allowed: a number of USD >= 0")
+    loaded = load_manifest(options.manifest, os.environ, say_error)
+    outlook = foresee(loaded.manifest, read_prices(os.environ))
+    worst = outlook.worst_usd
+    good = options.check is None or worst is not None and worst <= options.check
+    if options.json:
+        print(json.dumps({"mode": loaded.manifest.mode, **public_outlook(outlook), "check_usd": options.check,
+                          "ok": good}, indent=2))
+    else:
+        print("\n".join(render_outlook(outlook, terminal_width())))
+    if not good:
+        raise TooDear(f"{loaded.label}: {render_worst(outlook)}; allowed: {render_usd(options.check)}",
+                      hint="" if worst is not None else f"prices.toml is {prices_path(os.environ)}")
+    return "ok"
+
+
 def cmd_dispatch(options: Any) -> str:
     """Deal a run: start every task of a manifest and stay until the last one has settled."""
     if options.dry_run and options.background:
@@ -13838,6 +18941,7 @@ def cmd_dispatch(options: Any) -> str:
     run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
     if options.background:
         return start_background(run_dir, order, umask)
+    hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options, manifest=loaded.manifest)
 
 
@@ -13896,10 +19000,36 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     return "ok"
 
 
+def hand_over(run_dir: str, umask: int, options: Any) -> None:
+    """Become the run's pinned copy, where that is what runs here: a process that has compiled this file keeps
+    some 45 MB of that for good.  Returns where it could not, and the run is dealt from here.
+
+    Signals that come on the way wait until the dispatcher hears them.
+    """
+    import signal
+
+    if not (RUNNING_CODE and sys.executable and __file__.endswith(".py")):
+        return
+    flags = [flag for flag in ("quiet", "verbose") if getattr(options, flag)]
+    try:
+        with open(os.path.join(run_dir, "self", "pitboss.py"), "rb") as f:
+            if f.read() != read_self():
+                return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, map(signal.Signals.__getitem__, HEARD))
+    except OSError:
+        return
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}",
+                                  *(f"--{flag}" for flag in flags)])
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def cmd_deal(options: Any) -> str:
-    """Deal a run whose folder was made (for the dispatcher in the background)."""
+    """Deal a run whose folder was made: what `hand_over` and the background start."""
     os.umask(0o077)
-    options.quiet, options.verbose = False, False
     return deal_and_report(options.run_dir_path, int(options.umask, 8), options)
 
 
@@ -13956,6 +19086,7 @@ def cmd_resume(options: Any) -> str:
         find_programs(loaded, os.environ, (a.agent for a in run.actors.values() if a.state != "settled"),
                       ask=False)
     umask = os.umask(0o077)
+    hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options)
 
 
@@ -13988,8 +19119,9 @@ def resume_as_new(run_dir: str, meta: dict, options: Any) -> str:
                   meta.get("base_dir") or "/", os.path.dirname(run_dir), version, tuple(wanted), former,
                   os.path.basename(run_dir))
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
-                           options)
+    created = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    hand_over(created, umask, options)
+    return deal_and_report(created, umask, options)
 
 
 def resume_foreign(run_dir: str, options: Any) -> str:
@@ -14023,8 +19155,9 @@ def resume_foreign(run_dir: str, options: Any) -> str:
     order = Order(loaded.data, loaded.manifest, label, stem, base_dir, runs_dir, version,
                   tuple(wanted) or None, former, run_id)
     umask = os.umask(0o077)
-    return deal_and_report(create_run(order, os.environ, mask_for(loaded.manifest, os.environ)), umask,
-                           options)
+    created = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
+    hand_over(created, umask, options)
+    return deal_and_report(created, umask, options)
 
 
 def foreign_origin(past: Foreign) -> tuple[str, str, str]:
@@ -14464,7 +19597,8 @@ def foreign_record(past: Foreign, name: str, deep: bool) -> dict:
                           claude_session_id=talk.session_id or None)
     usage = Usage(**record["token_usage"])
     if record["cost_usd"] is None and record["model"] and any(usage):
-        record["cost_usd"] = round(price_usd(record["model"], usage), 10)     # that tool keeps tokens alone
+        prices = read_prices(os.environ).models      # that tool keeps tokens alone
+        record["cost_usd"] = round(price_usd(record["model"], usage, prices), 10)
     return record
 
 
@@ -14661,6 +19795,128 @@ def cmd_diff(options: Any) -> str:
     else:
         print("\n".join(render_diff(shown, terminal_width(), want_colour(sys.stdout))))
     return "ok"
+
+
+REPORT_LINES = 30          # of each log, in a report
+MAX_PATCH = 400_000        # bytes of one actor's whole difference
+
+
+def cmd_report(options: Any) -> str:
+    """Write a run as one HTML page, or in the format of another program."""
+    formats = options.formats or ["html"]
+    if len(set(formats)) > 1:
+        raise InvalidInput(f"report: found --{' and --'.join(formats)}; allowed: one of them")
+    row = REPORTS[formats[0]]
+    if options.diffs and not row.is_page:
+        raise InvalidInput(f"report: --diffs has no place in {row.about}; allowed: without --{formats[0]}")
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    text = row.render(gather_report(run_dir, row.is_page, options.diffs)).encode("utf-8", "replace")
+    out = options.out or (f"pitboss-{os.path.basename(run_dir)[:13]}.html" if row.is_page else "-")
+    if out == "-":
+        sys.stdout.buffer.write(text)
+        return "ok"
+    if os.path.isdir(out):
+        raise InvalidInput(f"--out: found {show_value(out)}, a folder; allowed: the path of a file, or -")
+    try:
+        write_file(out, text, mode=0o666 & ~current_umask())
+    except OSError as e:
+        raise fault_of(e, f"writing {clean_text(out)}") from None
+    print(out)
+    return "ok"
+
+
+def current_umask() -> int:
+    """The umask of this process."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def gather_report(run_dir: str, page: bool, patches: bool) -> Report:
+    """All that a report of a run is made of; `page`: with logs and work in git, `patches`: with the whole."""
+    seen, now = look_at_run(run_dir, deep=True), time.time()
+    journal = os.path.join(run_dir, "journal.jsonl")
+    if os.path.exists(journal):
+        told = read_chronicle(read_journal(journal), now if seen.head["state"] == "running" else None)
+        seen = seen._replace(run=told.run)
+    else:
+        told = chronicle_of_records(seen.actors, now)
+    mask = report_mask(run_dir, seen)
+    actors = []
+    for r in sort_tree(seen.actors) if seen.head["mode"] == "hierarchical" else seen.actors:
+        with contextlib.suppress(OSError):
+            r = {**r, "log_bytes": os.stat(log_of(run_dir, seen, r)).st_size}
+        actors.append(mask_all(mask, r))
+    requests = [r._replace(summary=mask.text(str(get_blob(run_dir, r.summary) or "")),
+                           plan=mask.text(str(get_blob(run_dir, r.plan) or "")))
+                for r in told.requests.values()]
+    logs, changes = {}, {}
+    if page:
+        logs = {r["task_id"]: log_end(run_dir, seen, r, mask) for r in seen.actors}
+        changes = mask_all(mask, asyncio.run(find_changes(run_dir, seen, patches)))
+    return Report(mask_all(mask, seen.head), actors, told, requests, logs, changes, now, VERSION)
+
+
+def report_mask(run_dir: str, seen: Overview) -> Mask:
+    """The mask of a run as its dispatcher has it, as far as its manifest can still be read."""
+    if not seen.foreign:
+        with contextlib.suppress(PitbossError):
+            return mask_for(read_snapshot(run_dir, read_json(os.path.join(run_dir, "meta.json")) or {})[1],
+                            os.environ)
+    return make_mask([os.environ])
+
+
+def mask_all(mask: Mask, value: Any) -> Any:
+    """A JSON value with every text masked, wherever it stands."""
+    if isinstance(value, str):
+        return mask.text(value)
+    if isinstance(value, dict):
+        return {k: mask_all(mask, v) for k, v in value.items()}
+    return [mask_all(mask, v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def log_of(run_dir: str, seen: Overview, record: dict) -> str:
+    """Where an actor's log is now: a run folder may have moved."""
+    return record["log_path"] or "" if seen.foreign else os.path.join(run_dir, "tasks", record["task_id"],
+                                                                      "stdout.log")
+
+
+def log_end(run_dir: str, seen: Overview, record: dict, mask: Mask) -> list[tuple[str, str]]:
+    """The last lines of an actor's log, as `attach` shows them, each clipped."""
+    log = log_of(run_dir, seen, record)
+    known = seen.run.actors.get(record["task_id"]) if seen.run else None
+    tail = Tail(log, last_lines_at(log, REPORT_LINES))
+    lines = [*tail.read(READ_AT_ONCE), *tail.rest()]
+    tail.close()
+    shown = [pair for line in lines for pair in render_log_line(line, known.format if known else "claude")]
+    return [(mark, mask.text(clip_cells(text, 600))) for mark, text in shown[-REPORT_LINES:]]
+
+
+async def find_changes(run_dir: str, seen: Overview, patches: bool) -> dict[str, dict]:
+    """What each actor changed in git since it began: {a, b, files, note, patch}; without a base nothing."""
+    git, found = Git(os.environ, 0o077), {}
+    for name, work in works_of(run_dir, seen).items():
+        known = seen.run.actors.get(name) if seen.run else None
+        base = ((known.place if known else None) or {}).get("base")
+        if base and work.repo and work.revisions:
+            found[name] = await change_since(git, base, work, patches)
+    return found
+
+
+async def change_since(git: Git, base: str, work: Work, patches: bool) -> dict:
+    """What differs between the commit that an actor began at and its work."""
+    told = {"a": short_ref(base), "b": None, "files": None, "note": "", "patch": ""}
+    try:
+        there = await git.find_work(work.repo, work.revisions)
+        if there is None:
+            return {**told, "note": "its branch is gone"}
+        files = await git.count_changes(work.repo, base, there[1])
+        kinds = await git.list_unsaved(work.path) if work.path else []
+        patch = await git.show_changes(work.repo, base, there[1], MAX_PATCH) if patches and files else ""
+    except (GitError, OSError) as e:
+        return {**told, "note": clean_text(str(e))}
+    note = f"not counted: {', '.join(kinds)} in {work.path}" if kinds else ""
+    return {**told, "b": short_ref(there[0]), "files": files, "note": note, "patch": patch}
 
 
 STALE_S = 4 * 3600.0       # how long nothing has changed in a run that prune takes for orphaned
@@ -15048,7 +20304,7 @@ def cmd_demo_agent(options: Any) -> str:
     if not re.fullmatch(r"(ses_)?[0-9a-f-]{36}", session_id or ""):
         raise InvalidInput("a session id must be a UUID")
     agent = DemoAgent(options.model, session_id, path, options.mcp_config)
-    agent.speech = options.speak
+    agent.speech, agent.prices = options.speak, read_prices(os.environ).models
     if options.resume:
         session = read_json(path)
         if session is None:
@@ -15329,6 +20585,7 @@ class Name(NamedTuple):
 
 NAMES = {n.name: n for n in (
     Name("pitboss", ()),
+    Name("pit", ("pit",)),
 )}
 
 
@@ -15405,6 +20662,12 @@ def complete_requests(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield asked["request_id"], f"{asked['task_id']}: {preview(asked['summary'])}"
 
 
+def complete_pit(given: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The commands of the ticket loop."""
+    for word in dict.fromkeys(c.name.split()[0] for c in PIT_COMMANDS.values()):
+        yield word, PIT_COMMANDS[word].help if word in PIT_COMMANDS else ""
+
+
 TYPED = {
     # metavar of the argument: what
     "MANIFEST": Typed("files"),
@@ -15415,6 +20678,7 @@ TYPED = {
     "OTHER": Typed("words", complete_runs),
     "ACTOR": Typed("words", complete_actors),
     "REQUEST": Typed("words", complete_requests),
+    "COMMAND": Typed("words", complete_pit),
     "TOOL": Typed("words"),
     "USD": Typed("words"),
     "AGE": Typed("words"),
@@ -15977,6 +21241,8 @@ def render_reference() -> str:
     for t in reference_tables():
         parts += [f"#### `{header_of(t.name)}`: {t.what}", "", reference_of(t.own), ""]
         parts += [f"Also {t.also}.", ""] if t.also else []
+    for name, (fields, many, what) in PRICE_TABLES.items():
+        parts += [f"#### `{MANY[many][0].format(name)}` of prices.toml: {what}", "", reference_of(fields), ""]
     parts += ["#### Commands", "", "| command | what it does |", "|---|---|"]
     parts += [f"| `{f'{c.name} {c.usage}'.strip()}` | {c.help} |" for c in COMMANDS.values() if c.help]
     parts += ["", "#### Exit codes", "", "| code | meaning |", "|---|---|",
@@ -16004,6 +21270,87 @@ def render_reference() -> str:
     return "\n".join(parts)
 
 
+PIT_FLAGS = (
+    (("--pretty",), {"action": "store_true", "help": "print text for people instead of JSON"}),
+    (("-C",), {"metavar": "DIR", "dest": "folder",
+               "help": "the project around this folder, not the current one"}),
+)
+
+
+def cmd_pit(options: Any) -> str:
+    """Drive agents through the tickets of epics, one epic a worktree; all answers are JSON."""
+    pretty = "--pretty" in options.words
+    try:
+        name, parsed, folder = parse_pit(options.words, pit_prog())
+        answer = run_pit(PIT_COMMANDS[name], parsed, folder, os.environ)
+        value, code = answer if isinstance(answer, Answer) else (answer, "ok")
+        if value is not None:
+            print("\n".join(render_pit(value)) if pretty else json.dumps(value, ensure_ascii=False))
+        return code
+    except PitbossError as e:
+        fault = e
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        fault = fault_of(e, f"pit {' '.join(options.words[:1])}".strip())
+    except Exception as e:  # boundary: a caller that reads JSON gets JSON for a bug, too
+        fault = Bug(f"this is a bug in pitboss: {type(e).__name__}: {clean_text(str(e))}",
+                    hint=f"its traceback: {save_traceback()}")
+    mask = make_mask([os.environ])
+    if pretty:
+        say_error(f"pit: {mask.text(str(fault))}" + (f"\n  try: {fault.hint}" if fault.hint else ""))
+    else:
+        print(mask.text(json.dumps(pit_error(fault), ensure_ascii=False)))
+    return fault.code
+
+
+def pit_prog() -> str:
+    """What is typed to call the ticket loop, as it was called."""
+    return typed_name() if NAMES.get(called_as(), NAMES["pitboss"]).words else f"{typed_name()} pit"
+
+
+def parse_pit(argv: list[str], prog: str) -> tuple[str, Any, str]:
+    """(name of the command, its options, the folder) of a command line of the ticket loop.
+
+    Raises InvalidInput with what is allowed; prints help texts and leaves.
+    """
+    name, rest, pretty, folder = pit_words(argv)
+    if name in PIT_COMMANDS:
+        parser = make_parser(prog, name, PIT_COMMANDS.get(name), PIT_FLAGS)
+        options, odd = parser.parse_known_args(rest)
+        if odd:
+            flags = [f for names, _ in (*PIT_COMMANDS[name].args, *PIT_FLAGS) for f in names if f[:1] == "-"]
+            raise InvalidInput(f"{name}: unknown argument {show_value(odd[0])}{did_you_mean(odd[0], flags)}",
+                               hint=f"{parser.prog} --help")
+        options.pretty = options.pretty or pretty
+        return name, options, os.path.abspath(os.path.join(current_folder(), folder or "",
+                                                           options.folder or ""))
+    begun = [c for c in PIT_COMMANDS.values() if f"{c.name} ".startswith(f"{name} " if name else "")]
+    if rest[:1] in ([], ["-h"], ["--help"], ["help"]):
+        print(pit_help(begun, prog), end="", file=sys.stdout if rest else sys.stderr)
+        if rest:
+            sys.exit(0)
+        raise InvalidInput(f"{name or 'pit'}: a command is missing; allowed: {next_words(begun, name)}",
+                           hint=f"{prog} {name} --help".replace("  ", " "))
+    words = next_words(begun, name)
+    near = did_you_mean(rest[0], words.split(", "))
+    raise InvalidInput(f"unknown command {show_value(f'{name} {rest[0]}'.strip())}{near}; allowed: {words}",
+                       hint=f"{prog} --help")
+
+
+def next_words(commands: Iterable[PitCommand], begun: str) -> str:
+    """The words that can follow the beginning of a command's name."""
+    return ", ".join(dict.fromkeys(c.name[len(begun):].split()[0] for c in commands))
+
+
+def pit_help(commands: Iterable[PitCommand], prog: str) -> str:
+    """What some commands of the ticket loop do, and its exit codes."""
+    rows = [(f"{c.name} {c.usage}".strip(), c.help) for c in commands]
+    lines = render_table([[f"  {call}", what] for call, what in rows])
+    return (f"Example: {prog} ticket list\n\n{cmd_pit.__doc__}\n\ncommands:\n" + "\n".join(lines)
+            + f"\n\n{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}\n")
+
+
 class Cli(NamedTuple):
     """One command."""
 
@@ -16013,6 +21360,8 @@ class Cli(NamedTuple):
     args: tuple                # (flags, options) pairs for add_argument
     help: str                  # empty: internal, not shown
     example: str = ""
+    raw: bool = False          # its handler parses the words that follow its name
+    more: str = ""             # what its own help text says besides
 
 
 _RUN = (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one"})
@@ -16041,6 +21390,12 @@ COMMANDS = {c.name: c for c in (
         (("--background",), {"action": "store_true", "help": "check, start a dispatcher of its own, print "
                                                              "its ids as JSON"})),
         "deal a run; the last line is the run folder", "dispatch fix.toml"),
+    Cli("tree", cmd_tree, "MANIFEST", (
+        _MANIFEST, _JSON,
+        (("--check",), {"metavar": "USD", "type": float, "help": "exit 6 when the worst case costs more, or "
+                                                                 "has no end"})),
+        "show what a manifest can come to, and what that costs at worst", "tree fix.toml --check 20",
+        WORST_CASE),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
         (("--failed",), {"action": "store_true",
@@ -16109,6 +21464,14 @@ COMMANDS = {c.name: c for c in (
         _RUNS_DIR),
         "show two runs side by side: status, time, cost, what differs in git",
         "diff 0192f3 0192f8"),
+    Cli("report", cmd_report, "RUN", (
+        _RUN, _RUNS_DIR,
+        (("--out",), {"metavar": "OUT", "help": "the file to write, or - for standard output "
+                                                "(pitboss-<run>.html here; other formats: -)"}),
+        (("--diffs",), {"action": "store_true", "help": "on the page, with what every actor changed, whole"}),
+        *(((f"--{name}",), {"dest": "formats", "action": "append_const", "const": name, "help": row.about})
+          for name, row in REPORTS.items())),
+        "write a run as one HTML page, or for other programs", "report 0192f3 --out night.html"),
     Cli("prune", cmd_prune, "", (
         (("--apply",), {"action": "store_true", "help": "do it; without this, only say what would be done"}),
         (("--remove",), {"action": "store_true", "help": "remove run folders, logs and journal included, and "
@@ -16148,10 +21511,16 @@ COMMANDS = {c.name: c for c in (
         (("-q", "--quiet"), {"action": "store_true", "help": "say nothing when it works"}),
         (("--remove",), {"action": "store_true", "help": "take away exactly what was installed there"})),
         "install this program for yourself, with completions", "install ~/.local/bin"),
+    Cli("pit", cmd_pit, "COMMAND", (
+        (("words",), {"metavar": "COMMAND", "nargs": "...",
+                      "help": "what it is to do; pit --help says more"}),),
+        "the ticket loop: agents work through the tickets of epics", "pit ticket list", raw=True),
     Cli("version", cmd_version, "", (), "print the version", "version"),
     Cli("reference", cmd_reference, "", (), ""),
     Cli("complete", cmd_complete, "", ((("words",), {"nargs": "*"}), (("--line",), {})), ""),
-    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"})), ""),
+    Cli("deal", cmd_deal, "", ((("run_dir_path",), {}), (("--umask",), {"default": "022"}),
+                               (("--quiet",), {"action": "store_true"}),
+                               (("--verbose",), {"action": "store_true"})), ""),
     Cli("mcp-bridge", cmd_mcp_bridge, "", (
         (("socket",), {}), (("--actor-id",), {"required": True, "metavar": "I"}),
         (("--actor-role",), {"required": True, "metavar": "R"}), (("--token-file",), {"metavar": "F"}),
@@ -16167,8 +21536,11 @@ COMMANDS = {c.name: c for c in (
 HELP_WIDTH = 98            # columns of a help text, on a wider terminal too
 
 
-def make_parser(prog: str, name: str) -> Any:
-    """The argument parser of one command, or with an empty name the one that lists them all."""
+def make_parser(prog: str, name: str, command: Any = None, flags: tuple = ()) -> Any:
+    """The argument parser of one command, or with an empty name the one that lists them all.
+
+    `command`: a row that is not in COMMANDS, with `flags` that all rows of its table take.
+    """
     import argparse
     import shutil
 
@@ -16191,16 +21563,17 @@ def make_parser(prog: str, name: str) -> Any:
     parser = Parser(prog=f"{prog} {name}".rstrip(), usage=None if name else f"{prog} COMMAND ...",
                     add_help=False, epilog=exit_codes_text(),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
-    command = COMMANDS.get(name)
+    command = command or COMMANDS.get(name)
     if command:
         about = (command.run.__doc__ or command.help).splitlines()[0]
         parser.first = f"Example: {prog} {command.example}\n\n{about}\n\n" if command.example else ""
+        parser.description = command.more or None
     else:
         parser.first = f"Example: {prog} demo\n\nDeals work to coding agents and never loses a hand.\n\n"
         parser.description = (f"{commands_text()}\n\n{prog} COMMAND --help says more of one command.")
-    for flags, settings in [*(command.args if command else ()), *ALWAYS_FLAGS]:
+    for names, settings in [*(command.args if command else ()), *flags, *ALWAYS_FLAGS]:
         near = functools.partial(pick_choice, settings.get("choices", ()))
-        parser.add_argument(*flags, **{**({"type": near} if "choices" in settings else {}), **settings})
+        parser.add_argument(*names, **{**({"type": near} if "choices" in settings else {}), **settings})
     return parser
 
 
@@ -16243,6 +21616,10 @@ def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:
         known = [c.name for c in COMMANDS.values() if c.help]
         raise InvalidInput(f"unknown command {show_value(argv[0])}{did_you_mean(argv[0], known)}",
                            hint=f"{prog} --help")
+    if COMMANDS[argv[0]].raw:
+        import argparse
+
+        return argv[0], argparse.Namespace(words=argv[1:])
     if len(argv) == 1 and not COMMANDS[argv[0]].args:
         return argv[0], None           # argparse takes longer than such a command
     parser = make_parser(prog, argv[0])

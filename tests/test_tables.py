@@ -306,11 +306,18 @@ def verbs_paid(function: ast.AST) -> set[str]:
 JOURNAL_WRITERS = ("Dispatcher.", "open_journal")       # what they append is an event
 
 
+def section_name(node: ast.AST) -> str:
+    """The name of the section that a node stands in."""
+    return PROGRAM.sections[PROGRAM.section_of(node)].name
+
+
 @functools.cache
-def recorded() -> dict[str, set[str]]:
-    """The kinds of events that each function records."""
+def recorded(pit: bool = False) -> dict[str, set[str]]:
+    """The kinds of events that each function records: in a run's journal, or with `pit` in a session's."""
     kinds = {}
     for name, function in functions().items():
+        if (section_name(function) == "PIT") is not pit:
+            continue
         calls = calls_of(function, "record") + (calls_of(function, "append") if name.startswith(JOURNAL_WRITERS)
                                                 else [])
         found = {c.args[0].value for c in calls if c.args and isinstance(c.args[0], ast.Constant)
@@ -343,7 +350,8 @@ def test_events_are_exactly_what_is_recorded():
         assert row.handler is getattr(pitboss, f"on_{kind}")
         assert list(inspect.signature(row.handler).parameters) == ["shared", "event"]
         assert pitboss.EVENTS[kind].durable == row.durable
-    assert {n for n in functions() if n.startswith("on_")} == {"on_shared", *(f"on_{kind}" for kind in pitboss.EVENTS)}, \
+    handlers = {n for n, f in functions().items() if n.startswith("on_") and section_name(f) != "LOOP"}
+    assert handlers == {"on_shared", *(f"on_{kind}" for kind in pitboss.EVENTS)}, \
         "a handler without a row"
 
 
@@ -619,6 +627,21 @@ def test_operations_are_whole():
             assert not tool or {(g.kind, g.choices, g.default) for g in tool.fields if g.name == f.name} == {
                 (f.kind, f.choices, f.default)}, f"{name}.{f.name}"
     assert {n for n in functions() if n.startswith("op_")} == {f"op_{name}" for name in pitboss.OPS}
+
+
+def test_events_of_pit_are_exactly_what_is_recorded():
+    decided = {c.value for name, f in functions().items() if section_name(f) == "LOOP" and name.startswith("decide_")
+               for t in ast.walk(f) if isinstance(t, ast.Tuple) for c in t.elts[:1] if isinstance(c, ast.Constant)}
+    written = set().union(*recorded(pit=True).values()) | decided & set(pitboss.PIT_EVENTS)
+    assert written | {"daemon_left"} == set(pitboss.PIT_EVENTS), "daemon_left is appended when all is over"
+    handlers = {n for n, f in functions().items() if n.startswith("on_") and section_name(f) == "LOOP"}
+    assert handlers == {f"on_{kind}" for kind in pitboss.PIT_EVENTS}, "a handler without a row"
+    for kind, row in pitboss.PIT_EVENTS.items():
+        assert row is getattr(pitboss, f"on_{kind}")
+        assert list(inspect.signature(row).parameters) == ["state", "event"]
+    phases = {name.removeprefix("effect_") for name in vars(pitboss.PitDaemon) if name.startswith("effect_")}
+    assert phases == set(pitboss.PIT_EFFECTS)
+    assert all(row.__doc__ for row in (*pitboss.PIT_METHODS.values(), *pitboss.PIT_NOTES.values()))
 
 
 def test_log_marks_are_each_shown_for_something():

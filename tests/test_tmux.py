@@ -691,7 +691,7 @@ def test_an_agent_of_the_table_is_prepared_outside_the_worktree(name, tmp_path):
     hook = tuple(pitboss.hook_argv(str(tmp_path), name, "e", "/sock"))
     env = {"PATH": "/bin", "KEY": "v", **dict.fromkeys(pitboss.AGENT_MARKS, "x"), "OPENCODE_CONFIG_CONTENT": "{}"}
     for superuser in (False, True):
-        seat = pitboss.Seat(pitboss.epic_folder(str(tmp_path), "e"), "e", ("prog",), "some/model", hook, "Instructions.",
+        seat = pitboss.TuiSeat(pitboss.epic_folder(str(tmp_path), "e"), "e", ("prog",), "some/model", hook, "Instructions.",
                             superuser, env)
         prepared = row.prepare(seat)
         assert all(path.startswith(seat.folder + "/") for path in prepared.files)
@@ -706,7 +706,7 @@ def test_an_agent_of_the_table_is_prepared_outside_the_worktree(name, tmp_path):
 
 def test_claude_is_prepared_as_it_was_measured(tmp_path):
     hook = ("python", "/a b/hook", "x;y")
-    seat = pitboss.Seat(str(tmp_path), "e", ("claude",), "", hook, "I.", True, {"CLAUDECODE": "1", "A": "b"})
+    seat = pitboss.TuiSeat(str(tmp_path), "e", ("claude",), "", hook, "I.", True, {"CLAUDECODE": "1", "A": "b"})
     prepared = pitboss.prepare_claude(seat)
     assert prepared.argv == ["claude", "--settings", f"{tmp_path}/claude.json", "--disallowedTools",
                              "AskUserQuestion,ExitPlanMode", "--append-system-prompt-file",
@@ -720,7 +720,7 @@ def test_claude_is_prepared_as_it_was_measured(tmp_path):
 
 def test_opencode_keeps_what_its_user_configured(tmp_path):
     own = {"plugin": ["mine"], "instructions": ["mine.md"], "theme": "x", "permission": {"bash": "ask"}}
-    seat = pitboss.Seat(str(tmp_path / "a b"), "e", ("opencode",), "", ("hook", "sock"), "I.", False,
+    seat = pitboss.TuiSeat(str(tmp_path / "a b"), "e", ("opencode",), "", ("hook", "sock"), "I.", False,
                         {"OPENCODE_CONFIG_CONTENT": json.dumps(own), "OPENCODE_CONFIG_DIR": "/mine"})
     prepared = pitboss.prepare_opencode(seat)
     content = json.loads(prepared.env["OPENCODE_CONFIG_CONTENT"])

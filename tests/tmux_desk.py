@@ -46,7 +46,7 @@ class Desk:
         """(row, prepared) of an agent, its files written."""
         row = pitboss.TUI_AGENTS[agent]
         hook = pitboss.hook_argv(self.session, agent, epic, self.daemon_socket)
-        seat = pitboss.Seat(pitboss.epic_folder(self.session, epic), epic,
+        seat = pitboss.TuiSeat(pitboss.epic_folder(self.session, epic), epic,
                             program or tuple(pitboss.self_argv(self.session)), model, tuple(hook),
                             "You work on the epic.", os.getuid() == 0, {**self.env, **env})
         prepared = row.prepare(seat)
