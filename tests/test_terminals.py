@@ -67,7 +67,7 @@ class Terminal:
     def deliver(self, text: str) -> dict:
         """The event of a prompt that was delivered."""
         after = self.desk.last()
-        assert self.desk.deliver(self.pane, text), self.desk.screen()
+        assert self.desk.deliver(self.pane, text, home=self.row.home), self.desk.screen()
         return self.desk.wait("prompt", after=after)
 
     def bodies(self) -> list[dict]:
@@ -86,7 +86,7 @@ class Claude(Terminal):
             "hasCompletedOnboarding": True, "theme": "dark",
             "customApiKeyResponses": {"approved": [KEY[-20:]], "rejected": []}}))
         (home / ".claude").mkdir()
-        hook = {"hooks": [{"type": "command", "command": f"echo ran >>{home}/own-hook"}]}
+        hook = {"hooks": [{"type": "command", "command": f"sleep 1.5; echo ran >>{home}/own-hook"}]}
         (home / ".claude" / "settings.json").write_text(json.dumps({
             "permissions": {"ask": ["Bash(touch:*)"]}, "hooks": {"Stop": [hook]}}))
         self.settings = (home / ".claude" / "settings.json").read_bytes()
@@ -136,14 +136,27 @@ def test_claude_starts_in_its_folder_and_is_told_its_instructions(claude):
     claude.deliver(prompt({"text": "hi"}))
     ended = claude.desk.wait("turn_ended", after=claude.desk.events(kind="prompt")[-1]["file"])
     assert ended["last"] == "hi" and ended["background"] == 0
-    assert ended["usage"]["input"] > 0 and ended["usage"]["output"] > 0
+    used = wait_for(lambda: (u := pitboss.transcript_usage(ended["transcript"])) and u["input"] and u, 10, "usage")
+    assert used["output"] > 0 and used["cost_usd"] is None
     body = claude.bodies()[-1]
     assert "You work on the epic." in json.dumps(body["system"])
     assert not {"AskUserQuestion", "ExitPlanMode"} & {tool["name"] for tool in body["tools"]}
     check_untouched(claude)
     home = claude.desk.root / "home"
     assert (home / ".claude" / "settings.json").read_bytes() == claude.settings
-    wait_for(lambda: (home / "own-hook").exists(), 10, "the user's own hook, which runs as well")
+
+
+@real("claude")
+def test_the_hooks_of_claudes_user_run_to_their_end(claude):
+    """Ours are added to them; a conversation that is cleared right after a turn waits for them."""
+    own = claude.desk.root / "home" / "own-hook"
+    claude.begin()
+    before = own.read_text().count("ran") if own.exists() else 0
+    for count in (1, 2):
+        told = claude.deliver(prompt({"text": "ok"}))
+        claude.desk.wait("turn_ended", after=told["file"])
+        claude.begin()
+        assert own.read_text().count("ran") == before + count
 
 
 @real("claude")
@@ -157,7 +170,8 @@ def test_claude_is_given_prompts_of_every_kind_once(claude):
         assert told["prompt"] == wanted
         claude.desk.wait("turn_ended", after=told["file"])
         assert len(claude.desk.events(kind="prompt", after=told["file"])) == 0
-    claude.deliver(prompt({"text": "ok"}) + "\na path C:\\")
+    told = claude.deliver(prompt({"text": "ok"}) + "\na path C:\\")
+    claude.desk.wait("turn_ended", after=told["file"])
     assert not shell.exists()
     check_untouched(claude)
 
@@ -287,6 +301,7 @@ def test_opencode_begins_anew_and_is_interrupted(opencode):
     first = opencode.deliver(prompt({"text": "one"}, words="The word is lemon."))
     desk.wait("turn_ended", after=first["file"], deadline_s=60)
     desk.do(desk.tmux.paste(opencode.pane.pane_id, "typed by a person\nand not sent"))
+    wait_for(lambda: "and not sent" in desk.screen(), 20, "what a person typed")
     opencode.begin()
     second = opencode.deliver(prompt({"text": "never", "stall": 30}, words="Second."))
     assert second["session"] != first["session"] and second["prompt"].startswith("Second.")
