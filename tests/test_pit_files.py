@@ -165,7 +165,7 @@ def test_another_file(project):
 def test_the_manual_has_what_an_orchestrator_needs():
     text = pitboss.render_manual(pitboss.PIT_COMMANDS.values())
     rows = re.findall(r"^\| `([A-Z_]+)` \| .+ \|$", text, re.M)
-    assert rows == REASONS == list(pitboss.PAUSE_ADVICE)
+    assert rows == REASONS == list(pitboss.PAUSE_ADVICE) == list(pitboss.PAUSES)
     for name, row in pitboss.PIT_COMMANDS.items():
         assert f"- `pit {name} {row.usage}".rstrip() + f"`: {row.help}\n" in text + "\n"
     assert "{" not in re.sub(r'\{"error": \{"code", "message", "hint"\}\}', "", text), "no place is left unfilled"
