@@ -19199,18 +19199,18 @@ class DemoTerminal(DemoAgent):
             self.closing = ""
 
     def describe(self, command: str) -> str:
-        """The description of the ticket that a command prints as JSON."""
+        """The description of the ticket that a command prints as JSON; some need to be asked for JSON."""
         import subprocess
 
-        done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True,
-                              check=False)
-        try:
-            found = json.loads(done.stdout)
-            found = found[0] if isinstance(found, list) else found
-            return str(found.get("description") or "")
-        except (ValueError, LookupError, AttributeError):
-            raise DemoTurnFailed(f"{command} showed no ticket: {done.stderr.decode('utf-8', 'replace')}"
-                                 ) from None
+        said = ""
+        for words in (command, f"{command} --json"):
+            done = subprocess.run(["sh", "-c", words], stdin=subprocess.DEVNULL, capture_output=True,
+                                  check=False)
+            said = said or done.stderr.decode("utf-8", "replace")
+            with contextlib.suppress(ValueError, LookupError, AttributeError):
+                found = json.loads(done.stdout)
+                return str((found[0] if isinstance(found, list) else found).get("description") or "")
+        raise DemoTurnFailed(f"{command} showed no ticket: {said}")
 
     def result(self, text: str | None, *, error: bool = False, errors: tuple = (), **_: Any) -> None:
         """The end of a turn: only an error is one here."""
