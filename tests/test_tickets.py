@@ -32,7 +32,8 @@ def project(tmp_path):
 def pit(project, *argv, env=None):
     """The answer of one command line, in this process."""
     name, options, _ = pitboss.parse_pit([*map(str, argv)], "pit")
-    answer = pitboss.run_pit(pitboss.PIT_COMMANDS[name], options, project.path, {"USER": "ann", **(env or {})})
+    answer = pitboss.run_pit(pitboss.PIT_COMMANDS[name], options, project.path,
+                             {"USER": "ann", "HOME": os.path.dirname(project.path), **(env or {})})
     return answer
 
 
@@ -622,6 +623,16 @@ def test_verbs_are_refused_where_beads_has_the_tickets(beads):
         error = refusal(beads.project, "ticket", *argv)
         assert (error["exit"], error["code"], error["hint"]) == (4, "refused", f"{beads.name} {hint}")
     assert pit(beads.project, "ticket", "export") == [], "the embedded store can still be emptied and filled"
+
+
+def test_the_configuration_says_where_tickets_are(beads):
+    config = Path(beads.project.path, ".pit.json")
+    config.write_text('{"beadsBinary": "embedded", // here\n "colour": 1, "clearDelay": "soon"}')
+    one = add(beads.project, "One")
+    assert ids(pit(beads.project, "ticket", "list")) == [one], "whatever else is wrong there"
+    for text in ('{"beadsBinary": "trello"}', "{", ""):
+        config.write_text(text)
+        assert refusal(beads.project, "ticket", "list")["tracker"] == beads.name
 
 
 @pytest.mark.real
