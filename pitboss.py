@@ -15658,6 +15658,7 @@ IDLE_S = 60.0                  # how long a daemon stays when all epics are done
 RECHECK_S = 15.0               # between two looks at a tracker that fails, or has nothing ready
 SPOOL_EVERY_S = 0.2            # between two looks at the spools; a hook's poke comes sooner
 PANES_EVERY_S = 0.5            # between two looks at the windows, and at headless hands
+SCREEN_EVERY_S = 10.0          # between two copies of a screen, for `log` once its window is gone
 DAEMON_START_S = 20.0          # how long a command waits for the daemon that it started
 SHOWN_LINES = 12               # of a screen that a reason shows
 START_FACTOR, START_LEAST_S = 6, 5.0       # an agent has six times initDelay to begin, and so long at least
@@ -15789,6 +15790,7 @@ class PitDaemon:
         self.why_left = ""
         self.idle_since: float | None = None
         self.starting: asyncio.Lock | None = None
+        self.screens_at: dict[str, float] = {} # when an epic's screen was kept (monotonic)
         self.reviving: set[str] = set()        # headless epics whose dispatcher is being started again
 
     # ---- recording
@@ -15902,6 +15904,7 @@ class PitDaemon:
         self.journal.append("daemon_left", {"why": self.why_left})
         with contextlib.suppress(OSError):
             os.unlink(self.project.socket)
+            os.rmdir(os.path.dirname(self.project.socket))
 
     def leave(self, why: str) -> None:
         """End this daemon; agents go on."""
@@ -16007,7 +16010,11 @@ class PitDaemon:
             if pane is None:
                 self.record("epic_paused", epic=name, reason="WINDOW_GONE",
                             detail="its window, or the tmux server, is gone")
-            elif pane.is_dead:
+            elif not pane.is_dead:
+                if time.monotonic() - self.screens_at.get(name, -math.inf) > SCREEN_EVERY_S:
+                    self.screens_at[name] = time.monotonic()
+                    await keep_screen(self, epic, pane)
+            else:
                 words = await self.last_words(pane)
                 self.record("epic_paused", epic=name, reason="AGENT_EXITED", detail=words)
 
@@ -17491,6 +17498,89 @@ def project_hash_of(folder: str) -> str:
     return Tmux("", folder, "", {}, 0).key
 
 
+# ---- a demonstration
+
+DEMO_EPICS = {
+    # epic: the titles of its tickets
+    "auth": ("Keep users in a table", "Log in", "Log out"),
+    "pay": ("A price list", "An invoice", "A receipt"),
+}
+DEMO_PIT_S = 120.0             # how long a demonstration may take
+
+
+def make_pit_demo(folder: str, env: Mapping[str, str]) -> dict[str, str]:
+    """A repository with two epics in `folder`, for the scripted agent; the environment to work in it."""
+    import subprocess
+
+    root = os.path.join(folder, "shop")
+    os.makedirs(root)
+    own = {**pit_env(env), "XDG_DATA_HOME": os.path.join(folder, "data"), "TMUX_TMPDIR": folder,
+           "GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost", "GIT_COMMITTER_NAME": "demo",
+           "GIT_COMMITTER_EMAIL": "demo@localhost"}
+    write_file(os.path.join(root, "README.md"), b"# A shop\n", mode=0o644)
+    write_file(os.path.join(root, ".pit.json"), b'{"agent": "demo", "clearDelay": 300}\n', mode=0o644)
+    for words in (("init", "-q", "-b", "main"), ("add", "-A"), ("commit", "-q", "-m", "A shop")):
+        done = subprocess.run(["git", "-C", root, *words], env=git_env(own), capture_output=True, text=True,
+                              check=False)
+        if done.returncode:
+            raise EnvironmentFault(f"git {words[0]}: {done.stderr.strip()}")
+    rows = []
+    for name, titles in DEMO_EPICS.items():
+        rows.append({"id": f"shop-{name}", "title": name, "issue_type": "epic"})
+        for n, title in enumerate(titles, 1):
+            own_id, before = f"shop-{name}.{n}", f"shop-{name}.{n - 1}"
+            needs = [{"issue_id": own_id, "depends_on_id": f"shop-{name}", "type": ABOVE}]
+            needs += [{"issue_id": own_id, "depends_on_id": before, "type": "blocks"}] if n > 1 else []
+            script = f"$ write {name}{n}.txt {title}\n$ commit {title}"
+            rows.append({"id": own_id, "title": title, "description": script, "dependencies": needs})
+    with change_issues(find_project(root).common) as issues:
+        import_issues(issues, list(enumerate(rows, 1)), rfc3339_now())
+    return own
+
+
+def run_pit_demo(call: PitCall) -> dict:
+    """Work through two epics of three tickets with the scripted agent, in a project and tmux of its own."""
+    import shutil
+    import tempfile
+
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="pit-demo-"))
+    keep, inner = call.options.keep, None
+    try:
+        env = make_pit_demo(folder, call.env)
+        options = make_pit_options("start", epics=",".join(DEMO_EPICS), headless=call.options.headless)
+        inner = PitCall(options, folder, find_project(os.path.join(folder, "shop")), env, False)
+        started = pit_start(inner)
+        watched = make_pit_options("watch", until="settled", timeout=DEMO_PIT_S)
+        place = place_of_project(inner)
+        for _ in watch_lines(watched, place):
+            pass
+        state = read_session(place)
+        shown = {name: show_epic(state, epic) for name, epic in state.epics.items()}
+        if any(epic["state"] != "done" for epic in shown.values()):
+            keep = True
+            raise PitError("failed", f"the demonstration did not end as it should; it is kept in {folder}",
+                           epics=shown)
+        return {"project": inner.project.path, "epics": shown, "attach": started["attach"] if keep else None}
+    finally:
+        if not keep:
+            if inner is not None:
+                with contextlib.suppress(PitbossError):
+                    pit_teardown(inner._replace(options=make_pit_options("teardown", force=True)))
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_pit_options(name: str, **given: Any) -> Any:
+    """The options of a command of the loop as its parser would give them."""
+    import types
+
+    row = next(c for c in PIT_LOOP_COMMANDS if c.name == name)
+    values = {}
+    for flags, settings in row.args:
+        dest = settings.get("dest") or flags[-1].lstrip("-").replace("-", "_")
+        values[dest] = settings.get("default", False if settings.get("action") == "store_true" else None)
+    return types.SimpleNamespace(**{**values, **given})
+
+
 _EPIC = (("epic",), {"metavar": "EPIC", "help": "an epic of the session, in either form of its id"})
 _ONE_EPIC = (("epic",), {"metavar": "EPIC", "nargs": "?", "help": "only this one"})
 _TYPES = {"count": int, "number": float}
@@ -17539,6 +17629,11 @@ PIT_LOOP_COMMANDS = (
         (("verb",), {"choices": tuple(PIT_DAEMON_VERBS), "metavar": "VERB",
                      "help": "start, stop, status or restart"}),),
         "start, stop or look at the project's daemon", "daemon status"),
+    PitCommand("demo", run_pit_demo, "", (
+        (("--headless",), {"action": "store_true", "help": "without tmux"}),
+        (("--keep",), {"action": "store_true", "help": "leave project and windows to be looked at"})),
+        "work through two epics with the scripted agent, in a temporary project", "demo --keep",
+        needs_project=False),
 )
 
 

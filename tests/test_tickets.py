@@ -635,6 +635,23 @@ def test_the_configuration_says_where_tickets_are(beads):
         assert refusal(beads.project, "ticket", "list")["tracker"] == beads.name
 
 
+def test_a_session_keeps_its_tickets_where_it_found_them(beads, tmp_path):
+    """`start --beads-binary embedded` beside a .beads: the agents' own command follows it."""
+    env = {"USER": "ann", "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
+    folder = Path(pitboss.session_folder(beads.project.path, env))
+    folder.mkdir(parents=True)
+    events = [{"kind": "pit_opened", "format": 1, "settings": {}, "tracker": "embedded"},
+              {"kind": "epic_added", "epic": "a", "epic_id": "x-a", "title": "T", "agent": "demo", "model": None,
+               "headless": False, "branch": "pit/a", "base": "main", "worktree": "/w/a", "tickets": []}]
+    lines = [json.dumps({"seq": n, "at": 1000.0 + n, **e}) + "\n" for n, e in enumerate(events, 1)]
+    (folder / "journal.jsonl").write_text("".join(lines))
+    assert pit(beads.project, "ticket", "list", env=env) == []
+    (folder / "journal.jsonl").write_text(lines[0])
+    assert refusal(beads.project, "ticket", "list", env=env)["tracker"] == beads.name, "a session without epics is none"
+    (folder / "journal.jsonl").write_text("broken\n" + "".join(lines))
+    assert refusal(beads.project, "ticket", "list", env=env)["tracker"] == beads.name
+
+
 @pytest.mark.real
 def test_the_real_br(project, monkeypatch, tmp_path):
     program = os.environ.get("PITBOSS_TEST_BR")
