@@ -15573,28 +15573,32 @@ def pit_error(error: PitbossError) -> dict:
                       **getattr(error, "facts", {})}}
 
 
-def wanted_tracker(project: Project) -> str:
-    """The beadsBinary of a project's `.pit.json`; `auto` where it says nothing, or is broken."""
-    try:
-        with open(os.path.join(project.path, ".pit.json"), encoding="utf-8") as f:
-            given, problems = read_pit_config(f.read())
-    except (OSError, UnicodeDecodeError):
-        return "auto"
-    return "auto" if problems else given.get("beadsBinary", "auto")
-
-
 def run_pit_ticket(name: str, call: PitCall) -> Any:
     """A verb on tickets, where the embedded store has them."""
     import shlex
 
     verb = TICKET_VERBS[name]
-    tracker = pick_tracker(call.project, wanted_tracker(call.project))
+    tracker = pick_tracker(call.project, wanted_tracker(call))
     if tracker.needs_program:
         quoted = {k: shlex.quote(str(v)) for k, v in vars(call.options).items()}
         raise PitRefused(f"the tickets of this project are in {tracker.name}",
                          hint=f"{tracker.name} {verb.beads.format_map(quoted)}", why="tracker",
                          tracker=tracker.name)
     return run_ticket_verb(call.project, verb, call.options, call.env)
+
+
+def wanted_tracker(call: PitCall) -> str:
+    """Where a project's tickets are: as its session has it, else as .pit.json says, else `auto`.
+
+    Whatever else is wrong with either keeps nobody from tickets.
+    """
+    place = place_of_project(call)
+    with contextlib.suppress(PitbossError):
+        state = read_session(place)
+        if state.epics and state.facts.get("tracker") in TRACKERS:
+            return state.facts["tracker"]
+    text = read_text(os.path.join(place.root, ".pit.json"))
+    return (read_pit_config(text)[0] if text else {}).get("beadsBinary") or "auto"
 
 
 def run_pit_export(call: PitCall) -> Any:

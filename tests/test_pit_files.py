@@ -124,7 +124,7 @@ def test_an_old_block_is_brought_up_to_date(project):
     path.write_text(f"# Mine\n\n{AGENTS.start}\nan older manual\n{AGENTS.end}\n\nMore of mine\n")
     assert pit(project, "init")["action"] == "updated"
     text = path.read_text()
-    assert text.startswith("# Mine\n\n") and text.endswith(f"{AGENTS.end}\n\nMore of mine\n") and "older" not in text
+    assert text.startswith("# Mine\n\n") and text.endswith(f"{AGENTS.end}\n\nMore of mine\n") and "an older" not in text
     assert pit(project, "init")["changed"] is False
     pit(project, "uninstall")
     assert path.read_text() == "# Mine\n\n\nMore of mine\n"
@@ -186,6 +186,7 @@ def test_what_the_manual_names_exists():
     for line in shown:
         words = pitboss.split_typed(line)[1:]
         assert words[0] in CONTRACT_COMMANDS, line
+        assert words[0] == "COMMAND" or any(n.split()[0] == words[0] for n in pitboss.PIT_COMMANDS), line
     for line in (s for s in shown if s.startswith("pit ticket add \"")):
         assert pitboss.parse_pit(pitboss.split_typed(line)[1:], "pit")[0] in pitboss.PIT_COMMANDS, line
 
