@@ -14147,14 +14147,17 @@ class Tmux:
     async def ensure_session(self, name: str) -> str:
         """The id of a session, which is made where there is none: with a window that keeps it alive."""
         width, height = map(str, WINDOW_SIZE)
+        os.makedirs(os.path.dirname(self.socket), mode=0o700, exist_ok=True)
         for attempt in range(TMUX_AGAIN):
             if found := await self.session_of(name):
                 return found
             try:
                 out = await self.run("new-session", "-d", "-s", quote_end(quote_format(name)), "-n", "home",
                                      "-x", width, "-y", height, "-c", quote_end(quote_format(self.project)),
-                                     "-P", "-F", "#{session_id} #{window_id} #{pane_id}")
-                session_id, window_id, _ = out.split()
+                                     "-P", "-F", "#{session_id} #{window_id}")
+                if not out.strip():      # a server that cannot make its socket says so with status 0
+                    raise TmuxFailed(f"tmux could not start a server at {self.socket}")
+                session_id, window_id = out.split()
                 await self.run("set-option", "-w", "-t", window_id, "@pit-home", self.key)
                 return session_id
             except TmuxFailed as e:      # somebody else was faster, or the last server is just ending
@@ -14545,7 +14548,8 @@ def quote_path(path: str) -> str:
 def transcript_usage(path: str) -> dict | None:
     """What a conversation has used so far, from claude's transcript; None where that cannot be read.
 
-    A message stands there in several lines, one for each of its blocks, each with the usage so far.
+    A message stands there in several lines, one for each of its blocks, each with the usage so far.  The last
+    message of a turn may come a moment after the hook that tells of the turn's end (measured with 2.1.197).
     """
     used: dict[str, Usage] = {}
     try:
@@ -14699,10 +14703,12 @@ def clean_lines(screen: str) -> list[str]:
 
 # ---- telling agents
 
-PASTE_S = 0.25             # from a paste to its Enter: an agent takes a paste in during that time
+PASTE_S = 0.3              # from a paste to its Enter: an agent takes a paste in during that time
+PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
 CONFIRM_S = (2.0, 2.0, 20.0)      # from each Enter to the event that tells of the prompt
 CLEAR_ENTERS = 3
 ESCAPE_S = 1.5             # from an interrupt to the next try, while the title still tells of a turn
+HOOKS_S = 60.0             # how long the hooks of an agent's user may take after the end of a turn
 CLEAR_S = 10.0             # from a command that clears to its event
 
 
@@ -14724,20 +14730,34 @@ def is_prompt(event: dict, text: str) -> bool:
     return squeeze(text) in squeeze(event.get("prompt", ""))
 
 
-async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable) -> bool:
+async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable, home: str = "") -> bool:
     """Hand a prompt to an agent; False when it was never confirmed.
 
     `submitted`: async (seconds) -> whether the event of this prompt comes in that time.  An Enter is pressed
-    again only after it did not; after the last one an agent that has only just started is waited for.  Raises
-    TmuxFailed and its kinds.
+    again only after it did not; after the last one an agent that has only just started is waited for.
+    `home`: of the agent's row.  Raises TmuxFailed and its kinds.
     """
-    await tmux.paste(pane_id, guard_prompt(text))
-    await asyncio.sleep(PASTE_S)
+    for _ in range(PASTE_AGAIN):
+        empty = home and home in await tmux.capture(pane_id, WINDOW_SIZE[1])
+        await tmux.paste(pane_id, guard_prompt(text))
+        await asyncio.sleep(PASTE_S)
+        if not empty or await leaves_home(tmux, pane_id, home):
+            break                  # opencode draws its box before it takes a paste
     for seconds in CONFIRM_S:
         await tmux.press(pane_id, "Enter")
         if await submitted(seconds):
             return True
     return False
+
+
+async def leaves_home(tmux: Tmux, pane_id: str, home: str) -> bool:
+    """Whether a paste shows in the box of an agent within a few seconds."""
+    deadline = time.monotonic() + PASTE_SHOWN_S
+    while home in await tmux.capture(pane_id, WINDOW_SIZE[1]):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.1)
+    return True
 
 
 async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callable) -> bool:
@@ -14746,6 +14766,11 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
     `cleared`: async (seconds) -> whether the event of it comes in that time; of an agent that tells none, its
     screen is looked at instead.
     """
+    if row.home and row.home in await tmux.capture(pane_id, WINDOW_SIZE[1]):
+        return True                    # nothing was said in it yet, and its box is empty
+    deadline = time.monotonic() + HOOKS_S
+    while is_busy((await tmux.pane(pane_id)).title) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)       # hooks of its user may go on after ours; a key would end them
     if row.empties:
         await tmux.press(pane_id, *row.empties)
         await asyncio.sleep(PASTE_S)

@@ -222,6 +222,17 @@ def test_two_that_start_the_server_at_once_both_get_their_window(desk):  # noqa:
     assert desk.raw("list-sessions", "-F", "#{session_name}") == "pit\n"
 
 
+def test_a_server_is_started_where_its_folder_is_missing_and_one_that_cannot_be_is_told(desk):  # noqa: F811
+    desk.socket = desk.tmux.socket = str(desk.root / "new" / "folder" / "s")
+    assert shell(desk, "e", "sleep 60").epic == "e"
+    desk.raw("kill-server")
+    (desk.root / "file").write_text("")
+    desk.socket = desk.tmux.socket = str(desk.root / ("x" * 200))
+    with pytest.raises(pitboss.TmuxFailed):
+        shell(desk, "e", "sleep 60")
+    desk.socket = desk.tmux.socket = str(desk.root / "s")
+
+
 def test_the_status_text_is_shown_and_taken_away(desk):  # noqa: F811
     shell(desk, "e", "sleep 60")
     desk.do(desk.tmux.set_status("pit 2 running #{pid} 1 paused;"))
