@@ -12642,6 +12642,11 @@ class MissingProgram(PitFault, InvalidInput):
 
     word = "missing_program"
 
+    @property
+    def program(self) -> str:
+        """Its name."""
+        return self.facts.get("program", "")
+
 
 class NotARepository(PitFault, InvalidInput):
     """The folder belongs to no project."""
@@ -15578,6 +15583,7 @@ class PitCommand(NamedTuple):
     example: str
     in_agent: bool = False     # whether an agent of an epic may call it
     needs_project: bool = True
+    more: str = ""             # what its own help text says besides
 
 
 def pit_word(error: PitbossError) -> str:
@@ -15598,13 +15604,27 @@ def run_pit_ticket(name: str, call: PitCall) -> Any:
     import shlex
 
     verb = TICKET_VERBS[name]
-    tracker = pick_tracker(call.project)
+    tracker = pick_tracker(call.project, wanted_tracker(call))
     if tracker.needs_program:
         quoted = {k: shlex.quote(str(v)) for k, v in vars(call.options).items()}
         raise PitRefused(f"the tickets of this project are in {tracker.name}",
                          hint=f"{tracker.name} {verb.beads.format_map(quoted)}", why="tracker",
                          tracker=tracker.name)
     return run_ticket_verb(call.project, verb, call.options, call.env)
+
+
+def wanted_tracker(call: PitCall) -> str:
+    """Where a project's tickets are: as its session has it, else as .pit.json says, else `auto`.
+
+    Whatever else is wrong with either keeps nobody from tickets.
+    """
+    place = place_of_project(call)
+    with contextlib.suppress(PitbossError):
+        state = read_session(place)
+        if state.epics and state.facts.get("tracker") in TRACKERS:
+            return state.facts["tracker"]
+    text = read_text(os.path.join(place.root, ".pit.json"))
+    return (read_pit_config(text)[0] if text else {}).get("beadsBinary") or "auto"
 
 
 def run_pit_export(call: PitCall) -> Any:
@@ -15657,7 +15677,6 @@ def ticket_handler(verb: TicketVerb) -> Callable:
     return there or functools.update_wrapper(functools.partial(run_pit_ticket, verb.name), verb.run)
 
 
-
 # ---- the loop's own commands ----
 
 PIT_ROOT = "/tmp/pit"          # not TMPDIR: every caller has to find the socket, and its path must be short
@@ -15665,6 +15684,7 @@ IDLE_S = 60.0                  # how long a daemon stays when all epics are done
 RECHECK_S = 15.0               # between two looks at a tracker that fails, or has nothing ready
 SPOOL_EVERY_S = 0.2            # between two looks at the spools; a hook's poke comes sooner
 PANES_EVERY_S = 0.5            # between two looks at the windows, and at headless hands
+SCREEN_EVERY_S = 10.0          # between two copies of a screen, for `log` once its window is gone
 DAEMON_START_S = 20.0          # how long a command waits for the daemon that it started
 SHOWN_LINES = 12               # of a screen that a reason shows
 START_FACTOR, START_LEAST_S = 6, 5.0       # an agent has six times initDelay to begin, and so long at least
@@ -15796,6 +15816,7 @@ class PitDaemon:
         self.why_left = ""
         self.idle_since: float | None = None
         self.starting: asyncio.Lock | None = None
+        self.screens_at: dict[str, float] = {} # when an epic's screen was kept (monotonic)
         self.reviving: set[str] = set()        # headless epics whose dispatcher is being started again
 
     # ---- recording
@@ -15909,6 +15930,7 @@ class PitDaemon:
         self.journal.append("daemon_left", {"why": self.why_left})
         with contextlib.suppress(OSError):
             os.unlink(self.project.socket)
+            os.rmdir(os.path.dirname(self.project.socket))
 
     def leave(self, why: str) -> None:
         """End this daemon; agents go on."""
@@ -16014,7 +16036,11 @@ class PitDaemon:
             if pane is None:
                 self.record("epic_paused", epic=name, reason="WINDOW_GONE",
                             detail="its window, or the tmux server, is gone")
-            elif pane.is_dead:
+            elif not pane.is_dead:
+                if time.monotonic() - self.screens_at.get(name, -math.inf) > SCREEN_EVERY_S:
+                    self.screens_at[name] = time.monotonic()
+                    await keep_screen(self, epic, pane)
+            else:
                 words = await self.last_words(pane)
                 self.record("epic_paused", epic=name, reason="AGENT_EXITED", detail=words)
 
@@ -17498,6 +17524,89 @@ def project_hash_of(folder: str) -> str:
     return Tmux("", folder, "", {}, 0).key
 
 
+# ---- a demonstration
+
+DEMO_EPICS = {
+    # epic: the titles of its tickets
+    "auth": ("Keep users in a table", "Log in", "Log out"),
+    "pay": ("A price list", "An invoice", "A receipt"),
+}
+DEMO_PIT_S = 120.0             # how long a demonstration may take
+
+
+def make_pit_demo(folder: str, env: Mapping[str, str]) -> dict[str, str]:
+    """A repository with two epics in `folder`, for the scripted agent; the environment to work in it."""
+    import subprocess
+
+    root = os.path.join(folder, "shop")
+    os.makedirs(root)
+    own = {**pit_env(env), "XDG_DATA_HOME": os.path.join(folder, "data"), "TMUX_TMPDIR": folder,
+           "GIT_AUTHOR_NAME": "demo", "GIT_AUTHOR_EMAIL": "demo@localhost", "GIT_COMMITTER_NAME": "demo",
+           "GIT_COMMITTER_EMAIL": "demo@localhost"}
+    write_file(os.path.join(root, "README.md"), b"# A shop\n", mode=0o644)
+    write_file(os.path.join(root, ".pit.json"), b'{"agent": "demo", "clearDelay": 300}\n', mode=0o644)
+    for words in (("init", "-q", "-b", "main"), ("add", "-A"), ("commit", "-q", "-m", "A shop")):
+        done = subprocess.run(["git", "-C", root, *words], env=git_env(own), capture_output=True, text=True,
+                              check=False)
+        if done.returncode:
+            raise EnvironmentFault(f"git {words[0]}: {done.stderr.strip()}")
+    rows = []
+    for name, titles in DEMO_EPICS.items():
+        rows.append({"id": f"shop-{name}", "title": name, "issue_type": "epic"})
+        for n, title in enumerate(titles, 1):
+            own_id, before = f"shop-{name}.{n}", f"shop-{name}.{n - 1}"
+            needs = [{"issue_id": own_id, "depends_on_id": f"shop-{name}", "type": ABOVE}]
+            needs += [{"issue_id": own_id, "depends_on_id": before, "type": "blocks"}] if n > 1 else []
+            script = f"$ write {name}{n}.txt {title}\n$ commit {title}"
+            rows.append({"id": own_id, "title": title, "description": script, "dependencies": needs})
+    with change_issues(find_project(root).common) as issues:
+        import_issues(issues, list(enumerate(rows, 1)), rfc3339_now())
+    return own
+
+
+def run_pit_demo(call: PitCall) -> dict:
+    """Work through two epics of three tickets with the scripted agent, in a project and tmux of its own."""
+    import shutil
+    import tempfile
+
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="pit-demo-"))
+    keep, inner = call.options.keep, None
+    try:
+        env = make_pit_demo(folder, call.env)
+        options = make_pit_options("start", epics=",".join(DEMO_EPICS), headless=call.options.headless)
+        inner = PitCall(options, folder, find_project(os.path.join(folder, "shop")), env, False)
+        started = pit_start(inner)
+        watched = make_pit_options("watch", until="settled", timeout=DEMO_PIT_S)
+        place = place_of_project(inner)
+        for _ in watch_lines(watched, place):
+            pass
+        state = read_session(place)
+        shown = {name: show_epic(state, epic) for name, epic in state.epics.items()}
+        if any(epic["state"] != "done" for epic in shown.values()):
+            keep = True
+            raise PitError("failed", f"the demonstration did not end as it should; it is kept in {folder}",
+                           epics=shown)
+        return {"project": inner.project.path, "epics": shown, "attach": started["attach"] if keep else None}
+    finally:
+        if not keep:
+            if inner is not None:
+                with contextlib.suppress(PitbossError):
+                    pit_teardown(inner._replace(options=make_pit_options("teardown", force=True)))
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_pit_options(name: str, **given: Any) -> Any:
+    """The options of a command of the loop as its parser would give them."""
+    import types
+
+    row = next(c for c in PIT_LOOP_COMMANDS if c.name == name)
+    values = {}
+    for flags, settings in row.args:
+        dest = settings.get("dest") or flags[-1].lstrip("-").replace("-", "_")
+        values[dest] = settings.get("default", False if settings.get("action") == "store_true" else None)
+    return types.SimpleNamespace(**{**values, **given})
+
+
 _EPIC = (("epic",), {"metavar": "EPIC", "help": "an epic of the session, in either form of its id"})
 _ONE_EPIC = (("epic",), {"metavar": "EPIC", "nargs": "?", "help": "only this one"})
 _TYPES = {"count": int, "number": float}
@@ -17546,10 +17655,522 @@ PIT_LOOP_COMMANDS = (
         (("verb",), {"choices": tuple(PIT_DAEMON_VERBS), "metavar": "VERB",
                      "help": "start, stop, status or restart"}),),
         "start, stop or look at the project's daemon", "daemon status"),
+    PitCommand("demo", run_pit_demo, "", (
+        (("--headless",), {"action": "store_true", "help": "without tmux"}),
+        (("--keep",), {"action": "store_true", "help": "leave project and windows to be looked at"})),
+        "work through two epics with the scripted agent, in a temporary project", "demo --keep",
+        needs_project=False),
 )
 
 
+# ---- the orchestrator's manual, and what is written into files of the user ----
+
+class PauseAdvice(NamedTuple):
+    """What an orchestrator does about a reason to pause."""
+
+    reason: str
+    advice: str
+
+
+PAUSE_ADVICE = {a.reason: a for a in (
+    PauseAdvice("MANUAL", "you, or a human, paused it: `pit resume E` when that is over"),
+    PauseAdvice("NEEDS_HUMAN_INPUT", "the agent stopped and its ticket is still open; its last words follow. "
+                "Read `pit log E`, then `pit resume E --message` with the answer. If the ticket was "
+                "unclear, correct it, then `pit resume E`. Ask the human what only a human can decide"),
+    PauseAdvice("PERMISSION", "it waits for a yes in its window: a human answers there (`tmux attach`), or "
+                "`pit resume E --message` tells it to go another way"),
+    PauseAdvice("TIMEOUT", "the ticket took longer than `ticketTimeout`: read the log; it is too big, or the "
+                "agent goes in circles. Split the ticket, or `pit resume E --message` with a better way"),
+    PauseAdvice("BLOCKED", "tickets are left and none is ready; each is named with what it waits for. Finish "
+                "or close that, or drop the dependency; the epic goes on by itself"),
+    PauseAdvice("AGENT_START", "the agent program shows no sign of life; its screen follows: a login, a "
+                "question of trust, a crash. A human deals with it in the window, then `pit resume E`"),
+    PauseAdvice("AGENT_EXITED", "the agent program ended; `pit resume E` starts it again with the same "
+                "ticket"),
+    PauseAdvice("API_ERROR", "the provider said no: a limit, an overload, a bad key. Wait, or let a human "
+                "see to it, then `pit resume E`"),
+    PauseAdvice("DELIVERY", "the prompt was not taken: look at `pit log E`, then `pit resume E`"),
+    PauseAdvice("WINDOW_GONE", "somebody closed the window, or tmux ended; `pit resume E` makes it anew"),
+    PauseAdvice("TRACKER", "the tracker fails; what it said follows. The epic goes on by itself once the "
+                "tracker answers"),
+    PauseAdvice("WORKTREE", "the worktree is missing, or the agent is somewhere else; `pit resume E` makes "
+                "it anew"),
+)}
+
+MANUAL = """\
+## Running agents with pit (for the orchestrating model)
+
+You plan, write tickets, start agents and look after them; you do not write the code of a running epic
+yourself. `pit` gives each epic a git worktree, a branch `pit/EPIC`, a tmux window and one coding agent. A
+daemon hands that agent one ticket after another, and clears its context in between, until all tickets of
+the epic are closed. Where `pit` is not on PATH, `python3 pitboss.py pit` is the same. Run it anywhere in
+the repository, or with `-C DIR`.
+
+Every answer is one JSON value on stdout; `--pretty` is for people. Nothing asks, and doing a thing twice
+does no harm. A refusal is `{{"error": {{"code", "message", "hint"}}}}`: do what its hint says. Exit codes:
+0 done, 1 failed or not reached in time, 2 usage, configuration or a missing program, 3 no such epic or
+ticket, 4 refused.
+
+**The agents run without permission checks, and every ticket costs tokens.** They do whatever tickets and
+files tell them. Use it only where the human wants that, and never with tickets or code from people who are
+not trusted.
+
+### Workflow
+
+1. Agree with the human on what is wanted. Look at the code before you cut the work into tickets.
+2. Make one epic for each part that can be built, reviewed and merged on its own, so that epics do not
+   change the same files; two to four at a time are plenty. Then write its tickets (below).
+3. Look at the order: `pit ticket ready --parent EPIC` shows what would be begun, `pit ticket list --parent
+   EPIC` all. Commit what the agents need; worktrees begin at `baseBranch`, uncommitted changes are not in
+   them.
+4. `pit start --epics A,B` and tell the human how to watch: `tmux attach -t pit`, windows `epic-A` and
+   `epic-B`. Without tmux: `--headless`. A further epic later: `pit add C`.
+5. Wait: `pit watch --until settled --timeout 600`, again and again, ends when no epic is at work; `--until
+   paused` as soon as one needs you. It costs nothing; calling `status` in a loop does.
+6. Deal with each paused epic (table below), resume it, and go back to 5. The others go on meanwhile.
+7. When an epic is `done`, review it: `git log BASE..pit/EPIC`, `git diff BASE...pit/EPIC`, run the checks
+   in its worktree. What is wrong becomes new tickets (`pit ticket add … --parent EPIC`) and `pit start
+   --epics EPIC` again.
+8. Merge only as the human told you to; close the epic (`pit ticket close EPIC`) if they agree.
+9. `pit teardown EPIC`, or `pit teardown` for all. It refuses when something would be lost and says what:
+   commit or merge that, rather than use `--force` (which keeps it in a rescue ref).
+
+### Tickets
+
+The agent sees one ticket, the repository and this file, and nothing of this conversation or of the tickets
+before. So a ticket says all of it: what is wrong or wanted and why; the files and functions to begin with;
+how it must behave, edge cases included; what must not change; decisions that are already made; and how one
+sees that it is done: the command to run and what it must print (`--acceptance`). One ticket is one commit
+that passes the checks by itself, an hour's work at most. Split what needs an "and". Say which ticket needs
+which (`--deps`, `pit ticket dep add`); within an epic they are done one by one, by priority (0 first), then
+number. Rules for all tickets (style, checks to run before a commit, whether to push) belong into the rest
+of this file.
+
+    pit ticket add "Log in by mail" -t epic -d "Users log in with a link that is sent by mail."
+    pit ticket add "Table of links" --parent EPIC -d "In src/db.py …" --acceptance "pytest tests/test_db.py"
+    pit ticket add "Send the link" --parent EPIC --deps EPIC.1 -d "…" --acceptance "…"
+
+If the project has its tickets in beads, they are made and read with `bd` or `br` in the same words (`bd
+create`, `bd ready --parent EPIC`, `bd show ID`, `bd dep add ID NEEDS`); `pit ticket` then says so.
+`tracker` of `pit status` tells which. Leave tickets that an agent works on alone, and do not close them in
+its place.
+
+### Watching and stepping in
+
+`pit status` tells each epic's `state` (queued, starting, running, paused, done), `progress` (closed of
+all), `ticket` and `reason`; `pit status EPIC` its tickets, too. `pit log EPIC --lines 100` shows what the
+agent shows. `pit resume EPIC --message "…"` puts a text into its conversation: an answer, a correction; a
+running one takes it, too. `pit pause EPIC` interrupts a turn that goes wrong. Resuming without a message
+sends the same ticket again into a cleared context: right after you corrected the ticket itself. `pit stop
+EPIC` ends its agent and gives the ticket back; branch and worktree stay, and `pit start` goes on.
+
+| reason | what to do |
+|---|---|
+{reasons}
+
+A ticket that was paused twice for the same reason is a bad ticket: rewrite or split it. Tell the human what
+needs a human, in one message, with epic, ticket and what the agent said; do not guess at passwords, keys,
+money or taste.
+
+### Commands
+
+{commands}
+
+Settings are in `.pit.json` in the project root (`agent`, `model`, `baseBranch`, `maxConcurrent`,
+`ticketTimeout` in minutes, …); a flag of `start` counts more. `pit COMMAND --help` tells all flags."""
+
+
+def render_manual(commands: Iterable[PitCommand]) -> str:
+    """The orchestrator's manual, from the tables."""
+    return MANUAL.format(reasons="\n".join(f"| `{a.reason}` | {a.advice} |" for a in PAUSE_ADVICE.values()),
+                         commands="\n".join(f"- `pit {c.name} {c.usage}".rstrip() + f"`: {c.help}"
+                                            for c in commands))
+
+
+class Marks(NamedTuple):
+    """What a block of pit in somebody's file stands between, and how a comment of that file looks."""
+
+    what: str                  # its name in answers
+    start: str                 # a line of its own, like `end`
+    end: str
+    comment: str               # with the place of its words
+
+
+MARKS = {m.what: m for m in (Marks("AGENTS.md block", "<!-- pit:orchestrator:start -->",
+                                   "<!-- pit:orchestrator:end -->", "<!-- {} -->"),
+                             Marks("keys", "# pit:keys:start", "# pit:keys:end", "# {}"),
+                             Marks("status", "# pit:status:start", "# pit:status:end", "# {}"),)}
+# The second line of a block: what else is its own, so that taking it away leaves every other byte.
+BLOCK_ORIGINS = {
+    "made":  "written by pit, and so was this file; `pit uninstall` takes it away",
+    "added": "written by pit, and so was the line break before it; `pit uninstall` takes it away",
+}
+
+
+def find_block(data: bytes, marks: Marks, path: str) -> tuple[int, int] | None:
+    """Where a block begins and where its last line ends; None: there is none.
+
+    Raises PitRefused for half a block.
+    """
+    found = {}
+    for mark in (marks.start, marks.end):
+        pattern = rb"(?m)^[ \t]*" + re.escape(mark.encode()) + rb"[ \t]*(?=\r?$)"
+        found[mark] = [*re.finditer(pattern, data)]
+    starts, ends = found[marks.start], found[marks.end]
+    if not starts and not ends:
+        return None
+    if len(starts) != 1 or len(ends) != 1 or starts[0].start() > ends[0].start():
+        def lines(matches: list) -> str:
+            return ", ".join(str(data[:m.start()].count(b"\n") + 1) for m in matches) or "none"
+
+        raise PitRefused(f"{path} has no whole block: its beginnings are in lines {lines(starts)}, its ends "
+                         f"in "
+                         f"lines {lines(ends)}", why="half a block",
+                         hint=f"take out every line {marks.start} and {marks.end}, and what is between them")
+    return starts[0].start(), ends[0].end()
+
+
+def put_block(data: bytes | None, marks: Marks, body: str, path: str) -> bytes:
+    """A file with the block in it, appended or in the place of the one that is there; None: no file yet."""
+    there = find_block(data, marks, path) if data else None
+    newline = "\r\n" if data and b"\r\n" in data else "\n"
+    if there:
+        old = data[there[0]:there[1]].decode("utf-8", "replace")
+        origin = next((o for o, words in BLOCK_ORIGINS.items() if words in old), "")
+    else:
+        origin = "made" if data is None else "added"
+    note = [marks.comment.format(BLOCK_ORIGINS[origin])] if origin else []
+    block = newline.join([marks.start, *note, *body.splitlines(), marks.end]).encode()
+    if there:
+        return data[:there[0]] + block + data[there[1]:]
+    own = newline.encode()
+    return block + own if data is None else data + own + block + own
+
+
+def take_block(data: bytes, marks: Marks, path: str) -> bytes | None:
+    """A file without the block, as it was before; None: it only ever held the block."""
+    there = find_block(data, marks, path)
+    if there is None:
+        return data
+    begin, end = there
+    old = data[begin:end].decode("utf-8", "replace")
+    if BLOCK_ORIGINS["added"] in old:
+        begin -= 2 if data[:begin].endswith(b"\r\n") else 1 if data[:begin].endswith(b"\n") else 0
+    left = data[:begin] + re.sub(rb"\A\r?\n", b"", data[end:])
+    return None if BLOCK_ORIGINS["made"] in old and not left else left
+
+
+def read_users_file(path: str) -> bytes | None:
+    """What somebody's file holds, None: it is not there.  Raises InvalidInput and EnvironmentFault."""
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError:
+        raise InvalidInput(f"{path} is a folder; allowed: a text file") from None
+    except OSError as e:
+        raise fault_of(e, "reading a file") from None
+
+
+def change_users_file(path: str, change: Callable[[bytes | None], bytes | None]) -> str:
+    """Change somebody's file, through links and with its mode.
+
+    Returns `created`, `updated`, `removed` or `unchanged`.  `change` is given what it holds and returns what
+    it shall hold, None: it shall not be there.
+    """
+    real = os.path.realpath(path)
+    before = read_users_file(real)
+    after = change(before)
+    if after == before:
+        return "unchanged"
+    try:
+        if after is None:
+            os.unlink(real)
+            return "removed"
+        mode = 0o666 if before is None else os.stat(real).st_mode & 0o7777
+        write_file(real, after, durable=True, mode=mode)
+        if before is not None:
+            os.chmod(real, mode)       # whatever the umask
+    except OSError as e:
+        raise fault_of(e, f"writing {path}") from None
+    return "created" if before is None else "updated"
+
+
+def shown_path(project: Project | None, path: str) -> str:
+    """A path as answers tell it: relative to the project where it is inside."""
+    if project and os.path.realpath(os.path.dirname(path)).startswith(project.path + os.sep) or (
+            project and os.path.realpath(os.path.dirname(path)) == project.path):
+        return os.path.relpath(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)),
+                               project.path)
+    return path
+
+
+def handbook_file(call: PitCall) -> str:
+    """The file that `init` writes to: --file, relative to the folder, else AGENTS.md of the project."""
+    if call.options.file is not None and not call.options.file:
+        raise InvalidInput("--file is empty; allowed: the path of a text file")
+    return os.path.join(call.folder,
+                        call.options.file) if call.options.file else os.path.join(call.project.path,
+                                                                                  "AGENTS.md")
+
+
+def run_pit_init(call: PitCall) -> dict:
+    """Write the orchestrator's manual into AGENTS.md, between two markers."""
+    path, marks = handbook_file(call), MARKS["AGENTS.md block"]
+    done = change_users_file(path, lambda data: put_block(data, marks, render_manual(PIT_COMMANDS.values()),
+                                                          path))
+    return {"file": shown_path(call.project, path), "action": done, "changed": done != "unchanged"}
+
+
+# ---- keys and status line of tmux ----
+
+class PitKey(NamedTuple):
+    """One key of tmux that acts on the epic of its window."""
+
+    key: str                   # after the prefix
+    command: str
+    done: str                  # what has happened to the epic then
+
+
+PIT_KEYS = {k.key: k for k in (
+    PitKey("R", "resume", "resumed"),
+    PitKey("H", "pause", "paused"),
+)}
+PIT_STATUS = "#{@pit-status}"
+OLD_KEY = "@pit-old-"          # a server option for each key: what --force replaced
+
+
+def program_argv() -> list[str]:
+    """What starts the ticket loop from any folder, as this process was started."""
+    path = os.path.abspath(sys.argv[0])
+    if not os.path.isfile(path):
+        path = os.path.abspath(__file__)
+    runs = os.access(path, os.X_OK) and not os.path.realpath(path).endswith(".py")
+    called = os.path.splitext(os.path.basename(path))[0]
+    return [*([] if runs else [sys.executable]), path, *([] if called == "pit" else ["pit"])]
+
+
+def key_script(key: PitKey) -> str:
+    """What a key runs in sh; tmux puts in project and epic of the window, quoted for sh."""
+    import shlex
+
+    program = " ".join(map(shlex.quote, program_argv()))
+    return ("e=#{q:@pit-epic}; if [ -z \"$e\" ]; then tmux display-message \"pit: no epic in this window\"; "
+            f"elif env -u PIT_EPIC {program} -C #{{q:@pit-project}} {key.command} -- \"$e\" >/dev/null 2>&1; "
+            f"then tmux display-message \"pit: $e is {key.done}\"; "
+            f"else tmux display-message \"pit: $e is not {key.done}; pit status tells how it stands\"; fi")
+
+
+def quote_tmux(text: str) -> str:
+    """A word of a tmux configuration file."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def key_lines() -> list[str]:
+    """The keys as lines of a tmux configuration file."""
+    return [f"bind-key -T prefix {k.key} run-shell -b {quote_tmux(key_script(k))}" for k in PIT_KEYS.values()]
+
+
+def is_pit_key(line: str) -> bool:
+    """Whether a binding, as tmux lists it, is one of pit's."""
+    return "#{q:@pit-epic}" in line
+
+
+def ask_tmux(*args: str, input: str | None = None) -> tuple[int, str, str]:
+    """(exit status, output, errors) of the tmux command that a plain `tmux` is.  Raises MissingProgram."""
+    import subprocess
+
+    try:
+        done = subprocess.run(["tmux", *args], input=input, stdin=None if input is not None
+                              else subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                              check=False, timeout=30)
+    except OSError:
+        raise MissingProgram("tmux is not on PATH", hint="install tmux, or use start --headless",
+                             program="tmux") from None
+    except subprocess.TimeoutExpired:
+        raise PitFault("the tmux server did not answer in 30 s") from None
+    return done.returncode, done.stdout, done.stderr.strip()
+
+
+def tell_tmux(*args: str, input: str | None = None) -> str:
+    """The output of a tmux command.  Raises PitFault with what tmux said."""
+    code, out, err = ask_tmux(*args, input=input)
+    if code:
+        raise PitFault(f"tmux {args[0]}: {err or f'status {code}'}")
+    return out
+
+
+def has_tmux_server() -> bool:
+    """Whether a plain `tmux` reaches a server.  Raises MissingProgram."""
+    return ask_tmux("show-options", "-g", "status-right")[0] == 0
+
+
+def look_for_server(call: PitCall) -> bool:
+    """Whether there is a tmux server to change.  Raises PitRefused when there is nothing to change at all."""
+    try:
+        if has_tmux_server():
+            return True
+    except MissingProgram:
+        if not call.options.persist:
+            raise
+    if not call.options.persist:
+        raise PitRefused("no tmux server is running", why="no server",
+                         hint="start tmux first, or write it into its configuration with --persist")
+    return False
+
+
+def read_key(key: str) -> str:
+    """The binding of a key after the prefix, as tmux lists it; empty: none (tmux 3.3a: `unknown key`)."""
+    return ask_tmux("list-keys", "-T", "prefix", key)[1].strip()
+
+
+def run_pit_keybinding(call: PitCall) -> dict:
+    """Bind prefix+R (resume) and prefix+H (pause) to the epic of the window."""
+    server = look_for_server(call)
+    old = {k: line for k in PIT_KEYS if server and (line := read_key(k)) and not is_pit_key(line)}
+    path = tmux_config(call.env) if call.options.persist else None
+    theirs = foreign_keys(path) if path else {}
+    if (old or theirs) and not call.options.force:
+        said = {**theirs, **old}
+        raise PitRefused("; ".join(f"prefix+{k} is bound already: {clean_text(v)}" for k, v in said.items()),
+                         hint="--force binds it all the same; pit uninstall puts back what was there",
+                         why="bound", bound=said)
+    changed = False
+    for key in PIT_KEYS.values() if server else ():
+        wanted = ("bind-key", "-T", "prefix", key.key, "run-shell", "-b", quote_end_word(key_script(key)))
+        before = read_key(key.key)
+        if key.key in old:
+            tell_tmux("set-option", "-g", OLD_KEY + key.key, quote_end_word(old[key.key]))
+        tell_tmux(*wanted)
+        changed = changed or read_key(key.key) != before
+    if path:
+        body = "\n".join(key_lines())
+        done = change_users_file(path, lambda data: put_block(data, MARKS["keys"], body, path))
+        changed = changed or done != "unchanged"
+    return {"bound": {k.key: k.command for k in PIT_KEYS.values()}, "persisted": path, "changed": changed}
+
+
+def quote_end_word(text: str) -> str:
+    """A word of a tmux command line: a last `;` would end the command (tmux 3.3a)."""
+    return text[:-1] + "\\;" if text.endswith(";") else text
+
+
+def run_pit_status_line(call: PitCall) -> dict:
+    """Show how many epics run and wait at the right of tmux's status line."""
+    server = look_for_server(call)
+    path = tmux_config(call.env) if call.options.persist else None
+    changed = False
+    if server and PIT_STATUS not in tell_tmux("show-options", "-gqv", "status-right"):
+        tell_tmux("set-option", "-ga", "status-right", f" {PIT_STATUS}")
+        changed = True
+    if path:      # a configuration that is read twice must not append twice
+        line = ("if-shell -F '#{m:*@pit-status*,#{status-right}}' '' "
+                f"\"set-option -ga status-right ' {PIT_STATUS}'\"")
+        done = change_users_file(path, lambda data: put_block(data, MARKS["status"], line, path))
+        changed = changed or done != "unchanged"
+    return {"status": PIT_STATUS, "persisted": path, "changed": changed}
+
+
+def tmux_config(env: Mapping[str, str]) -> str:
+    """The user's tmux configuration: the first that is there, else ~/.tmux.conf (tmux 3.3a reads all)."""
+    home = home_folder(env)
+    base = env.get("XDG_CONFIG_HOME", "")
+    places = [os.path.join(home, ".tmux.conf"),
+              *([os.path.join(base, "tmux", "tmux.conf")] if os.path.isabs(base) else ()),
+              os.path.join(home, ".config", "tmux", "tmux.conf")]
+    return next((p for p in places if os.path.lexists(p)), places[0])
+
+
+def foreign_keys(path: str) -> dict[str, str]:
+    """The keys of PIT_KEYS that a tmux configuration binds outside of pit's block, with the line."""
+    data = read_users_file(os.path.realpath(path)) or b""
+    lines = (take_block(data, MARKS["keys"], path) or b"").decode("utf-8", "replace").splitlines()
+    return {key: line.strip() for line in lines if (key := bound_key(line)) in PIT_KEYS}
+
+
+def bound_key(line: str) -> str:
+    """The key after the prefix that a line of a tmux configuration binds; empty: none."""
+    import shlex
+
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        words = line.split()       # a quote that goes on in the next line
+    if words[:1] not in (["bind"], ["bind-key"]):
+        return ""
+    table, at = "prefix", 1
+    while at < len(words) and words[at].startswith("-") and len(words[at]) > 1:
+        table = "root" if "n" in words[at] else table
+        if words[at][-1] in "TN":      # these are followed by a value
+            table = words[at + 1] if words[at][-1] == "T" and at + 1 < len(words) else table
+            at += 1
+        at += 1
+    return words[at] if table == "prefix" and at < len(words) else ""
+
+
+def run_pit_uninstall(call: PitCall) -> dict:
+    """Undo init, install-keybinding and install-status, byte for byte."""
+    removed = []
+    path = handbook_file(call)
+    marks = MARKS["AGENTS.md block"]
+    if change_users_file(path, lambda data: data and take_block(data, marks, path)) != "unchanged":
+        removed.append(f"{os.path.basename(path)} block")
+    try:
+        server = has_tmux_server()
+    except MissingProgram:
+        server = False
+    config = tmux_config(call.env)
+    blocks = [what for what in ("keys", "status") if change_users_file(config, functools.partial(
+        drop_block, marks=MARKS[what], path=config)) != "unchanged"]
+    for key in PIT_KEYS:
+        if (server and drop_key(key)) or "keys" in blocks:
+            removed.append(f"key {key}")
+    if (server and drop_status()) or "status" in blocks:
+        removed.append("status")
+    return {"removed": removed, "changed": bool(removed)}
+
+
+def drop_block(data: bytes | None, marks: Marks, path: str) -> bytes | None:
+    """What a file holds without a block."""
+    return take_block(data, marks, path) if data else data
+
+
+def drop_key(key: str) -> bool:
+    """Take a key of pit out of the running server, and put back what it replaced; False: it is not pit's."""
+    if not is_pit_key(read_key(key)):
+        return False
+    old = tell_tmux("show-options", "-gqv", OLD_KEY + key).strip("\n")
+    tell_tmux("unbind-key", "-T", "prefix", key)
+    if old:
+        tell_tmux("source-file", "-", input=old + "\n")
+    tell_tmux("set-option", "-gu", OLD_KEY + key)
+    return True
+
+
+def drop_status() -> bool:
+    """Take pit's part out of the status line of the running server; False: it is not there."""
+    shown = tell_tmux("show-options", "-gqv", "status-right").removesuffix("\n")
+    if PIT_STATUS not in shown:
+        return False
+    tell_tmux("set-option", "-g", "status-right",
+              quote_end_word(shown.replace(f" {PIT_STATUS}", "").replace(PIT_STATUS, "")))
+    return True
+
+
+_FILE = (("--file",), {"metavar": "FILE", "help": "the file with the manual (AGENTS.md of the project)"})
+_PERSIST = (("--persist",), {"action": "store_true", "help": "write it into tmux's configuration, too"})
+
 PIT_COMMANDS = {c.name: c for c in (
+    PitCommand("init", run_pit_init, "", (_FILE,), "write the orchestrator's manual into AGENTS.md", "init"),
+    PitCommand("install-keybinding", run_pit_keybinding, "", (
+        _PERSIST, (("--force",), {"action": "store_true", "help": "also where a key is bound to something "
+                                                                  "else"})),
+        "bind keys of tmux: prefix+R resumes the epic of a window, prefix+H pauses it", "install-keybinding"),
+    PitCommand("install-status", run_pit_status_line, "", (_PERSIST,),
+               "show in tmux's status line how many epics run and wait", "install-status"),
+    PitCommand("uninstall", run_pit_uninstall, "", (_FILE,),
+               "undo init, install-keybinding and install-status", "uninstall"),
     *PIT_LOOP_COMMANDS,
     *(PitCommand(f"ticket {v.name}", ticket_handler(v), v.usage, v.args, v.help, v.example, in_agent=True)
       for v in TICKET_VERBS.values()),
@@ -18608,18 +19229,18 @@ class DemoTerminal(DemoAgent):
             self.closing = ""
 
     def describe(self, command: str) -> str:
-        """The description of the ticket that a command prints as JSON."""
+        """The description of the ticket that a command prints as JSON; some need to be asked for JSON."""
         import subprocess
 
-        done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True,
-                              check=False)
-        try:
-            found = json.loads(done.stdout)
-            found = found[0] if isinstance(found, list) else found
-            return str(found.get("description") or "")
-        except (ValueError, LookupError, AttributeError):
-            raise DemoTurnFailed(f"{command} showed no ticket: {done.stderr.decode('utf-8', 'replace')}"
-                                 ) from None
+        said = ""
+        for words in (command, f"{command} --json"):
+            done = subprocess.run(["sh", "-c", words], stdin=subprocess.DEVNULL, capture_output=True,
+                                  check=False)
+            said = said or done.stderr.decode("utf-8", "replace")
+            with contextlib.suppress(ValueError, LookupError, AttributeError):
+                found = json.loads(done.stdout)
+                return str((found[0] if isinstance(found, list) else found).get("description") or "")
+        raise DemoTurnFailed(f"{command} showed no ticket: {said}")
 
     def result(self, text: str | None, *, error: bool = False, errors: tuple = (), **_: Any) -> None:
         """The end of a turn: only an error is one here."""

@@ -32,7 +32,8 @@ def project(tmp_path):
 def pit(project, *argv, env=None):
     """The answer of one command line, in this process."""
     name, options, _ = pitboss.parse_pit([*map(str, argv)], "pit")
-    answer = pitboss.run_pit(pitboss.PIT_COMMANDS[name], options, project.path, {"USER": "ann", **(env or {})})
+    answer = pitboss.run_pit(pitboss.PIT_COMMANDS[name], options, project.path,
+                             {"USER": "ann", "HOME": os.path.dirname(project.path), **(env or {})})
     return answer
 
 
@@ -622,6 +623,33 @@ def test_verbs_are_refused_where_beads_has_the_tickets(beads):
         error = refusal(beads.project, "ticket", *argv)
         assert (error["exit"], error["code"], error["hint"]) == (4, "refused", f"{beads.name} {hint}")
     assert pit(beads.project, "ticket", "export") == [], "the embedded store can still be emptied and filled"
+
+
+def test_the_configuration_says_where_tickets_are(beads):
+    config = Path(beads.project.path, ".pit.json")
+    config.write_text('{"beadsBinary": "embedded", // here\n "colour": 1, "clearDelay": "soon"}')
+    one = add(beads.project, "One")
+    assert ids(pit(beads.project, "ticket", "list")) == [one], "whatever else is wrong there"
+    for text in ('{"beadsBinary": "trello"}', "{", ""):
+        config.write_text(text)
+        assert refusal(beads.project, "ticket", "list")["tracker"] == beads.name
+
+
+def test_a_session_keeps_its_tickets_where_it_found_them(beads, tmp_path):
+    """`start --beads-binary embedded` beside a .beads: the agents' own command follows it."""
+    env = {"USER": "ann", "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
+    folder = Path(pitboss.session_folder(beads.project.path, env))
+    folder.mkdir(parents=True)
+    events = [{"kind": "pit_opened", "format": 1, "settings": {}, "tracker": "embedded"},
+              {"kind": "epic_added", "epic": "a", "epic_id": "x-a", "title": "T", "agent": "demo", "model": None,
+               "headless": False, "branch": "pit/a", "base": "main", "worktree": "/w/a", "tickets": []}]
+    lines = [json.dumps({"seq": n, "at": 1000.0 + n, **e}) + "\n" for n, e in enumerate(events, 1)]
+    (folder / "journal.jsonl").write_text("".join(lines))
+    assert pit(beads.project, "ticket", "list", env=env) == []
+    (folder / "journal.jsonl").write_text(lines[0])
+    assert refusal(beads.project, "ticket", "list", env=env)["tracker"] == beads.name, "a session without epics is none"
+    (folder / "journal.jsonl").write_text("broken\n" + "".join(lines))
+    assert refusal(beads.project, "ticket", "list", env=env)["tracker"] == beads.name
 
 
 @pytest.mark.real
