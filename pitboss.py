@@ -14136,6 +14136,13 @@ class Tmux:
                 return pane
         raise PaneGone(f"pane {pane_id} is gone")
 
+    async def living(self, pane_id: str) -> Pane:
+        """The same, of an agent that has not ended.  Raises PaneGone."""
+        pane = await self.pane(pane_id)
+        if pane.is_dead:
+            raise PaneGone(f"the agent in pane {pane_id} has ended")
+        return pane
+
     async def session_of(self, name: str) -> str | None:
         """The id of the session of exactly that name; None where there is none."""
         with contextlib.suppress(TmuxGone):
@@ -14218,15 +14225,19 @@ class Tmux:
         return f"pit-{self.key}:{epic}:1"
 
     async def paste(self, pane_id: str, text: str) -> None:
-        """Paste a text of any size, as one bracketed paste, whatever mode a person left the pane in."""
-        await self.pane(pane_id)
+        """Paste a text of any size, as one bracketed paste, whatever mode a person left the pane in.
+
+        The server itself looks whether the pane is dead: tmux 3.3a crashes on a paste into one (measured).
+        """
+        await self.living(pane_id)
         if not clean_paste(text):
             return                     # tmux makes no buffer of nothing
         name = f"pit-{os.urandom(6).hex()}"
         await self.run("load-buffer", "-b", name, "-", input=clean_paste(text).encode())
         try:
             await self.run("copy-mode", "-q", "-t", pane_id, ";",
-                           "paste-buffer", "-d", "-p", "-r", "-b", name, "-t", pane_id)
+                           "if-shell", "-F", "-t", pane_id, "#{pane_dead}", f"delete-buffer -b {name}",
+                           f"paste-buffer -d -p -r -b {name} -t {pane_id}")
         except TmuxFailed:
             with contextlib.suppress(TmuxFailed):
                 await self.run("delete-buffer", "-b", name)
@@ -14234,13 +14245,15 @@ class Tmux:
 
     async def press(self, pane_id: str, *keys: str) -> None:
         """Press keys by tmux's names (Enter, Escape, C-c)."""
-        await self.pane(pane_id)
+        await self.living(pane_id)
+        if not keys:
+            return
         await self.run("copy-mode", "-q", "-t", pane_id, ";",
                        "send-keys", "-t", pane_id, *map(quote_end, keys))
 
     async def type(self, pane_id: str, text: str) -> None:
         """Type a short text key by key, as a command of the agent must be."""
-        await self.pane(pane_id)
+        await self.living(pane_id)
         await self.run("copy-mode", "-q", "-t", pane_id, ";",
                        "send-keys", "-t", pane_id, "-l", "--", quote_end(text))
 
@@ -14614,7 +14627,8 @@ class TuiAgent(NamedTuple):
     # `cleared` tell that
     home: str
     interrupt: tuple           # keys that interrupt a turn
-    empties: tuple             # keys that empty its input line, harmless when it is empty
+    # keys that empty its input line, harmless when it is empty; C-c ends an opencode with nothing in it
+    empties: tuple
     dialogs: tuple = ()        # (pattern of a screen before the first event, what it means)
 
 
@@ -14631,7 +14645,7 @@ TUI_AGENTS = {a.name: a for a in (
     TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", "", ("Escape",), ("C-c",),
              CLAUDE_DIALOGS),
     TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "Ask anything",
-             ("Escape", "Escape"), ("C-u", "BSpace") * 3),
+             ("Escape", "Escape"), ()),
     TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", "", ("Escape",), ("C-c",)),
 )}
 
@@ -14776,11 +14790,13 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
         await tmux.press(pane_id, *row.empties)
         await asyncio.sleep(PASTE_S)
     await tmux.type(pane_id, row.clear)
-    for _ in range(CLEAR_ENTERS):
-        await asyncio.sleep(PASTE_S)
+    await asyncio.sleep(PASTE_S)
+    if row.home:                       # a second Enter could send what a start page kept from its last prompt
         await tmux.press(pane_id, "Enter")
-        patience_s = CLEAR_S / CLEAR_ENTERS
-        if await (wait_home(tmux, row, pane_id, patience_s) if row.home else cleared(patience_s)):
+        return await wait_home(tmux, row, pane_id, CLEAR_S)
+    for _ in range(CLEAR_ENTERS):
+        await tmux.press(pane_id, "Enter")
+        if await cleared(CLEAR_S / CLEAR_ENTERS):
             return True
     return False
 

@@ -185,6 +185,26 @@ def test_a_window_stays_when_its_agent_ends_and_can_have_a_new_one(desk):  # noq
     assert killed.status is None
 
 
+def test_an_agent_that_has_ended_is_told_nothing_and_the_server_lives(desk, monkeypatch):  # noqa: F811
+    """A paste into a dead pane ends the server of tmux 3.3a, and with it every window of its user."""
+    pane = shell(desk, "e", "exit 3")
+    wait_for(lambda: desk.do(desk.tmux.pane(pane.pane_id)).is_dead, 10)
+    server = desk.do(desk.tmux.server_pid())
+    for call in (desk.tmux.paste(pane.pane_id, "x"), desk.tmux.press(pane.pane_id, "Enter"),
+                 desk.tmux.type(pane.pane_id, "x")):
+        with pytest.raises(pitboss.PaneGone, match="has ended"):
+            desk.do(call)
+
+    async def alive(self, pane_id: str):
+        return pane
+
+    monkeypatch.setattr(pitboss.Tmux, "living", alive)       # it ended just after it was looked at
+    desk.do(desk.tmux.paste(pane.pane_id, "x"))
+    desk.do(desk.tmux.press(pane.pane_id, "Enter"))
+    desk.do(desk.tmux.type(pane.pane_id, "x"))
+    assert desk.do(desk.tmux.server_pid()) == server and not desk.raw("list-buffers")
+
+
 @pytest.mark.parametrize("argv, cwd, words", [
     (["no-such-program-x"], "", "no-such-program-x"), (["true"], "/no/such/folder", "/no/such/folder")])
 def test_what_cannot_be_started_says_so_in_its_window(desk, argv, cwd, words):  # noqa: F811
@@ -314,6 +334,49 @@ def test_a_prompt_is_sent_once_to_an_agent_that_hangs_for_a_while(demo):
     timer.join()
     assert desk.deliver(pane, "next")
     assert [p[:5] for p in prompts_told(desk)] == ["after", "next"]
+
+
+def test_keys_arrive_though_a_person_scrolls(demo):
+    desk, _, pane = demo
+    desk.do(desk.tmux.type(pane.pane_id, "half a "))
+    for press in (lambda: desk.do(desk.tmux.type(pane.pane_id, "word;")), lambda: desk.do(desk.tmux.press(pane.pane_id, "Enter"))):
+        desk.raw("copy-mode", "-t", pane.pane_id, check=True)
+        press()
+    assert desk.wait("prompt")["prompt"] == "half a word;"
+
+
+CAREFREE = """import os, sys, tty
+tty.setraw(0)
+os.write(1, b"\\x1b[?2004h")
+seen = b""
+while True:
+    with open(sys.argv[1] + ".new", "wb") as f:
+        f.write(seen)
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    seen += os.read(0, 4096)
+"""
+
+
+def test_enter_is_pressed_again_only_while_nothing_tells_of_the_prompt(desk, monkeypatch):  # noqa: F811
+    """A terminal that overlooks the first two: three in all, and the text is pasted once."""
+    monkeypatch.setattr(pitboss, "ENTERS_S", (0.3, 0.3, 10.0))
+    out = desk.root / "seen"
+    pane = desk.do(desk.tmux.open_window("pit", "e.1", str(desk.repo), [PYTHON, "-c", CAREFREE, str(out)], desk.env))
+    wait_for(out.exists, 10)
+
+    def when(enters: int):
+        async def submitted(seconds: float) -> bool:
+            try:
+                return wait_for(lambda: out.exists() and out.read_bytes().count(b"\r") >= enters, seconds)
+            except AssertionError:
+                return False
+
+        return submitted
+
+    for enters, total in ((3, 3), (4, 4)):
+        assert desk.do(pitboss.deliver(desk.tmux, pane.pane_id, "two\nlines", when(enters)))
+        assert out.read_bytes().count(b"\r") == total
+    assert out.read_bytes() == (b"\x1b[200~two\nlines\x1b[201~" + b"\r" * 3 + b"\x1b[200~two\nlines\x1b[201~\r")
 
 
 def test_a_prompt_that_nobody_takes_is_told(desk, monkeypatch):  # noqa: F811
