@@ -488,6 +488,12 @@ def test_a_turn_is_interrupted_without_an_event_and_an_idle_agent_is_not_harmed(
     assert desk.wait("turn_ended")["last"] == "still here"
 
 
+@pytest.mark.parametrize("title, busy", [
+    ("⠂ Claude Code", True), ("⠐ Reading files", True), ("✳ Claude Code", False), ("OC | a title", False), ("", False)])
+def test_a_title_tells_of_a_turn(title, busy):
+    assert pitboss.is_busy(title) is busy
+
+
 def test_what_the_scripted_agent_tells(demo):
     """Background tasks, a permission, an error, its end: what a loop must tell apart."""
     desk, _, pane = demo
