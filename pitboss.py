@@ -3580,6 +3580,7 @@ class RunState:
         self.policy: tuple = ()                   # ApprovalRule, the first that matches counts
         self.approvals: dict[str, Approval] = {}  # those that wait for an answer, oldest first
         self.decided: dict[str, str] = {}         # other requests, by id: how it ended, in words
+        self.waits: dict[str, dict[str, float]] = {}   # actor to its calls that wait and when each is over
         # the key of a call to what it was answered, oldest first: a dict is slow to give up its first
         self.answers: Any = OrderedDict()
         self.waiting: dict[str, None] = {}        # an ordered set
@@ -3902,6 +3903,7 @@ def on_hand_ended(run: RunState, event: dict) -> None:
     for verb in ("watch", "stop", "spawn", "freeze", "thaw", "deliver"):
         run.owed.pop((verb, actor.id), None)
     free_holder(run.shared, actor.id)
+    run.waits.pop(actor.id, None)
     spent = event.get("cost_usd")
     change(run, actor.id, hand_usage=Usage(), hand_usd=0.0, lived_s=actor.lived_s + event["lived_s"],
            usage=actor.usage.plus(Usage(*event["usage"])), exit_code=event["code"],
@@ -4042,6 +4044,11 @@ def on_approval_withdrawn(run: RunState, event: dict) -> None:
     run.decided[event["request_id"]] = f"withdrawn: {event['why']}"
 
 
+def on_wait_began(run: RunState, event: dict) -> None:
+    """A call waits for something, for so long at most, whichever dispatcher answers it."""
+    run.waits.setdefault(event["actor"], {})[event["call"]] = event["at"] + event["timeout_s"]
+
+
 def on_run_finished(run: RunState, event: dict) -> None:
     """Every record is final and the summary is written."""
     run.owed.pop(("finish", ""), None)
@@ -4106,6 +4113,7 @@ EVENTS = {
     "approval_decided":   EventKind(on_approval_decided,   True),
     "approval_kept":      EventKind(on_approval_kept),
     "approval_withdrawn": EventKind(on_approval_withdrawn),
+    "wait_began":         EventKind(on_wait_began),
     "drained":            EventKind(on_drained),
     "cancelled":          EventKind(on_cancelled),
     "hold_began":         EventKind(on_hold_began),
@@ -10485,10 +10493,24 @@ def tool_status(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> 
             "last_text_preview": preview(words) or "", "prompt_preview": found.prompt_preview}
 
 
+WAIT_AGAIN_S = 1.0         # of a wait that is over when it comes again: what happened meanwhile is seen first
+
+
+def begin_wait(dispatcher: Dispatcher, actor: Actor, call: str, timeout_s: float | None) -> float | None:
+    """When a call has waited long enough (monotonic), counted from when it first came; None: never."""
+    if timeout_s is None:
+        return None
+    due = dispatcher.run.waits.get(actor.id, {}).get(call)
+    if due is None:
+        dispatcher.record("wait_began", actor=actor.id, call=call, timeout_s=timeout_s)
+        return time.monotonic() + timeout_s
+    return time.monotonic() + max(WAIT_AGAIN_S, due - dispatcher.journal.now())
+
+
 async def tool_wait(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
     """Wait until a worker has settled: its record."""
     found = find_target(dispatcher, actor, args["task_id"])
-    settled = await wait_settled(dispatcher, [found.id], args["timeout_secs"])
+    settled = await wait_settled(dispatcher, actor, [found.id], args["timeout_secs"], call)
     if settled:
         return whole_record(dispatcher.run_dir, dispatcher.run, found.id)
     return {"settled": False, "state": state_word(dispatcher.run.actors[found.id])}
@@ -10510,21 +10532,30 @@ async def tool_wait_any(dispatcher: Dispatcher, actor: Actor, args: dict, call: 
     names = [find_target(dispatcher, actor, name).id for name in args["task_ids"]]
     if not names:
         raise ToolRefusal("task_ids: found an empty list; allowed: one or more ids of workers")
-    settled = await wait_settled(dispatcher, names, args["timeout_secs"])
+    settled = await wait_settled(dispatcher, actor, names, args["timeout_secs"], call)
     if settled:
         return {"task_id": settled, "record": whole_record(dispatcher.run_dir, dispatcher.run, settled)}
     return {"settled": False, "states": {name: state_word(dispatcher.run.actors[name]) for name in names}}
 
 
-async def wait_settled(dispatcher: Dispatcher, names: list[str], timeout_s: float | None) -> str:
+async def wait_settled(dispatcher: Dispatcher, actor: Actor, names: list[str], timeout_s: float | None,
+                       call: str) -> str:
     """The first of some actors that has settled, a sub-lead with its workers; empty: the time ran out."""
-    deadline, run = None if timeout_s is None else time.monotonic() + timeout_s, dispatcher.run
-    while True:
-        done = next((name for name in names if run.actors[name].state == "settled"
-                     and (name not in run.layers or is_over(run, name))), "")
+    run = dispatcher.run
+    done = first_settled(run, names)
+    deadline = None if done else begin_wait(dispatcher, actor, call, timeout_s)
+    while not done:
         below = [a.id for a in run.actors.values() if a.layer in names] if run.layers.keys() & names else ()
-        if done or not await dispatcher.hear(*[("actor", n) for n in (*names, *below)], deadline=deadline):
-            return done
+        if not await dispatcher.hear(*[("actor", n) for n in (*names, *below)], deadline=deadline):
+            break
+        done = first_settled(run, names)
+    return done
+
+
+def first_settled(run: RunState, names: list[str]) -> str:
+    """The first of some actors that has settled, a sub-lead with its workers; empty: none has."""
+    return next((name for name in names if run.actors[name].state == "settled"
+                 and (name not in run.layers or is_over(run, name))), "")
 
 
 def tool_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
@@ -10680,13 +10711,13 @@ def tool_kv_list(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) ->
 async def tool_kv_wait(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> dict:
     """Wait until a path has a value of that version."""
     spot = spot_to_read(sharer(dispatcher, actor), args["path"])
-    deadline = time.monotonic() + args["timeout_secs"]
-    while True:
-        entry = find_entry(dispatcher.run.shared, spot, args["min_version"])
-        if entry:
-            return answer_entry(spot, entry, read_exact(dispatcher.run_dir, entry.value))
+    entry = find_entry(dispatcher.run.shared, spot, args["min_version"])
+    deadline = None if entry else begin_wait(dispatcher, actor, call, args["timeout_secs"])
+    while not entry:
         if not await dispatcher.hear(("kv", spot.layer, spot.path), deadline=deadline):
             return {"settled": False, "entry": None}
+        entry = find_entry(dispatcher.run.shared, spot, args["min_version"])
+    return answer_entry(spot, entry, read_exact(dispatcher.run_dir, entry.value))
 
 
 def tool_lease_acquire(dispatcher: Dispatcher, actor: Actor, args: dict, call: str) -> Any:
