@@ -10454,9 +10454,9 @@ async def continue_actor(dispatcher: Dispatcher, actor: Actor, prompt: str | Non
 
 
 async def stay_continued(dispatcher: Dispatcher, name: str, answer: dict) -> dict:
-    """Answer when an actor that was continued runs, or rests again."""
+    """Answer when an actor that was continued runs, or rests again, or its provider takes no requests now."""
     await stay(dispatcher, name, lambda a: a.status or (
-        a.state in ("running", "paused", "frozen") and ("thaw", name) not in dispatcher.run.owed))
+        a.state in ("running", "paused", "frozen", "held") and ("thaw", name) not in dispatcher.run.owed))
     return answer
 
 
@@ -11767,8 +11767,8 @@ def render_standing(run: RunState, state: str) -> str:
     """How a run stands, in one line."""
     counts = [f"{sum(1 for a in run.actors.values() if a.state == s)} {s}" for s in STATES
               if any(a.state == s for a in run.actors.values())]
-    return clean_text(f"{run.run_id}  {run.name}  {state}: {', '.join(counts) or 'nobody yet'}; "
-                      f"{run.failed} failed")
+    words = f"{run.name}  {state}: {', '.join(counts) or 'nobody yet'}; {run.failed} failed"
+    return clean_text(words).strip()
 
 
 def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int,
@@ -13065,8 +13065,7 @@ def cmd_cancel(options: Any) -> str:
         if is_finished(run_dir):
             raise Refused(f"the run {run_id} has settled already", hint=f"pitboss status {run_id}")
         if options.actor:
-            raise Refused(f"the dispatcher of run {run_id} died",
-                          hint=f"pitboss resume {run_id}, or cancel the whole run")
+            raise nobody_deals(run_dir)
         umask = os.umask(0o077)
         deal_and_report(run_dir, umask, options, cancel=options.reason or "")
         return "ok"
@@ -13079,13 +13078,27 @@ def cmd_cancel(options: Any) -> str:
         ask_dispatcher(run_dir, "cancel_worker", task_id=options.actor, reason=options.reason)
     else:
         ask_dispatcher(run_dir, "cancel_run", reason=options.reason)
-    while not options.no_wait and is_locked(run_dir) and is_living_holder(holder):
-        if options.actor and fold_run(run_dir).actors[options.actor].state == "settled":
-            break
-        time.sleep(0.1)
+    if not options.no_wait:
+        wait_cancelled(run_dir, options.actor, holder)
     what = options.actor or f"run {run_id}"
     return tell_done(options, f"{what} is {'being ' if options.no_wait else ''}cancelled",
                      {"event": "op_acked"})
+
+
+def wait_cancelled(run_dir: str, actor: str | None, holder: dict) -> None:
+    """Wait until an actor has settled, or with None the run and its dispatcher left.  Raises Refused."""
+    follower, there = Follower(run_dir), True
+    while there:
+        there = is_locked(run_dir) and is_living_holder(holder)      # before the last look at the journal
+        for _ in follower.news():
+            pass
+        run = follower.run
+        if actor and run.actors[actor].state == "settled":
+            return
+        time.sleep(0.05 if there else 0)
+    if run.finished_at is None:
+        raise Refused(f"the dispatcher of run {run.run_id} died before {actor or 'everything'} was gone",
+                      hint=f"pitboss cancel {run.run_id}")
 
 
 def ask_dispatcher(run_dir: str, op: str, wait: bool = True, **fields: Any) -> dict:
@@ -13099,8 +13112,7 @@ def ask_dispatcher(run_dir: str, op: str, wait: bool = True, **fields: Any) -> d
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         while True:
             if not is_locked(run_dir):
-                raise Refused(f"the dispatcher of run {run_id} died",
-                              hint=f"pitboss resume {run_id}, or cancel the whole run")
+                raise nobody_deals(run_dir)
             try:
                 client.connect((read_sockets(run_dir) or {}).get("control",
                                                                  os.path.join(run_dir, "control.sock")))
@@ -13111,27 +13123,44 @@ def ask_dispatcher(run_dir: str, op: str, wait: bool = True, **fields: Any) -> d
                                   hint=f"pitboss status {run_id}") from None
                 time.sleep(0.05)
         message = {"op": op, "id": 1, **{k: v for k, v in fields.items() if v is not None}}
-        client.sendall(b'{"op": "hello", "client_version": "%b"}\n' % VERSION.encode()
-                       + json.dumps(message).encode() + b"\n")
-        client.settimeout(None if wait else NO_WAIT_S)
         try:
+            client.sendall(b'{"op": "hello", "client_version": "%b"}\n' % VERSION.encode()
+                           + json.dumps(message).encode() + b"\n")
+            client.settimeout(None if wait else NO_WAIT_S)
             answer = next((m for m in map(json.loads, client.makefile("rb")) if m.get("id") == 1), None)
         except TimeoutError:
             return {"event": "op_sent", "op": op}
         except (OSError, ValueError):
             answer = None
     if answer is None:
+        patience = time.monotonic() + LOCK_PATIENCE_S
+        while is_locked(run_dir) and time.monotonic() < patience:      # what dies closes its socket first
+            time.sleep(0.02)
         raise Refused(f"the dispatcher of run {run_id} ended before it answered",
-                      hint=f"pitboss status {run_id}")
+                      hint=f"pitboss status {run_id}" if is_locked(run_dir) else nobody_deals(run_dir).hint)
     if answer["event"] not in ("op_acked", "workers_snapshot"):
         raise Refused(answer.get("error") or f"{op}: {answer['event']}")
     return answer
 
 
+def nobody_deals(run_dir: str) -> Refused:
+    """Why nothing can be asked of a run that no dispatcher holds."""
+    run_id = os.path.basename(run_dir)
+    if is_finished(run_dir):
+        return Refused(f"the run {run_id} has settled already", hint=f"pitboss status {run_id}")
+    if is_locked(run_dir):
+        return Refused(f"the run {run_id} has not begun yet", hint="try again")
+    return Refused(f"the dispatcher of run {run_id} died",
+                   hint=f"pitboss resume {run_id}, or cancel the whole run: pitboss cancel {run_id}")
+
+
 def tell_done(options: Any, words: str, answer: dict) -> str:
-    """Say that an operator's wish was carried out."""
+    """Say that an operator's wish was carried out, or, where nobody waited for that, that it was taken."""
     if options.json:
-        print(json.dumps({"ok": True, **{k: v for k, v in answer.items() if k not in ("event", "op", "id")}}))
+        told = {k: v for k, v in answer.items() if k not in ("event", "op", "id")}
+        print(json.dumps({"ok": True, **told, **({"waited": False} if options.no_wait else {})}))
+    elif answer["event"] == "op_sent":
+        say_error("pitboss: it was asked for; pitboss watch shows when it has happened")
     else:
         say_error(f"pitboss: {words}")
     return "ok"
@@ -13162,6 +13191,8 @@ def cmd_continue(options: Any) -> str:
 
 def cmd_reprompt(options: Any) -> str:
     """Interrupt what an actor does and tell it something, in its session."""
+    if not options.text.strip():
+        raise InvalidInput("TEXT: found an empty text; allowed: what it is to do instead")
     answer = ask_dispatcher(find_living(options), "reprompt_worker", not options.no_wait,
                             task_id=options.actor, prompt=options.text)
     return tell_done(options, f"{options.actor} was told ({answer.get('delivery', 'on its way')})", answer)
@@ -13192,7 +13223,7 @@ def find_asked(options: Any) -> tuple[str, str]:
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
     check_readable(run_dir)
     check_whole(run_dir)
-    run = fold_run(run_dir)
+    run = fold_begun(run_dir)
     known = [*run.approvals, *run.decided]
     found = [options.request] if options.request in known else [r for r in known
                                                                 if r.startswith(options.request)]
@@ -13205,7 +13236,7 @@ def find_asked(options: Any) -> tuple[str, str]:
 def answer_request(options: Any, words: str, **answer: Any) -> str:
     """Decide a request as an operator."""
     run_dir, request_id = find_asked(options)
-    told = ask_dispatcher(run_dir, "approve", request_id=request_id, **answer)
+    told = ask_dispatcher(run_dir, "approve", not options.no_wait, request_id=request_id, **answer)
     return tell_done(options, f"{request_id} is {words}", told)
 
 
@@ -13233,9 +13264,10 @@ def cmd_policy(options: Any) -> str:
     check_whole(run_dir)
     if options.set is not None:
         rules, _ = read_policy(options.set)
-        ask_dispatcher(run_dir, "update_policy", rules=public_rules(rules))
-        return tell_done(options, f"{len(rules)} rules are in force", {"policy_rules": public_rules(rules)})
-    run = fold_run(run_dir)
+        told = ask_dispatcher(run_dir, "update_policy", not options.no_wait, rules=public_rules(rules))
+        return tell_done(options, f"rules about approvals now: {len(rules)}",
+                         {**told, "policy_rules": public_rules(rules)})
+    run = fold_begun(run_dir)
     default = run.facts.get("approval_policy", "block")
     if options.json:
         print(json.dumps({"policy_rules": public_rules(run.policy), "approval_policy": default}, indent=2))
@@ -13288,9 +13320,16 @@ def try_policy(options: Any) -> str:
     return "ok"
 
 
+def fold_begun(run_dir: str) -> RunState:
+    """The state of a run.  Raises Refused for one in which nothing has begun."""
+    if not os.path.exists(os.path.join(run_dir, "journal.jsonl")):
+        raise nobody_deals(run_dir)
+    return fold_run(run_dir)
+
+
 def find_actor(run_dir: str, name: str) -> Actor:
     """An actor that can still be acted on.  Raises NotFound with those there are, or Refused."""
-    actors = fold_run(run_dir).actors
+    actors = fold_begun(run_dir).actors
     if name not in actors:
         raise NotFound(f"no actor {show_value(name)} in this run{did_you_mean(name, actors)}; there are: "
                        f"{', '.join(actors)}")
@@ -13962,8 +14001,7 @@ class Watcher:
         if self.since is None:
             for _ in self.follower.news():
                 pass
-            self.look()
-            return self.say("begin", render_standing(self.run, run_state(self.run_dir)))
+            return self.say("begin", f"{self.run_id}  {render_standing(self.run, run_state(self.run_dir))}")
         for event in self.follower.news():
             if event["seq"] > self.since:
                 self.tell(event)
@@ -13981,9 +14019,13 @@ class Watcher:
             self.tell(event)
 
     def look(self) -> None:
-        """See whether a dispatcher lives; one that was not there twice is dead."""
+        """See whether a dispatcher lives: dead is who held the lock and is gone, or was not there twice."""
         missing = self.run.finished_at is None and not is_locked(self.run_dir)
-        if missing and self.missed:
+        holder = read_json(os.path.join(self.run_dir, "lock")) if missing else None
+        if missing:
+            self.read_on()             # it may have come to its end just now
+            missing = self.run.finished_at is None
+        if missing and (self.missed or isinstance(holder, dict) and not is_living_holder(holder)):
             self.alone = count_living(self.run)
         elif not missing:
             self.alone = None
@@ -15187,13 +15229,13 @@ COMMANDS = {c.name: c for c in (
     Cli("approvals", cmd_approvals, "RUN", (_RUN, _JSON, _RUNS_DIR),
         "show what waits for an operator", "approvals 0192f3"),
     Cli("approve", cmd_approve, "RUN REQUEST", (
-        _RUN, _REQUEST, _RUNS_DIR, _JSON,
+        _RUN, _REQUEST, _RUNS_DIR, _JSON, _NO_WAIT,
         (("--comment",), {"metavar": "TEXT", "help": "what the asker is told besides"}),
         (("--edit",), {"metavar": "TEXT", "help": "approve this instead; of a permission the changed input "
                                                   "of the tool, as JSON"})),
         "say yes to a request for approval", "approve 0192f3 5c1e"),
     Cli("reject", cmd_reject, "RUN REQUEST", (
-        _RUN, _REQUEST, _RUNS_DIR, _JSON,
+        _RUN, _REQUEST, _RUNS_DIR, _JSON, _NO_WAIT,
         (("--reason",), {"metavar": "TEXT", "help": "why not"}),
         (("--interrupt",), {"action": "store_true", "help": "with a permission, end the agent's turn"})),
         "say no to a request for approval", "reject 0192f3 5c1e --reason 'not on a Friday'"),
@@ -15201,7 +15243,7 @@ COMMANDS = {c.name: c for c in (
         (("run",), {"metavar": "RUN", "help": "a run id, or the beginning of one; or the word test"}),
         (("file",), {"metavar": "FILE", "nargs": "?", "help": "with test: a TOML file with "
                                                               "[[approval_policy]] tables"}),
-        _RUNS_DIR, _JSON,
+        _RUNS_DIR, _JSON, _NO_WAIT,
         (("--set",), {"metavar": "FILE", "help": "put the rules of this file in the place of the run's"}),
         (("--actor",), {"metavar": "ACTOR", "help": "with test: who asks, its id or its path"}),
         (("--category",), {"choices": CATEGORIES, "help": "with test: what kind of request (tool_use)"}),
