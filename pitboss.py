@@ -13599,15 +13599,18 @@ _T = functools.partial(Threat, True)
 _NOT = functools.partial(Threat, False)
 THREATS = (
     _T("Settings, hooks, MCP servers and permissions that a repository brings along have no effect on "
-       "claude, opencode and codex; claude by itself would obey them, and send your key elsewhere. "
-       "CLAUDE.md and AGENTS.md are read, as in an ordinary session",
+       "claude, opencode and codex; claude by itself would obey them, and send your key elsewhere. CLAUDE.md "
+       "and AGENTS.md are read, as in an ordinary session (gemini: variables of a repository's .env that "
+       "name no server reach it)",
        ("test_claude.py::test_memory_is_read_and_nothing_planted_takes_effect",
         "test_claude.py::test_the_planted_repository_is_an_attack_on_claude_by_itself",
         "test_agents.py::test_two_tasks_work_in_worktrees_and_what_the_repository_sets_up_is_shut_out")),
     _T("In what pitboss itself does with git no hook of the repository and no signing program runs",
        ("test_worktrees.py::test_no_hook_and_no_signing_in_what_pitboss_does",)),
-    _T("A prompt is data: it reaches an agent through its standard input, whole, never as an option",
-       ("test_claude.py::test_a_prompt_reaches_the_model_as_it_is",
+    _T("A prompt is data: it reaches an agent through its standard input, whole, never as an option; no "
+       "prompt and no key stands in a command line",
+       ("test_claude.py::test_the_command_line_tells_nobody_anything",
+        "test_claude.py::test_a_prompt_reaches_the_model_as_it_is",
         "test_manifest.py::test_a_prompt_arrives_whole_on_stdin")),
     _T("What an agent prints cannot steer a terminal, a report or a chat",
        ("test_cli.py::test_terminal_controls_of_an_agent_are_not_passed_on",
@@ -13633,7 +13636,7 @@ THREATS = (
        ("test_policy.py::test_the_first_rule_that_matches_decides",
         "test_approvals.py::test_a_request_outlives_dispatchers_and_is_answered_once")),
     _T("Values of variables that look like keys, and known shapes of keys, are masked in all that pitboss "
-       "writes or shows; keys of servers stand in no command line",
+       "writes or shows",
        ("test_guards.py::test_a_secret_is_in_no_file_and_no_output_of_pitboss",
         "test_formats.py::test_secrets_of_a_servers_environment_stay_out_of_argv")),
     _T("A notification goes to public addresses over https only, without redirects",
@@ -13649,8 +13652,9 @@ THREATS = (
          "control socket: approve what it asked for, cancel others. Tokens and approvals keep honest "
          "mistakes apart",
          ("test_handbook.py::test_an_agent_with_a_shell_can_answer_its_own_request",)),
-    _NOT("With `path_a` nobody is asked before a tool runs: the agent's own gate is off",
-         ("test_claude.py::test_the_command_line_tells_nobody_anything",)),
+    _NOT("With `path_a` nobody is asked before a tool runs: the agent's own gate is off, and a rule in "
+         "`tools` (`Bash(git log *)`) limits nothing",
+         ("test_claude.py::test_only_the_tools_of_the_task_are_offered",)),
     _NOT("The budget keeps new workers from starting; it does not stop one that runs. Time does: "
          "timeout_secs",
          ("test_handbook.py::test_the_budget_ends_nobody_who_runs",)),
@@ -16619,7 +16623,7 @@ COMMANDS = {c.name: c for c in (
         "print every key of a manifest", "schema --format json-schema"),
     Cli("agents-md", cmd_agents_md, "", (), "print the handbook for an agent that operates pitboss",
         "agents-md"),
-    Cli("man", cmd_man, "", (), "print the man page (pitboss man | man -l -)", "man"),
+    Cli("man", cmd_man, "", (), "print the man page, in roff: for man -l", "man"),
     Cli("completions", cmd_completions, "SHELL", (
         (("shell",), {"metavar": "SHELL", "choices": tuple(SHELLS), "help": ", ".join(SHELLS)}),),
         "print the script that lets a shell complete what is typed", "completions bash"),
