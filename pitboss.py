@@ -15010,32 +15010,19 @@ def cmd_report(options: Any) -> str:
     if out == "-":
         sys.stdout.buffer.write(text)
         return "ok"
-    if os.path.isdir(out):
-        raise InvalidInput(f"--out: found {show_value(out)}, a folder; allowed: the path of a file, or -")
-    try:
-        write_file(out, text, mode=0o666 & ~current_umask())
-    except OSError as e:
-        raise fault_of(e, f"writing {clean_text(out)}") from None
+    write_starter(out, text, force=True)
     print(out)
     return "ok"
-
-
-def current_umask() -> int:
-    """The umask of this process."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def gather_report(run_dir: str, page: bool, patches: bool) -> Report:
     """All that a report of a run is made of; `page`: with logs and work in git, `patches`: with the whole."""
     seen, now = look_at_run(run_dir, deep=True), time.time()
-    journal = os.path.join(run_dir, "journal.jsonl")
+    told, journal = chronicle_of_records(seen.actors, now), os.path.join(run_dir, "journal.jsonl")
     if os.path.exists(journal):
-        told = read_chronicle(read_journal(journal), now if seen.head["state"] == "running" else None)
-        seen = seen._replace(run=told.run)
-    else:
-        told = chronicle_of_records(seen.actors, now)
+        with contextlib.suppress(JournalError):            # of a finished run the records are enough
+            told = read_chronicle(read_journal(journal), now if seen.head["state"] == "running" else None)
+            seen = seen._replace(run=told.run)
     mask = report_mask(run_dir, seen)
     actors = []
     for r in sort_tree(seen.actors) if seen.head["mode"] == "hierarchical" else seen.actors:
