@@ -9039,8 +9039,7 @@ class Dispatcher:
                 sockets.close()
                 for task in own:
                     task.cancel()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
+            cancel_other_tasks()
         for live in self.hands.values():
             live.tail.close()
 
@@ -9846,6 +9845,16 @@ def topics_of(event: dict) -> list[tuple]:
     if event["kind"] == "notified":
         return [("notified",)]
     return [("actor", event["actor"])] if "actor" in event else []
+
+
+def cancel_other_tasks() -> None:
+    """Cancel every task but the present one and those of asyncio that connect the pipes of a new process.
+
+    A process whose pipes were never connected is waited for for ever (read in Python 3.11.7 and 3.13.0).
+    """
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        if not task.get_coro().__qualname__.endswith("._connect_pipes"):
+            task.cancel()
 
 
 class Effect(NamedTuple):

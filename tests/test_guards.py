@@ -5,7 +5,9 @@ which order. A forced write takes long here, so that nothing can come after it b
 """
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -14,6 +16,7 @@ import subprocess
 
 import pytest
 
+import pitboss
 from faults import __file__ as FAULTS
 from tools import PITBOSS, PYTHON, git, read_events, read_records, wait_for
 
@@ -189,6 +192,26 @@ def test_git_holds_the_repository_when_its_dispatcher_was_killed(home):
         wait_for(lambda: is_free(lock))
     home.pitboss("resume", home.run_dir().name, check=0)
     assert read_records(home.run_dir())[0]["status"] == "Success"
+
+
+def test_a_dispatcher_that_gives_up_does_not_wait_for_a_git_that_has_just_been_started(home):
+    """All its tasks are cancelled, at whatever point they are; those of asyncio itself must go on to their ends."""
+    folder = str(home.repo())
+
+    async def give_up(turns: int) -> bool:
+        task = asyncio.create_task(pitboss.Git(home.env, 0o22).run(folder, "status"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        pitboss.cancel_other_tasks()
+        return bool((await asyncio.wait({task}, timeout=0.5))[0])
+
+    async def give_up_everywhere() -> list[int]:
+        hung = [turns for turns in range(1, 12) if not await give_up(turns)]
+        gc.collect()                 # what was left half way closes itself, while there is a loop to do it in
+        await asyncio.sleep(0)
+        return hung
+
+    assert asyncio.run(give_up_everywhere()) == []
 
 
 def is_free(lock) -> bool:
