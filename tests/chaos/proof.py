@@ -24,6 +24,8 @@ from typing import Callable, NamedTuple
 from trial import CannotRun, Outcome, Trial, explain
 
 import deaths
+import disks
+import stops
 
 SHOWN_FAULTS = 5
 
@@ -43,6 +45,14 @@ ROWS = [Row(*row) for row in (
      deaths.random_death_is_harmless),
     ("R3", "the living are adopted", "8 of 8, 0 restarted, < 2 s", deaths.living_are_adopted),
     ("R4", "never two dispatchers", "200 rounds, 0 doubles, loser exits 4", deaths.never_two_dispatchers),
+    ("R5", "nothing survives a cancel, timeout, second Ctrl-C", "500 rounds, 0 processes after 10 s",
+     stops.nothing_survives),
+    ("R7", "a full disk is survived", "ENOSPC, EDQUOT, EIO, EMFILE at every call: 0 corrupt files, 0 tracebacks, "
+     "resumable", disks.full_disk_is_survived),
+    ("R9", "hangs end", "100 of 100 within the limit + grace + 1 s", stops.hangs_end),
+    ("R23", "clocks fool nobody", "wall clock a day off, dispatcher stopped 60 s: 0 false timeouts",
+     stops.clocks_fool_nobody),
+    ("R24", "signals in every phase", "as documented, terminal 100 % restored", stops.signals_do_as_documented),
     ("R20", "a reboot is survived", "100 of 100: all unfinished tasks go on with their sessions",
      deaths.reboot_is_survived),
 )]
