@@ -5738,6 +5738,11 @@ def check_places(manifest: Manifest) -> list[Problem]:
     return problems
 
 
+def restore_command(place: Place, ref: str) -> str:
+    """The command line that brings a rescued worktree back."""
+    return render_argv(["git", "-C", place.directory, "worktree", "add", place.path, ref])
+
+
 class Git:
     """How this process runs git: environment, the caller's umask, one creation at a time a repository."""
 
@@ -5988,7 +5993,7 @@ class Git:
         told = {"path": place.path, "branch": place.branch, "rescue_ref": None, "kept": None, "restore": None}
         try:
             if not os.path.isdir(place.path):
-                return {**told, "path": None, "kept": "its folder was removed by something else"}
+                return await self.tell_of_gone(place, told, ref)
             if remove == "keep":
                 return told
             tree = await self.inspect(place)
@@ -5996,8 +6001,7 @@ class Git:
                 return {**told, "kept": tree.doubt or "unsaved work: " + ", ".join(tree.unsaved)}
             if tree.unsaved:
                 told["rescue_ref"] = await self.rescue(place, tree, ref, message, scratch)
-                told["restore"] = render_argv(["git", "-C", place.directory, "worktree", "add", place.path,
-                                               told["rescue_ref"]])
+                told["restore"] = restore_command(place, ref)
             await self.remove_worktree(place, force=bool(tree.unsaved))
             if os.path.lexists(place.path):
                 raise GitError("it could not be removed whole")
@@ -6010,6 +6014,14 @@ class Git:
         if place.made and place.branch and place.base:
             await self.delete_empty_branch(place)
         return told
+
+    async def tell_of_gone(self, place: Place, told: dict, ref: str) -> dict:
+        """What became of a worktree that is not there: a dispatcher that died may have saved and removed it."""
+        if place.made and place.branch and place.base:
+            await self.delete_empty_branch(place)
+        if (await self.run(place.repo, "rev-parse", "-q", "--verify", ref))[0]:
+            return {**told, "path": None, "kept": "its folder was removed by something else"}
+        return {**told, "path": None, "rescue_ref": ref, "restore": restore_command(place, ref)}
 
     async def delete_empty_branch(self, place: Place) -> None:
         """Delete a branch of this run's own that holds nothing beyond its base, unless it is checked out."""

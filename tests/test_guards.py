@@ -194,6 +194,25 @@ def test_git_holds_the_repository_when_its_dispatcher_was_killed(home):
     assert read_records(home.run_dir())[0]["status"] == "Success"
 
 
+@pytest.mark.parametrize("step", ["$ write new.txt unsaved", "$ say hello"], ids=["rescued", "clean"])
+def test_a_tree_that_a_dispatcher_removed_before_it_died_is_told_of_and_leaves_no_branch(home, step):
+    """The next dispatcher finds no folder: the record names the rescue ref, and the empty branch goes."""
+    repo = home.repo()
+    env = with_git(home, 'case "$*" in *" worktree remove "*) "$GIT" "$@"; kill -9 $PPID; exit;; esac\n'
+                         'exec "$GIT" "$@"')
+    died = home.pitboss("dispatch", home.manifest(MANIFEST.replace("$ write new.txt unsaved", step)), env=env)
+    assert died.returncode == -9
+    done = home.pitboss("resume", home.run_dir().name, check=0)
+    record, = read_records(home.run_dir())
+    assert record["status"] == "Success" and record["worktree_path"] is None
+    assert git(repo, "branch", "--format=%(refname:short)").split() == ["main"]
+    if "write" in step:
+        assert git(repo, "show", f"{record['rescue_ref']}:new.txt") == "unsaved\n"
+        assert f"worktree add {home.run_dir()}/worktrees/a {record['rescue_ref']}" in done.stdout
+    else:
+        assert record["rescue_ref"] is None
+
+
 def test_a_dispatcher_that_gives_up_does_not_wait_for_a_git_that_has_just_been_started(home):
     """All its tasks are cancelled, at whatever point they are; those of asyncio itself must go on to their ends."""
     folder = str(home.repo())
