@@ -25,7 +25,9 @@ from trial import CannotRun, Outcome, Trial, explain
 
 import deaths
 import disks
+import leads
 import stops
+import works
 
 SHOWN_FAULTS = 5
 
@@ -47,14 +49,22 @@ ROWS = [Row(*row) for row in (
     ("R4", "never two dispatchers", "200 rounds, 0 doubles, loser exits 4", deaths.never_two_dispatchers),
     ("R5", "nothing survives a cancel, timeout, second Ctrl-C", "500 rounds, 0 processes after 10 s",
      stops.nothing_survives),
+    ("R6", "no work is lost", "300 states, 100 % reachable", works.no_work_is_lost),
     ("R7", "a full disk is survived", "ENOSPC, EDQUOT, EIO, EMFILE at every call: 0 corrupt files, 0 tracebacks, "
      "resumable", disks.full_disk_is_survived),
     ("R9", "hangs end", "100 of 100 within the limit + grace + 1 s", stops.hangs_end),
+    ("R10", "caps hold", "200 racing spawns, cap 8, depth 2, 1 USD: never 9; never over by more than one "
+     "estimate's error", leads.caps_hold),
+    ("R12", "store and leases are correct", "16 clients x 2000 operations with deaths: 0 violations",
+     leads.store_is_correct),
+    ("R16", "worktrees", "32 parallel starts while another process holds the lock: 32 of 32, 0 stray branches",
+     works.many_worktrees_start),
+    ("R17", "MCP never wedges a lead", "10000 calls, 0 protocol errors", leads.mcp_never_wedges),
+    ("R20", "a reboot is survived", "100 of 100: all unfinished tasks go on with their sessions",
+     deaths.reboot_is_survived),
     ("R23", "clocks fool nobody", "wall clock a day off, dispatcher stopped 60 s: 0 false timeouts",
      stops.clocks_fool_nobody),
     ("R24", "signals in every phase", "as documented, terminal 100 % restored", stops.signals_do_as_documented),
-    ("R20", "a reboot is survived", "100 of 100: all unfinished tasks go on with their sessions",
-     deaths.reboot_is_survived),
 )]
 
 
