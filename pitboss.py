@@ -14855,14 +14855,15 @@ def cmd_attach(options: Any) -> str:
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
     log = found["log_path"] if seen.foreign else os.path.join(run_dir, "tasks", options.actor, "stdout.log")
     tail, colour = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout)
+    mask = None if options.raw else report_mask(run_dir, seen)
     settled, seen_size = found["status"] is not None, -1
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             lines = tail.read(READ_AT_ONCE)
             if not lines and settled and not (tail.fd is not None and tail.behind()):
-                show_log_lines(tail.rest(), form, options.raw, colour)
+                show_log_lines(tail.rest(), form, mask, colour)
                 break
-            show_log_lines(lines, form, options.raw, colour)
+            show_log_lines(lines, form, mask, colour)
             if not lines and not (tail.fd is not None and tail.behind()):
                 time.sleep(1.0 if seen.foreign else 0.1)     # its end is found by looking at all processes
                 size = journal_size(run_dir)
@@ -14921,14 +14922,14 @@ def last_lines_at(path: str, count: int) -> int:
     return 0
 
 
-def show_log_lines(lines: list[bytes], form: str, raw: bool, colour: bool) -> None:
-    """Print lines of a log, as they are or formatted."""
+def show_log_lines(lines: list[bytes], form: str, mask: Mask | None, colour: bool) -> None:
+    """Print lines of a log, formatted and masked, or without a mask as they are."""
     for line in lines:
-        if raw:
+        if mask is None:
             sys.stdout.buffer.write(line + b"\n")
         else:
             for mark, text in render_log_line(line, form):
-                print(paint(f"{mark} {text}", LOG_MARKS[mark][0], colour))
+                print(paint(f"{mark} {mask.text(text)}", LOG_MARKS[mark][0], colour))
     sys.stdout.flush()
 
 

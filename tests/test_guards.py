@@ -288,7 +288,7 @@ def test_a_secret_is_in_no_file_and_no_output_of_pitboss(home):
     said += [home.pitboss(*args, env=env) for args in (
         ["status", run_dir.name], ["status", run_dir.name, "--json"], ["status", run_dir.name, "--rebuild"],
         ["list"],
-        ["list", "--json"], ["resume", run_dir.name, "--failed"])]
+        ["list", "--json"], ["attach", run_dir.name, "says"], ["resume", run_dir.name, "--failed"])]
     words = (SECRET, OTHER, TOKEN)
     assert files_with(home.runs, words) == []
     assert [w for w in words for done in said if w in done.stdout + done.stderr] == []
