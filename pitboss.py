@@ -5748,6 +5748,11 @@ def check_places(manifest: Manifest) -> list[Problem]:
     return problems
 
 
+def restore_command(place: Place, ref: str) -> str:
+    """The command line that brings a rescued worktree back."""
+    return render_argv(["git", "-C", place.directory, "worktree", "add", place.path, ref])
+
+
 class Git:
     """How this process runs git: environment, the caller's umask, one creation at a time a repository."""
 
@@ -5998,7 +6003,7 @@ class Git:
         told = {"path": place.path, "branch": place.branch, "rescue_ref": None, "kept": None, "restore": None}
         try:
             if not os.path.isdir(place.path):
-                return {**told, "path": None, "kept": "its folder was removed by something else"}
+                return await self.tell_of_gone(place, told, ref)
             if remove == "keep":
                 return told
             tree = await self.inspect(place)
@@ -6006,8 +6011,7 @@ class Git:
                 return {**told, "kept": tree.doubt or "unsaved work: " + ", ".join(tree.unsaved)}
             if tree.unsaved:
                 told["rescue_ref"] = await self.rescue(place, tree, ref, message, scratch)
-                told["restore"] = render_argv(["git", "-C", place.directory, "worktree", "add", place.path,
-                                               told["rescue_ref"]])
+                told["restore"] = restore_command(place, ref)
             await self.remove_worktree(place, force=bool(tree.unsaved))
             if os.path.lexists(place.path):
                 raise GitError("it could not be removed whole")
@@ -6020,6 +6024,14 @@ class Git:
         if place.made and place.branch and place.base:
             await self.delete_empty_branch(place)
         return told
+
+    async def tell_of_gone(self, place: Place, told: dict, ref: str) -> dict:
+        """What became of a worktree that is not there: a dispatcher that died may have saved and removed it."""
+        if place.made and place.branch and place.base:
+            await self.delete_empty_branch(place)
+        if (await self.run(place.repo, "rev-parse", "-q", "--verify", ref))[0]:
+            return {**told, "path": None, "kept": "its folder was removed by something else"}
+        return {**told, "path": None, "rescue_ref": ref, "restore": restore_command(place, ref)}
 
     async def delete_empty_branch(self, place: Place) -> None:
         """Delete a branch of this run's own that holds nothing beyond its base, unless it is checked out."""
@@ -9049,8 +9061,7 @@ class Dispatcher:
                 sockets.close()
                 for task in own:
                     task.cancel()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
+            cancel_other_tasks()
         for live in self.hands.values():
             live.tail.close()
 
@@ -9856,6 +9867,16 @@ def topics_of(event: dict) -> list[tuple]:
     if event["kind"] == "notified":
         return [("notified",)]
     return [("actor", event["actor"])] if "actor" in event else []
+
+
+def cancel_other_tasks() -> None:
+    """Cancel every task but the present one and those of asyncio that connect the pipes of a new process.
+
+    A process whose pipes were never connected is waited for for ever (read in Python 3.11.7 and 3.13.0).
+    """
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        if not task.get_coro().__qualname__.endswith("._connect_pipes"):
+            task.cancel()
 
 
 class Effect(NamedTuple):
@@ -15532,14 +15553,15 @@ def cmd_attach(options: Any) -> str:
     form = seen.run.actors[options.actor].format if seen.run else guess_format(run_dir, options.actor)
     log = found["log_path"] if seen.foreign else os.path.join(run_dir, "tasks", options.actor, "stdout.log")
     tail, colour = Tail(log, last_lines_at(log, options.lines)), want_colour(sys.stdout)
+    mask = None if options.raw else report_mask(run_dir, seen)
     settled, seen_size = found["status"] is not None, -1
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             lines = tail.read(READ_AT_ONCE)
             if not lines and settled and not (tail.fd is not None and tail.behind()):
-                show_log_lines(tail.rest(), form, options.raw, colour)
+                show_log_lines(tail.rest(), form, mask, colour)
                 break
-            show_log_lines(lines, form, options.raw, colour)
+            show_log_lines(lines, form, mask, colour)
             if not lines and not (tail.fd is not None and tail.behind()):
                 time.sleep(1.0 if seen.foreign else 0.1)     # its end is found by looking at all processes
                 size = journal_size(run_dir)
@@ -15737,14 +15759,14 @@ def last_lines_at(path: str, count: int) -> int:
     return 0
 
 
-def show_log_lines(lines: list[bytes], form: str, raw: bool, colour: bool) -> None:
-    """Print lines of a log, as they are or formatted."""
+def show_log_lines(lines: list[bytes], form: str, mask: Mask | None, colour: bool) -> None:
+    """Print lines of a log, formatted and masked, or without a mask as they are."""
     for line in lines:
-        if raw:
+        if mask is None:
             sys.stdout.buffer.write(line + b"\n")
         else:
             for mark, text in render_log_line(line, form):
-                print(paint(f"{mark} {text}", LOG_MARKS[mark][0], colour))
+                print(paint(f"{mark} {mask.text(text)}", LOG_MARKS[mark][0], colour))
     sys.stdout.flush()
 
 

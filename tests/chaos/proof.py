@@ -24,6 +24,12 @@ from typing import Callable, NamedTuple
 from trial import CannotRun, Outcome, Trial, explain
 
 import deaths
+import disks
+import leads
+import others
+import stops
+import streams
+import works
 
 SHOWN_FAULTS = 5
 
@@ -43,8 +49,36 @@ ROWS = [Row(*row) for row in (
      deaths.random_death_is_harmless),
     ("R3", "the living are adopted", "8 of 8, 0 restarted, < 2 s", deaths.living_are_adopted),
     ("R4", "never two dispatchers", "200 rounds, 0 doubles, loser exits 4", deaths.never_two_dispatchers),
+    ("R5", "nothing survives a cancel, timeout, second Ctrl-C", "500 rounds, 0 processes after 10 s",
+     stops.nothing_survives),
+    ("R6", "no work is lost", "300 states, 100 % reachable", works.no_work_is_lost),
+    ("R7", "a full disk is survived", "ENOSPC, EDQUOT, EIO, EMFILE at every call: 0 corrupt files, 0 tracebacks, "
+     "resumable", disks.full_disk_is_survived),
+    ("R8", "a provider's limit holds work", "20 of 20, 0 attempts counted", others.limit_holds_work),
+    ("R9", "hangs end", "100 of 100 within the limit + grace + 1 s", stops.hangs_end),
+    ("R10", "caps hold", "200 racing spawns, cap 8, depth 2, 1 USD: never 9; never over by more than one "
+     "estimate's error", leads.caps_hold),
+    ("R11", "costs add up", "500 random usage streams, resumes and sub-agents included: error 0",
+     streams.costs_add_up),
+    ("R12", "store and leases are correct", "16 clients x 2000 operations with deaths: 0 violations",
+     leads.store_is_correct),
+    ("R13", "bad bytes", "50000 fuzzed output and protocol lines: 0 crashes; log bytes = bytes sent",
+     streams.bad_bytes_harm_nobody),
+    ("R14", "memory stays flat", "16 agents x 250 MB, lines up to 20 MB: < 80 MB, no growth after the first tenth",
+     streams.memory_stays_flat),
+    ("R15", "one box", "500 agents, cap 32: <= 3 ms CPU a task; idle < 0.5 % of a core", streams.one_box_is_enough),
+    ("R16", "worktrees", "32 parallel starts while another process holds the lock: 32 of 32, 0 stray branches",
+     works.many_worktrees_start),
+    ("R17", "MCP never wedges a lead", "10000 calls, 0 protocol errors", leads.mcp_never_wedges),
+    ("R18", "approvals are decided once under kills", "200 of 200", others.approvals_are_decided_once),
     ("R20", "a reboot is survived", "100 of 100: all unfinished tasks go on with their sessions",
      deaths.reboot_is_survived),
+    ("R21", "secrets stay out", "20 seeded secrets: 0 found in any file, message or ps", others.secrets_stay_out),
+    ("R22", "old runs open", "golden folders of each journal format and of the Rust tool: 100 %", others.old_runs_open),
+    ("R23", "clocks fool nobody", "wall clock a day off, dispatcher stopped 60 s: 0 false timeouts",
+     stops.clocks_fool_nobody),
+    ("R24", "signals in every phase", "as documented, terminal 100 % restored", stops.signals_do_as_documented),
+    ("R26", "plain Pythons", "3.11 to 3.13, -I -S, no locale, read-only HOME: suite green", others.plain_pythons),
 )]
 
 
