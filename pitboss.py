@@ -6026,7 +6026,7 @@ class Git:
         return told
 
     async def tell_of_gone(self, place: Place, told: dict, ref: str) -> dict:
-        """What became of a worktree that is not there: a dispatcher that died may have saved and removed it."""
+        """What became of a worktree that is not there: a dispatcher that died may have saved it first."""
         if place.made and place.branch and place.base:
             await self.delete_empty_branch(place)
         if (await self.run(place.repo, "rev-parse", "-q", "--verify", ref))[0]:
