@@ -13868,8 +13868,8 @@ One task of one agent needs none of them. Two agents that edit the same files ar
    `commit`. An agent sees its prompt, the worktree and CLAUDE.md/AGENTS.md; nothing of your conversation.
 2. Write the manifest; `init --template flat|full` shows one, `schema` every key. Set `timeout_secs`; give
    each task that matters a `branch`; leave `model` alone unless asked.
-3. `validate M` until it says OK: it names every mistake with line and what is allowed. `dispatch M
-   --dry-run` shows commands, folders, branches.
+3. `validate M` until it says OK: it names every mistake with line and what is allowed. `tree M` says what it
+   can cost at worst (`--check USD`: exit 6 above it), `dispatch M --dry-run` the commands, folders, branches.
 4. `dispatch M --background` prints `{run_id, …}`; in a terminal leave `--background` away. Exit 0: all
    succeeded.
 5. Follow: `status RUN --json` (actors with `status` or `state`, `approvals`), `attach RUN ACTOR`, `report

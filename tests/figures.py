@@ -3,10 +3,12 @@
 
     python3 tests/figures.py            # say which parts differ from what they should be; exit 1 when one does
     python3 tests/figures.py --write    # write them
+    make proof ARGS="--json FILE"; python3 tests/figures.py --take FILE --write     # with the figures of a proof
+    make bench ARGS=--figures; python3 tests/figures.py --write                     # with those of the benchmark
 
-tests/data/figures.json has the rows that `make proof` and `make bench ARGS=--figures` measured, nothing else:
-{"proof": [{row, promise, figure, measured, command, scale, when}], "bench": [{row, what, measured, beside, command,
-scale, when}]}; all values are texts, `when` is a day.
+tests/data/figures.json has the rows that these two measured, nothing else: {"proof": [{row, promise, figure,
+measured, reached, command, scale, when}], "bench": [{row, what, measured, beside, command, scale, when}]}; all values
+are texts, `when` is a day, `reached` is yes or no. A row that could not be tried is none.
 """
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Callable
@@ -27,7 +30,7 @@ README, FIGURES = ROOT / "README.md", ROOT / "tests" / "data" / "figures.json"
 COLUMNS = {
     # part: (key of a row, head of its column) pairs
     "proof": (("row", "row"), ("promise", "promise"), ("figure", "to reach"), ("measured", "measured"),
-              ("scale", "scale"), ("command", "command"), ("when", "when")),
+              ("reached", "reached"), ("scale", "scale"), ("command", "command"), ("when", "when")),
     "bench": (("row", "row"), ("what", "what"), ("measured", "measured"), ("beside", "beside"), ("scale", "scale"),
               ("command", "command"), ("when", "when")),
 }
@@ -44,10 +47,19 @@ def put_rows(part: str, rows: list[dict], path: Path = FIGURES) -> None:
         if set(row) != keys or not all(isinstance(v, str) and v for v in row.values()):
             raise ValueError(f"a row of {part} has the keys {sorted(keys)}, all of them texts; found {row}")
     figures, names = read_figures(path), {row["row"] for row in rows}
-    figures[part] = [r for r in figures[part] if r["row"] not in names] + rows
+    kept = [r for r in figures[part] if r["row"] not in names] + rows
+    figures[part] = sorted(kept, key=lambda r: [int(n) for n in re.findall(r"\d+", r["row"])]) if part == "proof" else kept
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def take_proof(source: Path, path: Path = FIGURES) -> int:
+    """Put what a proof wrote with --json among the figures; how many rows were tried."""
+    tried = [r for r in json.loads(source.read_text(encoding="utf-8")) if r["ran"]]
+    put_rows("proof", [{**{key: str(r[key]) for key, _ in COLUMNS["proof"]}, "reached": "yes" if r["reached"] else "no",
+                        "scale": f"{r['scale']:g}", "when": r["when"][:10]} for r in tried], path)
+    return len(tried)
 
 
 def today() -> str:
@@ -94,7 +106,10 @@ def refreshed(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write them")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="take the rows that a proof wrote there with --json")
     options = parser.parse_args()
+    if options.take:
+        print(f"taken: {take_proof(options.take)} rows")
     text = README.read_text(encoding="utf-8")
     stale = []
     for part, render in PARTS.items():

@@ -50,6 +50,33 @@ def test_measured_rows_take_the_place_of_older_ones(tmp_path):
             figures.put_rows("bench", [bad], path)
 
 
+def test_a_proof_is_taken_as_it_was_measured(tmp_path):
+    """Rows as tests/chaos/proof.py writes them: one that missed says so, one that could not run is left out."""
+    chaos = {"promise": "p", "figure": "all", "measured": "3 of 4", "reached": False, "command": "make proof ROWS=R2 SCALE=0.2",
+             "scale": 0.2, "when": "2026-01-02T03:04:05+00:00", "took_s": 1.5, "ran": True, "faults": ["x"]}
+    path, source = tmp_path / "figures.json", tmp_path / "proof.json"
+    path.write_text('{"proof": [], "bench": []}')
+    source.write_text(json.dumps([{"row": "R10", **chaos}, {"row": "R2", **chaos}, {"row": "R3", **chaos, "ran": False}]))
+    assert figures.take_proof(source, path) == 2
+    rows = figures.read_figures(path)["proof"]
+    assert [(r["row"], r["reached"], r["scale"], r["when"]) for r in rows] == [
+        ("R2", "no", "0.2", "2026-01-02"), ("R10", "no", "0.2", "2026-01-02")]
+    assert "| no |" in figures.render_figures("proof", {"proof": rows})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the verdicts come from /proc, which only Linux has")
+def test_a_proof_that_ran_can_be_taken(tmp_path):
+    """What the runner itself writes of a row, not a copy of its shape."""
+    script = ("import sys; sys.path[:0] = ['tests', 'tests/chaos']; import figures, json, pathlib, proof;"
+              "row = proof.ROWS[0]; done = proof.Result(row, proof.Outcome('7 of 7', True), '', [], 1.0);"
+              f"place = pathlib.Path({str(tmp_path)!r}); (place / 'f.json').write_text('{{\"proof\": [], \"bench\": []}}');"
+              "(place / 'p.json').write_text(json.dumps([proof.as_json(done, 0.2, '2026-01-02T03:04:05+00:00')]));"
+              "figures.take_proof(place / 'p.json', place / 'f.json')")
+    subprocess.run([PYTHON, "-c", script], cwd=ROOT, check=True)
+    (row,) = figures.read_figures(tmp_path / "f.json")["proof"]
+    assert (row["row"], row["measured"], row["reached"]) == ("R1", "7 of 7", "yes")
+
+
 def test_a_stale_readme_is_told_and_written(tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("# x\n" + "".join(f"<!-- {p}: how -->\n\nSTALE TEXT\n\n<!-- end of {p} -->\nkept {p}\n" for p in figures.PARTS))
