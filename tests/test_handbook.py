@@ -17,8 +17,7 @@ import pytest
 
 import pitboss
 from json_schema import faults
-from test_shape import PITBOSS, Program
-from tools import PYTHON, ROOT, git, program, read_events, read_records, wait_for
+from tools import PITBOSS, PYTHON, ROOT, git, program, read_events, read_records, wait_for
 
 COMMAND_PAIRS = [(call, what) for call, what, _ in pitboss.typed_commands()]
 HANDBOOK = pitboss.render_handbook(COMMAND_PAIRS)
@@ -63,7 +62,8 @@ def test_commands_and_flags_that_it_speaks_of_exist():
 def raised_texts() -> list[str]:
     """How each ToolRefusal that the code raises begins, with … for what is filled in."""
     found = []
-    for call in Program(PITBOSS.read_text(encoding="utf-8")).walk(ast.Call):
+    calls = (n for n in ast.walk(ast.parse(PITBOSS.read_text(encoding="utf-8"))) if isinstance(n, ast.Call))
+    for call in calls:
         name = getattr(call.func, "id", "")
         kinds = getattr(pitboss, name, None)
         if isinstance(kinds, type) and issubclass(kinds, pitboss.ToolRefusal) and call.args:
@@ -73,9 +73,9 @@ def raised_texts() -> list[str]:
 
 
 def row_of(text: str) -> str:
-    """The row of REFUSALS that a refusal belongs to: the longest that it begins with."""
+    """The row of REFUSALS that a refusal belongs to: the longest that it begins with, up to the row's last `…`."""
     arguments = {f.name for t in pitboss.TOOLS.values() for f in t.fields} | {"…"}
-    known = [words for words, _ in pitboss.REFUSALS if re.match(re.escape(words).replace("…", ".*") + "$", text)]
+    known = [words for words, _ in pitboss.REFUSALS if text.startswith(words.removesuffix("…"))]
     if not known and text.partition(":")[0] in arguments:
         known = ["ARGUMENT: …"]
     return max(known, key=len, default=f"no row for: {text}")
