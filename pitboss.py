@@ -15184,6 +15184,7 @@ def cmd_diff(options: Any) -> str:
 
 REPORT_LINES = 30          # of each log, in a report
 MAX_PATCH = 400_000        # bytes of one actor's whole difference
+GITS_AT_ONCE = 8
 
 
 def cmd_report(options: Any) -> str:
@@ -15266,12 +15267,18 @@ def log_end(run_dir: str, seen: Overview, record: dict, mask: Mask) -> list[tupl
 
 async def find_changes(run_dir: str, seen: Overview, patches: bool) -> dict[str, dict]:
     """What each actor changed in git since it began: {a, b, files, note, patch}; without a base nothing."""
-    git, found = Git(os.environ, 0o077), {}
-    for name, work in works_of(run_dir, seen).items():
-        known = seen.run.actors.get(name) if seen.run else None
-        base = ((known.place if known else None) or {}).get("base")
-        if base and work.repo and work.revisions:
+    git, found, gate = Git(os.environ, 0o077), {}, asyncio.Semaphore(GITS_AT_ONCE)
+
+    async def find(name: str, base: str, work: Work) -> None:
+        async with gate:
             found[name] = await change_since(git, base, work, patches)
+
+    async with asyncio.TaskGroup() as group:
+        for name, work in works_of(run_dir, seen).items():
+            known = seen.run.actors.get(name) if seen.run else None
+            base = ((known.place if known else None) or {}).get("base")
+            if base and work.repo and work.revisions:
+                group.create_task(find(name, base, work))
     return found
 
 
