@@ -12268,6 +12268,7 @@ class Report(NamedTuple):
     changes: dict              # actor to {a, b, files, note, patch} of its work in git
     now: float
     version: str
+    needs: tuple = ()          # lines of what needs an operator
 
 
 _NOT_XML = r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
@@ -12314,6 +12315,12 @@ def open_svg(height: int, about: str) -> str:
     """The beginning of a drawing."""
     return (f'<svg viewBox="0 0 {WIDE_PX} {height}" width="100%" role="img" aria-label="{esc(about)}" '
             f'xmlns="http://www.w3.org/2000/svg">')
+
+
+def render_needs(report: Report) -> list[str]:
+    """What needs an operator now."""
+    return ["<ul>", *(f'<li class="yellow">{esc(need)}</li>' for need in report.needs),
+            "</ul>"] if report.needs else []
 
 
 def render_timeline(report: Report) -> list[str]:
@@ -12505,6 +12512,7 @@ def render_work(work: dict | None) -> list[str]:
 
 PAGE_PARTS = (
     # heading                its lines
+    ("Needs an operator",    render_needs),
     ("Time line",            render_timeline),
     ("Actors",               render_actors),
     ("Tree",                 render_tree),
@@ -12663,6 +12671,7 @@ METRICS = (
      else []),
     ("run_approvals_waiting", "requests that wait for an operator",
      lambda report: [({}, sum(1 for r in report.requests if not r.answer))]),
+    ("run_needs", "in how many ways the run needs an operator", lambda report: [({}, len(report.needs))]),
     ("actor_duration_seconds", "how long an actor took", each_actor(lambda r: r["duration_ms"] / 1000)),
     ("actor_cost_usd", "what an actor cost", each_actor(lambda r: r["cost_usd"])),
     ("actor_tokens", "tokens of an actor by kind", count_actor_tokens),
@@ -13872,8 +13881,8 @@ One task of one agent needs none of them. Two agents that edit the same files ar
    can cost at worst (`--check USD`: exit 6 above it), `dispatch M --dry-run` the commands, folders, branches.
 4. `dispatch M --background` prints `{run_id, …}`; in a terminal leave `--background` away. Exit 0: all
    succeeded.
-5. Follow: `status RUN --json` (actors with `status` or `state`, `approvals`), `attach RUN ACTOR`, `report
-   RUN`.
+5. Follow: `watch RUN --until attention` blocks until it needs you or has ended; `status RUN --json`
+   (actors with `status` or `state`, `approvals`), `attach RUN ACTOR`, `report RUN`.
 6. Answer what waits: `approvals RUN`, then `approve` or `reject`, only as the person whom you work for
    wants.
 7. Afterwards look at each branch (`git log`, `diff A B` between runs), merge what is good, `resume RUN
@@ -15209,6 +15218,7 @@ def cmd_report(options: Any) -> str:
 def gather_report(run_dir: str, page: bool, patches: bool) -> Report:
     """All that a report of a run is made of; `page`: with logs and work in git, `patches`: with the whole."""
     seen, now = look_at_run(run_dir, deep=True), time.time()
+    needs = [render_need(need, seen.head["run_id"][:13]) for need in needs_of(run_dir, seen)]
     told, journal = chronicle_of_records(seen.actors, now), os.path.join(run_dir, "journal.jsonl")
     if os.path.exists(journal):
         with contextlib.suppress(JournalError):            # of a finished run the records are enough
@@ -15227,7 +15237,8 @@ def gather_report(run_dir: str, page: bool, patches: bool) -> Report:
     if page:
         logs = {r["task_id"]: log_end(run_dir, seen, r, mask) for r in seen.actors}
         changes = mask_all(mask, asyncio.run(find_changes(run_dir, seen, patches)))
-    return Report(mask_all(mask, seen.head), actors, told, requests, logs, changes, now, VERSION)
+    return Report(mask_all(mask, seen.head), actors, told, requests, logs, changes, now, VERSION,
+                  tuple(mask_all(mask, needs)))
 
 
 def report_mask(run_dir: str, seen: Overview) -> Mask:
