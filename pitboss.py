@@ -13774,6 +13774,8 @@ THREATS = (
        ("test_lead.py::test_the_sockets_are_for_their_owner_alone_and_go_with_the_run",
         "test_wire.py::test_the_peer_of_a_socket_is_known_by_its_user",
         "test_files.py::test_everything_is_private_under_the_loosest_umask")),
+    _T("No port is opened: pitboss listens on unix sockets alone",
+       ("test_handbook.py::test_no_port_is_open_while_a_run_goes_on",)),
     _T("The MCP socket takes nobody without an actor's token, and the token alone says who that is; a worker "
        "has the tools of the store and of leases, and nobody acts on itself, a sibling or its lead",
        ("test_lead.py::test_nothing_but_the_token_says_who_somebody_is",
@@ -13830,7 +13832,7 @@ untrusted as soon as others can write tickets.
 SOCKET_WORDS = """\
 Who may talk to what: `control.sock` any process of the run's user: commands, floor, an operator's
 scripts; `mcp.sock` bridges with the token of an actor, which fixes id and role; the socket of pit any
-process of its user. Other users are turned away. No port is opened, ever.
+process of its user.
 """
 
 

@@ -6,10 +6,14 @@ each prompt a script is added that plays the agent's part.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,7 +21,7 @@ import pytest
 
 import pitboss
 from json_schema import faults
-from tools import PITBOSS, PYTHON, ROOT, git, program, read_events, read_records, wait_for
+from tools import PITBOSS, PYTHON, ROOT, git, processes_with, program, read_events, read_records, wait_for
 
 COMMAND_PAIRS = [(call, what) for call, what, _ in pitboss.typed_commands()]
 HANDBOOK = pitboss.render_handbook(COMMAND_PAIRS)
@@ -340,6 +344,43 @@ def test_an_agent_with_a_shell_can_answer_its_own_request(place):
         f"prompt = {json.dumps(lead)}\n"), timeout=60)
     events = read_events(place.run_dir())
     assert [(e["approved"], e["by"]) for e in events if e["kind"] == "approval_decided"] == [(True, "operator")]
+
+
+def listening_inodes() -> set[str]:
+    """The sockets of this machine that listen on a port."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            found |= {fields[9]} if fields[3] == "0A" else set()
+    return found
+
+
+def sockets_of(pids) -> set[str]:
+    links = []
+    for pid in pids:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):       # the one that lists them, for one
+                links.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return {link[8:-1] for link in links if link.startswith("socket:[")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, which only Linux has")
+def test_no_port_is_open_while_a_run_goes_on(place):
+    """Neither by the dispatcher nor by a bridge, while a lead waits for an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        assert sockets_of([os.getpid()]) & listening_inodes() == {str(os.fstat(door.fileno()).st_ino)}, "it is seen"
+    process = place.start("dispatch", "-q", place.manifest(
+        '[run]\nmax_workers = 1\nbudget_usd = 5.0\n[defaults]\nagent = "demo"\n[lead]\nid = "lead"\ndirectory = "app"\n'
+        """prompt = '$ call request_approval {"summary": "May I?"}'\n"""))
+    wait_for(lambda: place.runs.exists() and any(
+        e["kind"] == "approval_asked" for run in place.runs.glob("0*") if (run / "journal.jsonl").exists()
+        for e in read_events(run)), what="the request")
+    pids = [process.pid, *processes_with(f"PITBOSS_RUN_ID={place.run_dir().name}")]
+    used = sockets_of(pids)
+    assert len(pids) > 1 and used and used & listening_inodes() == set()
+    process.kill()
+    process.communicate()
 
 
 def test_the_budget_ends_nobody_who_runs(place):
