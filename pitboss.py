@@ -4548,16 +4548,24 @@ def find_request(run: RunState, request_id: str) -> Approval:
                    + (f"waiting: {', '.join(run.approvals)}" if run.approvals else "nothing waits"))
 
 
+MAX_ANSWERED = 1 << 20     # bytes of one text of an answer: it stands in the journal, and is remembered
+
+
 def decide_answer(run: RunState, request_id: str, given: Mapping[str, Any], by: str) -> dict:
     """The facts of an `approval_decided` that somebody gives: approved, comment, edited_summary, reason.
 
-    Raises NotFound and ToolRefusal of find_request, and InvalidInput: the changed input of a tool is none.
+    Raises NotFound and ToolRefusal of find_request, and InvalidInput: a text is too long, or the changed
+    input of a tool is none.
     """
     asked = find_request(run, request_id)
     names = ("comment", "edited_summary") if given["approved"] else ("comment", "reason")
     answer = {"approved": given["approved"], **{n: given[n] for n in names if given.get(n) is not None}}
     if not given["approved"] and given.get("interrupt"):
         answer["interrupt"] = True
+    for name, text in answer.items():
+        size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else 0
+        if size > MAX_ANSWERED:
+            raise InvalidInput(f"{name}: found {size} bytes; allowed: {MAX_ANSWERED} at most")
     changed = answer.get("edited_summary")
     if changed is not None and asked.form == "permission" and parse_input(changed) is None:
         raise InvalidInput("edited_summary: of a permission it is the changed input of the tool, a JSON "
@@ -8745,7 +8753,7 @@ def read_message(folder: str, message: Message) -> str:
         return message.shown
 
 
-MAX_SPOOLED = 1 << 20      # bytes of a file that decides a request
+MAX_SPOOLED = 16 << 20     # bytes of a file that decides a request: as a line of the control socket
 
 
 def list_spool(folder: str) -> list[str]:
