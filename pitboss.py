@@ -911,8 +911,8 @@ NOTIFICATION_FIELDS = (
 )
 
 LIFECYCLE_FIELDS = (
-    Field("survive_parent", "flag", False, "said in `run_dispatched`: this run may outlive the one that "
-                                           "dispatched it; it needs a notification"),
+    Field("survive_parent", "flag", False, "dispatched by an agent of another run, it goes on when that "
+                                           "agent ends, instead of being cancelled; it needs a notification"),
     Field("notify", "table", None, "a notification more, with the keys of `[[notification]]`",
           fields=NOTIFICATION_FIELDS, example={"kind": "log"}),
 )
@@ -4548,16 +4548,24 @@ def find_request(run: RunState, request_id: str) -> Approval:
                    + (f"waiting: {', '.join(run.approvals)}" if run.approvals else "nothing waits"))
 
 
+MAX_ANSWERED = 1 << 20     # bytes of one text of an answer: it stands in the journal, and is remembered
+
+
 def decide_answer(run: RunState, request_id: str, given: Mapping[str, Any], by: str) -> dict:
     """The facts of an `approval_decided` that somebody gives: approved, comment, edited_summary, reason.
 
-    Raises NotFound and ToolRefusal of find_request, and InvalidInput: the changed input of a tool is none.
+    Raises NotFound and ToolRefusal of find_request, and InvalidInput: a text is too long, or the changed
+    input of a tool is none.
     """
     asked = find_request(run, request_id)
     names = ("comment", "edited_summary") if given["approved"] else ("comment", "reason")
     answer = {"approved": given["approved"], **{n: given[n] for n in names if given.get(n) is not None}}
     if not given["approved"] and given.get("interrupt"):
         answer["interrupt"] = True
+    for name, text in answer.items():
+        size = len(text.encode("utf-8", "surrogatepass")) if isinstance(text, str) else 0
+        if size > MAX_ANSWERED:
+            raise InvalidInput(f"{name}: found {size} bytes; allowed: {MAX_ANSWERED} at most")
     changed = answer.get("edited_summary")
     if changed is not None and asked.form == "permission" and parse_input(changed) is None:
         raise InvalidInput("edited_summary: of a permission it is the changed input of the tool, a JSON "
@@ -6282,6 +6290,7 @@ umask "$4"; shift 4; "$@"; r=$?
 umask "$m"; echo $r >"$d/exit.$n"; exit $r"""
 
 LINEAGE = "PITBOSS_LINEAGE"    # variable of every process of a hand: OUTER/RUN:ACTOR:HAND
+FREE = "free"                  # where a lineage begins that outlives the hand that it came from
 # bytes: Linux's limit for a pipe without privileges (/proc/sys/fs/pipe-max-size)
 PIPE_MAX = 1 << 20
 POLL_S = 0.04                  # between two looks at a tree that is being stopped
@@ -6368,6 +6377,14 @@ def read_lineage(pid: int) -> str:
     return found[1] if found else ""
 
 
+def is_free(lineage: str, own: str) -> bool:
+    """Whether a process has left the hand that started it, by survive_parent, and is nobody's of `own`.
+
+    `own`: the marker of a hand and a slash, or a run id and a colon.
+    """
+    return lineage.partition("/")[0] == FREE and f"/{own}" not in f"{lineage}/"
+
+
 class ProcessTable:
     """The process table and each process's lineage, read again at most every POLL_S / 2.
 
@@ -6401,7 +6418,8 @@ class ProcessTable:
         `known` are members found before; they and what descends from them stay members.
         """
         self.refresh()
-        alive = {p.pid: p for p in self.rows.values() if not p.zombie and p.pid != os.getpid()}
+        alive = {p.pid: p for p in self.rows.values() if not p.zombie and p.pid != os.getpid()
+                 and not is_free(self.lineages.get((p.pid, p.start), ""), f"{handle['marker']}/")}
         found = {p: s for p, s in known.items() if p in alive and alive[p].start == s}
         own_sid, shim = os.getsid(0), self.rows.get(handle["pid"])
         # a pid is not given again while a session is named by it: without its leader it is still this hand's
@@ -8745,7 +8763,7 @@ def read_message(folder: str, message: Message) -> str:
         return message.shown
 
 
-MAX_SPOOLED = 1 << 20      # bytes of a file that decides a request
+MAX_SPOOLED = 16 << 20     # bytes of a file that decides a request: as a line of the control socket
 
 
 def list_spool(folder: str) -> list[str]:
@@ -9104,7 +9122,7 @@ class Dispatcher:
 
         A dispatcher inside another one's hand is being stopped by it when TERM comes: it cancels at once.
         """
-        nested = name == "TERM" and bool(self.env.get(LINEAGE))
+        nested = name == "TERM" and self.env.get(LINEAGE, FREE) != FREE
         if self.run.finished_at is not None:
             self.ended.set()               # only notifications are under way
         elif not self.run.signal and not nested:
@@ -9634,7 +9652,7 @@ class Dispatcher:
             self.signal_hand(live, "SIGCONT")
         try:
             steps = (0.0, 0.0, KILL_S) if self.kill_now else (INTERRUPT_S, TERMINATE_S, KILL_S)
-            if self.env.get(LINEAGE):
+            if self.env.get(LINEAGE, FREE) != FREE:
                 steps = (0.5, 1.0, KILL_S)       # an outer pitboss gives this one three seconds
             await stop_ladder(functools.partial(self.find_unreaped, live),
                               functools.partial(self.interrupt, live), steps)
@@ -9777,7 +9795,8 @@ class Dispatcher:
         found = []
         for pid in children:
             with contextlib.suppress(OSError):
-                if pid not in shims and os.getsid(pid) != os.getsid(0) and process_start(pid) is not None:
+                if pid not in shims and os.getsid(pid) != os.getsid(0) and process_start(pid) is not None \
+                        and not is_free(read_lineage(pid), f"{self.run.run_id}:"):
                     found.append(pid)
         return found
 
@@ -14291,6 +14310,8 @@ def cmd_dispatch(options: Any) -> str:
     run_dir = create_run(order, os.environ, mask_for(loaded.manifest, os.environ))
     if options.background:
         return start_background(run_dir, order, umask)
+    if leaves_hand(loaded.manifest, os.environ):
+        return deal_apart(run_dir, umask, options)
     hand_over(run_dir, umask, options)
     return deal_and_report(run_dir, umask, options, manifest=loaded.manifest)
 
@@ -14328,6 +14349,28 @@ def show_plan(loaded: Loaded, programs: Mapping[str, tuple]) -> str:
     return "ok"
 
 
+def leaves_hand(manifest: Manifest, env: Mapping[str, str]) -> bool:
+    """Whether a run is dispatched by an agent of another one, and is to outlive that agent."""
+    return manifest.survive_parent and bool(env.get(LINEAGE))
+
+
+def env_to_deal(manifest: Manifest, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a dispatcher of its own: one that leaves a hand is no part of it any more."""
+    return {**env, LINEAGE: FREE} if leaves_hand(manifest, env) else dict(env)
+
+
+def deal_apart(run_dir: str, umask: int, options: Any) -> str:
+    """Deal a run in a dispatcher that goes on when this process is ended, and wait for it."""
+    import subprocess
+
+    flags = [f"--{name}" for name in ("quiet", "verbose") if getattr(options, name)]
+    child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}", *flags],
+                             stdin=subprocess.DEVNULL, start_new_session=True, cwd="/",
+                             env={**os.environ, LINEAGE: FREE})
+    number = child.wait()
+    return next((name for name, (code, _) in EXIT_CODES.items() if code == number), "environment")
+
+
 def start_background(run_dir: str, order: Order, umask: int) -> str:
     """Start a dispatcher of its own for a run that was made, and say which."""
     import subprocess
@@ -14335,7 +14378,7 @@ def start_background(run_dir: str, order: Order, umask: int) -> str:
     with open(os.path.join(run_dir, "dispatch.log"), "ab") as log:
         child = subprocess.Popen([*self_argv(run_dir), "deal", run_dir, "--umask", f"{umask:o}"],
                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                                 cwd="/")
+                                 cwd="/", env=env_to_deal(order.manifest, os.environ))
     journal = os.path.join(run_dir, "journal.jsonl")
     deadline = time.monotonic() + 15
     while child.poll() is None and time.monotonic() < deadline and not os.path.exists(journal):
