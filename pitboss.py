@@ -11721,7 +11721,7 @@ def actor_row(record: dict, now: float) -> list[str]:
     """One actor as the cells of a table."""
     status, usage = record["status"], record["token_usage"]
     words = (record["failure_reason"]
-             or {}).get("message") or record["final_message_preview"] or record.get("words") or ""
+             or {}).get("message") or record.get("words") or record["final_message_preview"] or ""
     row = STATUSES.get(status)
     return [row.glyph if row else "?" if status else "▸" if record.get("state") == "Running" else "·",
             clean_text(record["task_id"]), clean_text(status or record.get("state", "")),
@@ -15024,7 +15024,7 @@ def foreign_record(past: Foreign, name: str, deep: bool) -> dict:
         begun = os.path.exists(log)
         record["state"] = "Running" if begun else "Pending"
         if deep and begun:
-            talk = read_talk(log, record["model"] or "")
+            talk = read_talk(log, Talk(record["model"] or ""), "claude")
             record.update(token_usage=talk.usage()._asdict(), words=talk.words,
                           claude_session_id=talk.session_id or None)
     usage = Usage(**record["token_usage"])
@@ -15034,17 +15034,28 @@ def foreign_record(past: Foreign, name: str, deep: bool) -> dict:
     return record
 
 
-def read_talk(log: str, model: str) -> Talk:
-    """All that an agent said in a log, in bounded memory."""
-    tail, talk, at = Tail(log, 0), Talk(model), -1
+def read_talk(log: str, talk: Talk, form: str, start: int = 0) -> Talk:
+    """All that an agent said in a log from a byte on, in bounded memory."""
+    tail, at = Tail(log, start), -1
     while tail.at != at:
         at = tail.at
         for line in tail.read(READ_AT_ONCE):
-            fold_line(talk, line, "claude")
+            fold_line(talk, line, form)
     for line in tail.rest():
-        fold_line(talk, line, "claude")
+        fold_line(talk, line, form)
     tail.close()
     return talk
+
+
+def read_unheard(run_dir: str, run: RunState, actor: Actor) -> dict:
+    """What the log of a hand that nobody deals says beyond the journal: keys of a record."""
+    talk = Talk(actor.model)
+    if FORMATS[actor.format].counts_on:
+        talk.base = session_base(actor)
+    read_talk(os.path.join(run_dir, "tasks", actor.id, "stdout.log"), talk, actor.format, actor.log_at)
+    cost = round((actor.cost_usd or 0.0) + talk.cost_usd(), 10) if FORMATS[actor.format].tells_cost else None
+    return {"token_usage": actor.usage.plus(talk.usage())._asdict(), "words": talk.words,
+            "cost_usd": cost if cost is not None else actor.cost_usd}
 
 
 class Overview(NamedTuple):
@@ -15059,7 +15070,7 @@ class Overview(NamedTuple):
 def look_at_run(run_dir: str, deep: bool = False) -> Overview:
     """How a run stands: from its summary when it is finished, else from its journal, else from its files.
 
-    `deep`: of another tool's run the logs of unsettled actors are read too.
+    `deep`: logs of unsettled actors are read too, of another tool's run and where no dispatcher reads them.
     """
     if is_foreign(run_dir):
         return look_at_foreign(run_dir, deep)
@@ -15086,6 +15097,8 @@ def look_at_run(run_dir: str, deep: bool = False) -> Overview:
     actors = []
     for actor in run.actors.values():
         record = live_record(run, actor, os.path.join(run_dir, "tasks", actor.id, "stdout.log"))
+        if deep and state == "stale" and ("watch", actor.id) in run.owed:
+            record.update(read_unheard(run_dir, run, actor))
         actors.append({**record, "started_unix": actor.started_at,
                        "final_message": get_blob(run_dir, record["final_message"])})
     costs = [a["cost_usd"] for a in actors if a["cost_usd"] is not None]
