@@ -7,6 +7,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
@@ -114,6 +115,35 @@ def approvals_are_decided_once(trial: Trial) -> Outcome:
     count = trial.count(200 // REQUESTS)
     kills = trial.rounds(count, ask_under_kills)
     return Outcome(f"{REQUESTS * len(kills)} of {REQUESTS * count}, {sum(kills)} kills", len(kills) == count)
+
+
+# ---- R19: prompts of agents in terminals
+
+PROMPTS = 25         # to one agent
+
+
+def prompt_one(root: Path, number: int) -> int:
+    """Prompts of many kinds to an agent in a terminal, while somebody scrolls and it hangs now and then."""
+    import test_tmux
+    from tmux_desk import Desk
+
+    desk = Desk(root)
+    try:
+        _, pane = desk.start()
+        test_tmux.many_prompts(desk, pane, PROMPTS)
+        return PROMPTS
+    finally:
+        desk.close()
+
+
+def prompts_are_delivered_once(trial: Trial) -> Outcome:
+    if not shutil.which("tmux"):
+        raise CannotRun("there is no tmux on PATH")
+    if not (TESTS / "test_tmux.py").exists():
+        raise CannotRun("this pitboss has no agents in terminals")
+    count = trial.count(500 // PROMPTS)
+    good = trial.rounds(count, prompt_one, wide=2)
+    return Outcome(f"{sum(good)} of {PROMPTS * count}", len(good) == count)
 
 
 # ---- R21: secrets
