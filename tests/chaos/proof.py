@@ -25,6 +25,7 @@ from trial import CannotRun, Outcome, Trial, explain
 
 import deaths
 import disks
+import figures
 import leads
 import others
 import stops
@@ -71,6 +72,7 @@ ROWS = [Row(*row) for row in (
      works.many_worktrees_start),
     ("R17", "MCP never wedges a lead", "10000 calls, 0 protocol errors", leads.mcp_never_wedges),
     ("R18", "approvals are decided once under kills", "200 of 200", others.approvals_are_decided_once),
+    ("R19", "tmux prompts are delivered once", "500 of 500", others.prompts_are_delivered_once),
     ("R20", "a reboot is survived", "100 of 100: all unfinished tasks go on with their sessions",
      deaths.reboot_is_survived),
     ("R21", "secrets stay out", "20 seeded secrets: 0 found in any file, message or ps", others.secrets_stay_out),
@@ -129,6 +131,20 @@ def as_json(result: Result, scale: float, when: str) -> dict:
             "when": when, "took_s": round(result.took_s, 1), "ran": outcome is not None, "faults": result.faults}
 
 
+def as_figure(result: Result, scale: float, when: str) -> dict:
+    """A row as figures.py keeps it: texts; that a figure was missed stands in the text."""
+    row = as_json(result, scale, when)
+    missed = "" if result.reached() or result.outcome is None else " (missed)"
+    return {**{key: row[key] for key in ("row", "promise", "figure", "command")},
+            "measured": row["measured"] + missed, "scale": f"{scale:g}", "when": when[:10]}
+
+
+def keep_figures(rows: list[dict], path: Path = figures.FIGURES) -> None:
+    """Put rows into the file of figures, in the table's order."""
+    known = {row["row"]: row for row in [*figures.read_figures(path)["proof"], *rows]}
+    figures.put_rows("proof", [known[row.name] for row in ROWS if row.name in known], path)
+
+
 def chosen_rows(words: str) -> list[Row]:
     """The rows of these names, in the table's order; all without any.  Raises ValueError."""
     names = words.replace(",", " ").split()
@@ -138,8 +154,11 @@ def chosen_rows(words: str) -> list[Row]:
     return [row for row in ROWS if not names or row.name in names]
 
 
-def prove(rows: list[Row], scale: float, first: int, out: Path | None) -> int:
-    """Try the rows, print each one's line when it is done; 1 when one misses."""
+def prove(rows: list[Row], scale: float, first: int, out: Path | None, keep: bool = False) -> int:
+    """Try the rows, print each one's line when it is done, and write it to `out`; 1 when one misses.
+
+    `keep`: the figures are kept for the README, too.
+    """
     folder = Path(tempfile.mkdtemp(prefix="pp-"))      # short: sockets lie in it
     when, results = datetime.now(timezone.utc).isoformat(timespec="seconds"), []
     try:
@@ -148,6 +167,8 @@ def prove(rows: list[Row], scale: float, first: int, out: Path | None) -> int:
             print(render(results[-1]), flush=True)
             if out:
                 out.write_text(json.dumps([as_json(r, scale, when) for r in results], indent=1) + "\n")
+            if keep:
+                keep_figures([as_figure(results[-1], scale, when)])
             if results[-1].reached() or results[-1].outcome is None:
                 shutil.rmtree(folder / row.name, ignore_errors=True)
     finally:
@@ -167,6 +188,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", default="", metavar="NAMES", help="only these, e.g. \"R1 R3\"")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the number of each row's first round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--figures", action="store_true", help="keep the figures for the README (tests/figures.py)")
     options = parser.parse_args(arguments)
     if sys.platform != "linux":
         parser.error("the verdicts come from /proc, which only Linux has")
@@ -178,7 +200,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:      # a shell's `&` does that, and children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return prove(rows, options.scale, options.first, options.json)
+    return prove(rows, options.scale, options.first, options.json, options.figures)
 
 
 if __name__ == "__main__":

@@ -135,13 +135,14 @@ def bad_bytes_harm_nobody(trial: Trial) -> Outcome:
 # ---- R14: memory
 
 def write_long_log(path: Path, size: int) -> int:
-    """Lines as claude prints them, one of them of 20 MB (or of all there is room for); how many bytes."""
-    half = bench.write_log(path, max(1, size // 2))
-    head, long = path.read_bytes(), min(20 * MB, size // 2)
+    """A line of 20 MB, or of what fits into the first tenth, then lines as claude prints them; how many bytes."""
+    long = min(20 * MB, size // 12)
+    bench.write_log(path, size - long)
+    rest = path.read_bytes()
     with path.open("wb") as file:
         file.write(json.dumps({"type": "user", "message": {"content": "x" * long}}).encode() + b"\n")
-        file.write(head)
-    return half + path.stat().st_size - half
+        file.write(rest)
+    return path.stat().st_size
 
 
 def memory_stays_flat(trial: Trial) -> Outcome:
@@ -154,9 +155,10 @@ def memory_stays_flat(trial: Trial) -> Outcome:
         seen = bench.watch_dispatch(home, bench.prepare(home, bench.manifest_of(cat, ["cat"] * agents, agents)), total)
     finally:
         home.end_everything()
-    grown = seen.late_mb - seen.early_mb
+    grown, is_short = seen.late_mb - seen.early_mb, size < 200 * MB      # its buffers fill at first
     return Outcome(f"{agents} agents x {total / agents / MB:.0f} MB: {seen.peak_mb:.0f} MB at most, "
-                   f"{grown:+.1f} MB after the first tenth", seen.peak_mb < 80 and grown < 3)
+                   f"{grown:+.1f} MB after the first tenth" + " (too short to tell)" * is_short,
+                   seen.peak_mb < 80 and (grown < 3 or is_short))
 
 
 # ---- R15: many agents
