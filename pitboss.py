@@ -11240,7 +11240,7 @@ def inner_add_task(dispatcher: Dispatcher, message: dict) -> None:
     if name in run.actors:
         return
     if not run.facts.get("stays_open") or run.draining:
-        raise ToolRefusal("this run takes no more tasks")
+        raise Refused("this run takes no more tasks")
     task = dispatcher.manifest.tasks[0]._replace(id=name, prompt=message["prompt"], index=-1)
     row = agent_row(task.agent, dispatcher.manifest.agents)
     account = account_of(row, {**dispatcher.env, **task.env})
