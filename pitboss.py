@@ -15421,7 +15421,8 @@ def clean_lines(screen: str) -> list[str]:
 
 PASTE_S = 0.3              # from a paste to its Enter: an agent takes a paste in during that time
 PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
-CONFIRM_S = (2.0, 2.0, 20.0)      # from each Enter to the event that tells of the prompt
+CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
+ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
 CLEAR_ENTERS = 3
 ESCAPE_S = 1.5             # from an interrupt to the next try, while the title still tells of a turn
 HOOKS_S = 60.0             # how long the hooks of an agent's user may take after the end of a turn
@@ -15459,7 +15460,7 @@ async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable, home
         await asyncio.sleep(PASTE_S)
         if not empty or await leaves_home(tmux, pane_id, home):
             break                  # opencode draws its box before it takes a paste
-    for seconds in CONFIRM_S:
+    for seconds in ENTERS_S:
         await tmux.press(pane_id, "Enter")
         if await submitted(seconds):
             return True

@@ -317,7 +317,7 @@ def test_a_prompt_is_sent_once_to_an_agent_that_hangs_for_a_while(demo):
 
 
 def test_a_prompt_that_nobody_takes_is_told(desk, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(pitboss, "CONFIRM_S", (0.2, 0.2, 0.4))
+    monkeypatch.setattr(pitboss, "ENTERS_S", (0.2, 0.2, 0.4))
     pane = shell(desk, "e.1", "exec sleep 60")
     assert desk.deliver(pane, "word") is False
     assert desk.screen().count("word") == 1, "pasted once"
@@ -370,7 +370,8 @@ def many_prompts(desk, pane, count: int) -> None:  # noqa: F811
     assert prompts_told(desk) == wanted
 
 
-def test_a_dozen_prompts_are_each_delivered_once(demo):
+def test_a_dozen_prompts_are_each_delivered_once(demo, monkeypatch):
+    monkeypatch.setattr(pitboss, "PASTE_S", 0.15)
     desk, _, pane = demo
     many_prompts(desk, pane, 12)
 
