@@ -17499,7 +17499,7 @@ async def tmux_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> bo
         await asyncio.sleep(PASTE_S)
     if not epic.session and row.home:
         await wait_home(tmux, row, epic.pane, CLEAR_S)
-    return await deliver(tmux, epic.pane, text, submitted)
+    return await deliver(tmux, epic.pane, text, submitted, row.home)
 
 
 async def tmux_clear(daemon: PitDaemon, epic: Epic) -> None:
