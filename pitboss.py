@@ -17846,17 +17846,19 @@ def launch_daemon(project: PitPlace) -> bool:
         prepare_session(project)
     except OSError as e:
         raise fault_of(e, f"making the session folder {project.folder}") from None
-    log = os.path.join(project.folder, "daemon.log")
-    with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
-        child = subprocess.Popen(daemon_argv(project, "run"), env=pit_env(project.env), cwd="/",
-                                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-    deadline = time.monotonic() + DAEMON_START_S
+    log, deadline, child = os.path.join(project.folder, "daemon.log"), time.monotonic() + DAEMON_START_S, None
     while not is_running(project):
+        if child is None or (child.poll() or 0) < 0:           # somebody killed it before it could listen
+            with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
+                child = subprocess.Popen(daemon_argv(project, "run"), env=pit_env(project.env), cwd="/",
+                                         stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                         start_new_session=True)
         if time.monotonic() > deadline or (child.poll() or 0) > 0:
             raise EnvironmentFault(f"the daemon did not come up: {last_lines(read_end(log, 2000), 3)}",
                                    hint=f"see {log}")
         time.sleep(0.02)
-    child.returncode = 0               # it goes on without this process
+    if child is not None:
+        child.returncode = 0           # it goes on without this process
     return True
 
 
@@ -17899,8 +17901,11 @@ def rouse_daemon(project: PitPlace) -> None:
     """Have a daemon where work is left that nobody does, unless it was told to stop."""
     state = read_session(project)
     work_left = any(e.state != "done" or verb_of(e) for e in state.epics.values())
-    if work_left and not state.stopped_by_hand:
-        launch_daemon(project)
+    if work_left and not state.stopped_by_hand and not is_locked(project.folder):
+        try:
+            launch_daemon(project)
+        except EnvironmentFault as e:
+            sys.stderr.write(f"pit: {e}\n")       # who only reads gets an answer all the same
 
 
 # ---- commands
@@ -18119,7 +18124,7 @@ def watch_lines(options: Any, project: PitPlace) -> Iterator[dict]:
                 for n in step_pit(state, event)]
         if time.monotonic() - looked > 2.0:
             looked = time.monotonic()
-            rouse_daemon(project) if not is_locked(project.folder) else None
+            rouse_daemon(project)
 
 
 def journal_end(path: str, seq: int) -> int:
