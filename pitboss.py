@@ -14769,15 +14769,13 @@ def default_socket(env: Mapping[str, str]) -> str:
 
 
 def find_tmux(env: Mapping[str, str]) -> str:
-    """The path of tmux.  Raises InvalidInput when there is none."""
+    """The path of tmux.  Raises MissingProgram when there is none."""
     import shutil
 
     path = shutil.which("tmux", path=env.get("PATH"))
     if path is None:
-        error = InvalidInput("tmux was not found on PATH",
+        raise MissingProgram("tmux was not found on PATH", program="tmux",
                              hint="install tmux 3.2 or newer, or use --headless")
-        error.program = "tmux"
-        raise error
     return path
 
 
