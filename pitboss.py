@@ -15799,6 +15799,8 @@ def on_session_began(state: PitState, event: dict) -> None:
     may_wake = epic.state == "paused" and epic.reason in ("AGENT_START", "AGENT_EXITED")
     if epic.phase in ("greet", "clear") or may_wake:
         take_place(state, epic.id, "pick")
+    elif epic.phase == "work":         # somebody cleared it in its window: no end of the turn will be told
+        set_phase(state, epic.id, "ask", last="its conversation was begun anew")
 
 
 def on_epic_looked(state: PitState, event: dict) -> None:
@@ -15849,6 +15851,7 @@ def on_turn_ended(state: PitState, event: dict) -> None:
     if epic.phase == "work" or woken:
         alter(state, epic.id, state="running", reason="", detail="")
         set_phase(state, epic.id, "ask", last=event.get("last", ""), usage=event.get("usage"),
+                  **({"transcript": event["transcript"]} if event.get("transcript") else {}),
                   **({"failed": event["failed"]} if event.get("failed") else {}))
 
 
@@ -16015,7 +16018,7 @@ def decide_agent_event(epic: Epic, told: Mapping[str, Any]) -> tuple[str, dict] 
     if kind == "turn_ended" or kind == "notice" and epic.phase == "work":
         return None if told.get("background") else (
             "turn_ended", {"epic": epic.id, "last": last,
-                           **({"usage": told["usage"]} if told.get("usage") else {})})
+                           **{k: told[k] for k in ("usage", "transcript") if told.get(k)}})
     may_pause = epic.state == "running" and epic.phase in ("send", "work", "ask")
     if kind == "turn_failed" and may_pause:
         return "epic_paused", {"epic": epic.id, "reason": "API_ERROR",
@@ -16879,8 +16882,10 @@ class PitDaemon:
         ticket = await tracker.show(epic.ticket)
         rows = [[t.id, t.title, t.status] for t in await self.look(epic)]
         if ticket.status == "closed":
-            return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows,
-                               usage=epic.todo.get("usage"))
+            usage = epic.todo.get("usage")
+            if epic.todo.get("transcript"):        # its last message may have come after the hook
+                usage = transcript_usage(epic.todo["transcript"]) or usage
+            return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows, usage=usage)
         reason, detail = decide_unclosed(str(epic.todo.get("last") or ""), epic.todo.get("failed"))
         self.record("epic_paused", epic=epic.id, reason=reason, tickets=rows, detail=detail)
 
@@ -16964,17 +16969,32 @@ class PitDaemon:
             tracker = await open_tracker(self.project.project,
                                          facts.get("tracker") or params["settings"]["beadsBinary"])
             found, note = await self.check_epics(tracker, params)
-            if not joined:
-                write_file(os.path.join(self.project.folder, "env.json"), json.dumps(params["env"]).encode())
-                self.record("pit_opened", format=PIT_FORMAT, project=self.project.root,
-                            settings=params["settings"], tracker=tracker.name, tmux=params.get("tmux"),
-                            prompt_template=params.get("prompt"), instructions=params.get("instructions"))
-                self.tracker = tracker
+            if "env" in params:
+                self.open_session(params, tracker)
+            changed = []
             for facts in found:
                 known = self.state.epics.get(facts["epic"])
                 if known is None or known.state == "done":
                     self.record("epic_added", **facts)
-            return {**self.show([f["epic"] for f in found]), **note}
+                    changed.append(facts["epic"])
+            answer = self.show([f["epic"] for f in found])
+            for name, shown in answer["epics"].items():
+                shown["changed"] = name in changed
+            return {**answer, **note}
+
+    def open_session(self, params: Mapping[str, Any], tracker: Tracker) -> None:
+        """Begin a session; one that goes on keeps its settings, but takes a tmux server that it lacks."""
+        old = self.state.facts if any(e.state != "done" for e in self.state.epics.values()) else {}
+        if old.get("tmux") or old and not params.get("tmux"):
+            return
+        self.tracker = tracker
+        write_file(os.path.join(self.project.folder, "env.json"), json.dumps(params["env"]).encode())
+        facts = old or {"settings": params["settings"], "prompt_template": params.get("prompt"),
+                        "instructions": params.get("instructions")}
+        self.record("pit_opened", format=PIT_FORMAT, project=self.project.root, tracker=tracker.name,
+                    settings=facts["settings"], prompt_template=facts["prompt_template"],
+                    instructions=facts["instructions"],
+                    tmux=params.get("tmux") or self.state.facts.get("tmux"))
 
     async def check_epics(self, tracker: Tracker, params: Mapping[str, Any]) -> tuple[list[dict], dict]:
         """(the facts of what is to be added, what must be said besides).  Raises before anything begins."""

@@ -396,3 +396,57 @@ def test_the_real_claude_works_through_an_epic(pit):
         assert git(epic["worktree"], "status", "--porcelain") == ""
     finally:
         api.stop()
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_session_is_joined_and_goes_on_after_its_epics_were_done(pit):
+    pit.epic("Auth", work(1))
+    pit.epic("Pay", "$ leave Which?")
+    first = pit.pit("start", "--epics", "auth", "--headless")
+    assert first["epics"]["auth"]["changed"] and pit.pit("start", "--epics", "auth")["epics"]["auth"]["changed"] is False
+    pit.watch("done")
+    joined = pit.pit("start", "--epics", "pay,auth")
+    assert joined["epics"]["pay"]["changed"] and joined["epics"]["auth"]["state"] == "done"
+    pit.watch("paused", 40, "--epics", "pay")
+    pane = pit.status("pay")["pane"]
+    assert pit.status("pay")["headless"] is False and pit.pit("log", "pay")["source"] == "pane"
+    pit.tmux("send-keys", "-t", pane, "-l", "/clear")
+    pit.tmux("send-keys", "-t", pane, "Enter")
+    wait_for(lambda: [e for e in pit.events("session_began") if e["epic"] == "pay"][1:], 20, "a person's /clear")
+    assert pit.pit("resume", "pay")["changed"]
+    pit.watch("paused", 40, "--epics", "pay")
+    assert prompts(pit, "pay") == 2, "without a message the ticket is sent again, in a cleared conversation"
+    ended = pit.watch("paused", 5, "--since", "0")
+    assert [n["event"] for n in ended[:1]] == ["snapshot"] and any(n["event"] == "ticket_closed" for n in ended)
+    assert pit.watch("done", 0.3, check=1)[-1] == {"event": "timeout"}
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_pause_between_two_tickets(pit):
+    pit.epic("Auth", work(1), work(2))
+    pit.configure(clearDelay=600000)
+    pit.pit("start", "--epics", "auth")
+    wait_for(lambda: pit.events("ticket_closed"), 40, "the first ticket")
+    assert pit.status("auth")["state"] == "running" and pit.status("auth")["ticket"] is None
+    assert pit.pit("pause", "auth")["changed"], "while its context waits to be cleared"
+    assert pit.status("auth")["reason"] == "MANUAL"
+    told = pit.pit("teardown", "--force")["epics"]["auth"]
+    assert told["worktree"] == "removed" and "rescue" not in told, "nothing was unsaved"
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_prompt_that_is_not_taken_up_in_time(pit):
+    pit.epic("Auth", "$ leave Which?\n$ write a.txt 1\n$ commit late")
+    pit.pit("start", "--epics", "auth")
+    pit.watch("paused", 40)
+    agent = int(pit.tmux("display-message", "-p", "-t", pit.status("auth")["pane"], "#{pane_pid}"))
+    os.kill(agent, signal.SIGSTOP)
+    pit.pit("resume", "auth", "--message", "this one")
+    pit.watch("paused", 60)
+    assert pit.status("auth")["reason"].startswith("DELIVERY: ")
+    os.kill(agent, signal.SIGCONT)
+    pit.watch("done", 40)
+    assert pit.commits("pit/auth") == ["late"], "what was typed is there when it wakes up"
