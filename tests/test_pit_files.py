@@ -111,11 +111,11 @@ def test_init_and_uninstall_leave_no_trace(project):
     assert pit(project, "uninstall") == {"removed": ["AGENTS.md block"], "changed": True}
     assert not path.exists() and pit(project, "uninstall") == {"removed": [], "changed": False}
     path.write_bytes(b"mine")
-    os.chmod(path, 0o640)
+    os.chmod(path, 0o666)
     assert pit(project, "init")["action"] == "updated" and path.read_bytes().startswith(b"mine\n")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666
     pit(project, "uninstall")
-    assert path.read_bytes() == b"mine" and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.read_bytes() == b"mine" and stat.S_IMODE(path.stat().st_mode) == 0o666
     assert [n for n in os.listdir(project.path) if not n.startswith(("file", ".git"))] == ["AGENTS.md"]
 
 

@@ -241,12 +241,17 @@ def test_reading_makes_no_store(project):
 
 
 def test_what_fails_half_way_changes_nothing(project):
-    one = add(project, "one")
+    one, two = add(project, "one"), add(project, "two")
     with pytest.raises(ZeroDivisionError):
         with pitboss.change_issues(project.common) as issues:
             issues[one]["title"] = "other"
             1 / 0
-    assert pit(project, "ticket", "show", one)["title"] == "one"
+    with pytest.raises(pitboss.TrackerFailed):
+        with pitboss.change_issues(project.common) as issues:
+            first, second = issues             # written in this order
+            issues[first]["title"], issues[second]["title"] = "other", None
+    assert {i["title"] for i in pit(project, "ticket", "list")} == {"one", "two"}
+    assert pit(project, "ticket", "show", two)["title"] == "two"
 
 
 def test_a_store_of_a_newer_version_is_left_alone(project):
@@ -560,6 +565,13 @@ def test_a_tracker_that_goes_away_is_said(beads, tmp_path):
     os.unlink(tmp_path / "bin" / beads.name)
     with pytest.raises(pitboss.TrackerFailed, match="cannot be started"):
         beads.do("epic", "x")
+
+
+def test_the_store_of_the_main_checkout_is_used_whatever_the_caller_has(beads, monkeypatch, tmp_path):
+    epic = beads.add("Epic", "-t", "epic")
+    beads_standin.init(tmp_path)
+    monkeypatch.setenv("BEADS_DIR", str(tmp_path / ".beads"))
+    assert beads.do("epic", epic).id == epic
 
 
 def test_an_envelope_is_unwrapped(project, monkeypatch, tmp_path):
