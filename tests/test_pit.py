@@ -5,9 +5,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 
 import pytest
 
+import beads_standin
 from pit_desk import Pit, needs_tmux, work
 from tools import git, wait_for
 
@@ -183,3 +185,172 @@ def test_what_a_teardown_would_lose_is_refused_then_saved(pit):
     assert pit.tmux("list-sessions", check=False) == ""
     assert pit.pit("teardown") == {"epics": {}, "daemon": "stopped"}
     assert pit.pit("daemon", "status")["running"] is False
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["bd-0.49.6", "bd-1.0.5", "br-0.7.6"])
+def test_epics_of_a_tracker_that_is_a_program(pit, flavour):
+    programs = pit.home.root / "programs"
+    name = beads_standin.FLAVOURS[flavour]
+    beads_standin.install(programs, flavour)
+    beads_standin.init(pit.repo, "repo")
+    (pit.repo / ".git/info/exclude").write_text("/.pit.json\n/.beads/\n")
+    pit.env["PATH"] = f"{programs}:{pit.env['PATH']}"
+
+    def tracker(*args):
+        done = subprocess.run([name, *args, "--json"], cwd=pit.repo, env=pit.env, text=True,
+                                            capture_output=True)
+        found = json.loads(done.stdout)
+        return found[0] if isinstance(found, list) else found
+
+    epic = tracker("create", "Auth", "-t", "epic")["id"]
+    before = ()
+    for n in (1, 2):
+        before = ("--deps", tracker("create", f"T{n}", "--parent", epic, "-d", work(n), *before)["id"])
+    assert pit.pit("start", "--epics", epic)["epics"][epic]["progress"] == "0/2"
+    pit.watch("done")
+    assert pit.commits(f"pit/{epic}") == ["work 1", "work 2"] and pit.status()["tracker"] == name
+    assert tracker("show", f"{epic}.2")["status"] == "closed"
+    assert pit.error("ticket", "list", check=4)["hint"].startswith(f"{name} list")
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_what_is_blocked_broken_or_gone_goes_on_when_it_can(pit):
+    db = pit.repo / ".git/pitboss/tickets.db"
+    pit.epic("Auth", work(1))
+    pit.epic("Pay", "$ leave Stuck", work(4))
+    pit.run("ticket", "claim", "repo-auth.1", "--actor", "bob")
+    pit.pit("start", "--epics", "auth,pay")
+    pit.watch("settled")
+    assert pit.status("auth")["reason"] == "BLOCKED: repo-auth.1 is in_progress by bob"
+    worktree = pit.status("pay")["worktree"]
+    git(pit.repo, "worktree", "remove", "--force", worktree)
+    pit.run("ticket", "close", "repo-pay.1")
+    assert pit.pit("resume", "pay")["changed"]
+    pit.watch("done", 40, "--epics", "pay")
+    assert pit.commits("pit/pay") == ["work 4"], "its worktree was made anew"
+    kept = db.read_bytes()
+    pit.epic("Late", work(7))
+    whole = db.read_bytes()
+    pit.pit("add", "late")
+    wait_for(lambda: [e for e in pit.events("epic_picked") if e["epic"] == "late"], 30, "its ticket")
+    db.write_bytes(b"not a database" * 1000)
+    found = wait_for(lambda: [e for e in pit.events("epic_paused") if e["reason"] == "TRACKER"], 40, "the pause")
+    assert found and kept
+    db.write_bytes(whole)
+    pit.run("ticket", "update", "repo-auth.1", "--status", "open", "--assignee", "")
+    pit.watch("done", 60, "--epics", "auth")
+    assert pit.commits("pit/auth") == ["work 1"], "a ticket that became ready is begun"
+
+
+def fake_claude(pit: Pit, script: str) -> None:
+    """A program that is taken for claude."""
+    path = pit.home.root / "claude"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    pit.env["PITBOSS_CLAUDE_BINARY"] = str(path)
+    pit.configure(agent="claude-code", initDelay=0)
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_an_agent_that_does_not_begin(pit):
+    fake_claude(pit, "test -e stay && { echo 'Select login method:'; exec sleep 300; }; echo no such model; exit 3")
+    pit.epic("Auth", work(1))
+    pit.pit("start", "--epics", "auth")
+    pit.watch("paused", 30)
+    reason = pit.status("auth")["reason"]
+    assert reason.startswith("AGENT_START: it ended at once: status 3; ") and "no such model" in reason
+    (pit.repo / ".worktrees/auth/stay").touch()
+    pit.pit("resume", "auth")
+    pit.watch("paused", 30)
+    reason = pit.status("auth")["reason"]
+    assert "it has not been set up: log in first" in reason and "Select login method" in reason
+    assert pit.pit("stop")["epics"]["auth"]["state"] == "done"
+
+
+def test_what_is_refused_before_anything_starts(pit):
+    pit.epic("Auth", work(1))
+    (pit.repo / ".pit.json").write_text('{\n "agent": "emacs", // no\n "maxConcurrent": 0,\n}')
+    error = pit.error("start", "--epics", "auth", check=2)
+    assert error["code"] == "config" and [(p["key"], p["line"]) for p in error["problems"]] == [("agent", 2),
+                                                                                           ("maxConcurrent", 3)]
+    assert pit.status()["epics"] == {}, "a broken file keeps nobody from status"
+    pit.configure()
+    for args, code, exit_code in ((("start", "--epics", "../x"), "usage", 2), (("start", "--epics", "-x"), "usage", 2),
+                                  (("start", "--epics", "auth", "--max", "0"), "usage", 2),
+                                  (("start", "--epics", "auth", "--epic-model", "pay=x"), "usage", 2),
+                                  (("start", "--epics", "auth", "--prompt-template", "none"), "config", 2),
+                                  (("start",), "usage", 2), (("bogus",), "usage", 2),
+                                  (("add", "auth"), "refused", 4), (("pause", "auth"), "not_found", 3)):
+        assert pit.error(*args, check=exit_code)["code"] == code, args
+    assert pit.error("start", "--epics", "auth", check=4, env={"PIT_EPIC": "x"})["code"] == "refused"
+    assert pit.error("start", "--epics", "auth", check=2, env={"PATH": "/nonexistent"})["code"] == "missing_program"
+    assert pit.error("status", check=2, cwd=pit.home.root)["code"] == "not_a_repository"
+    assert not list((pit.home.root / "data/pitboss").glob("pit/*/journal.jsonl")), "no session was begun"
+    assert pit.run("status", "--pretty").stdout.startswith("epics")
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_epics_are_checked_before_any_is_started(pit):
+    pit.epic("Auth", work(1))
+    pit.run("ticket", "add", "Empty", "-t", "epic")
+    empty = [t["id"] for t in pit.pit("ticket", "list", "--type", "epic") if t["title"] == "Empty"][0]
+    assert pit.error("start", "--epics", f"auth,{empty}", check=4)["why"] == "no tickets"
+    error = pit.error("start", "--epics", "auth,auht", check=3)
+    assert error["code"] == "not_found" and error["candidates"]
+    assert pit.error("start", "--epics", "auth", "--base-branch", "nope", check=2)["code"] == "config"
+    (pit.repo / ".worktrees/auth").mkdir(parents=True)
+    (pit.repo / ".worktrees/auth/mine").touch()
+    assert pit.error("start", "--epics", "auth", check=4)["why"] == "another folder is in its place"
+    assert pit.status()["epics"] == {} and git(pit.repo, "branch", "--list", "pit/*") == ""
+    (pit.repo / ".worktrees/auth/mine").unlink()
+    sub = pit.home.root / "sub.jsonl"
+    sub.write_text(json.dumps({"id": "repo-auth.9", "title": "Inner", "issue_type": "epic", "dependencies": [
+        {"issue_id": "repo-auth.9", "depends_on_id": "repo-auth", "type": "parent-child"}]}) + "\n" + json.dumps(
+        {"id": "repo-auth.9.1", "title": "deep", "dependencies": [
+            {"issue_id": "repo-auth.9.1", "depends_on_id": "repo-auth.9", "type": "parent-child"}]}) + "\n")
+    pit.run("ticket", "import", str(sub))
+    assert "one epic is inside" in pit.error("start", "--epics", "auth,auth.9", check=4)["why"]
+
+
+def test_one_daemon_a_project_and_its_protocol(pit):
+    first = pit.pit("daemon", "start")
+    assert first["running"] and first["changed"] and pit.pit("daemon", "start")["changed"] is False
+    done = pit.run("daemon", "run", timeout=20)
+    assert done.stdout == "" and pit.daemon_pid() == first["pid"], "a second one leaves"
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(first["socket"])
+        link.settimeout(20)
+        lines = link.makefile("rb")
+
+        def ask(raw: bytes) -> dict:
+            link.sendall(raw + b"\n")
+            return json.loads(lines.readline())
+
+        assert ask(b"nonsense")["error"]["code"] == "usage"
+        assert ask(b"[1]")["error"]["code"] == "usage"
+        assert ask(b'{"id": 7, "method": "bogus"}')["error"]["code"] == "usage"
+        assert ask(b'{"id": 8, "method": "pause", "params": {}}')["error"]["code"] == "usage"
+        assert ask(b'{"id": 9, "method": "pause", "params": {"epic": "x"}}')["error"]["code"] == "not_found"
+        link.sendall(b'{"method": "agent-idle", "params": {"epicId": "nobody"}}\n{"method": "agent-event"}\n')
+        answer = ask(b'{"id": 10, "method": "ping"}')
+        assert answer["id"] == 10 and answer["result"]["pid"] == first["pid"]
+        assert ask(b'{"id": 11, "method": "watch"}')["result"]["event"] == "snapshot"
+    assert os.stat(first["socket"]).st_mode & 0o777 == 0o600
+    restarted = pit.pit("daemon", "restart")
+    assert restarted["pid"] != first["pid"]
+    assert pit.pit("daemon", "stop")["changed"] and pit.pit("daemon", "stop")["changed"] is False
+    assert not os.path.exists(first["socket"])
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--headless",)])
+def test_the_demonstration(pit, flags):
+    answer = pit.pit("demo", *flags, timeout=150)
+    assert {n: e["progress"] for n, e in answer["epics"].items()} == {"auth": "3/3", "pay": "3/3"}
+    assert not os.path.exists(answer["project"]) and answer["attach"] is None

@@ -222,6 +222,17 @@ def test_two_that_start_the_server_at_once_both_get_their_window(desk):  # noqa:
     assert desk.raw("list-sessions", "-F", "#{session_name}") == "pit\n"
 
 
+def test_a_server_is_started_where_its_folder_is_missing_and_one_that_cannot_be_is_told(desk):  # noqa: F811
+    desk.socket = desk.tmux.socket = str(desk.root / "new" / "folder" / "s")
+    assert shell(desk, "e", "sleep 60").epic == "e"
+    desk.raw("kill-server")
+    (desk.root / "file").write_text("")
+    desk.socket = desk.tmux.socket = str(desk.root / ("x" * 200))
+    with pytest.raises(pitboss.TmuxFailed):
+        shell(desk, "e", "sleep 60")
+    desk.socket = desk.tmux.socket = str(desk.root / "s")
+
+
 def test_the_status_text_is_shown_and_taken_away(desk):  # noqa: F811
     shell(desk, "e", "sleep 60")
     desk.do(desk.tmux.set_status("pit 2 running #{pid} 1 paused;"))
@@ -306,7 +317,7 @@ def test_a_prompt_is_sent_once_to_an_agent_that_hangs_for_a_while(demo):
 
 
 def test_a_prompt_that_nobody_takes_is_told(desk, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(pitboss, "CONFIRM_S", (0.2, 0.2, 0.4))
+    monkeypatch.setattr(pitboss, "ENTERS_S", (0.2, 0.2, 0.4))
     pane = shell(desk, "e.1", "exec sleep 60")
     assert desk.deliver(pane, "word") is False
     assert desk.screen().count("word") == 1, "pasted once"
@@ -359,7 +370,8 @@ def many_prompts(desk, pane, count: int) -> None:  # noqa: F811
     assert prompts_told(desk) == wanted
 
 
-def test_a_dozen_prompts_are_each_delivered_once(demo):
+def test_a_dozen_prompts_are_each_delivered_once(demo, monkeypatch):
+    monkeypatch.setattr(pitboss, "PASTE_S", 0.15)
     desk, _, pane = demo
     many_prompts(desk, pane, 12)
 

@@ -115,9 +115,9 @@ class Desk:
 
         return wait
 
-    def deliver(self, pane, text: str, epic: str = "e.1") -> bool:
+    def deliver(self, pane, text: str, epic: str = "e.1", home: str = "") -> bool:
         after = self.last(epic)
-        return self.do(pitboss.deliver(self.tmux, pane.pane_id, text, self.submitted(text, epic, after)))
+        return self.do(pitboss.deliver(self.tmux, pane.pane_id, text, self.submitted(text, epic, after), home))
 
     def close(self) -> None:
         """End every agent and the server."""
