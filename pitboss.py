@@ -18416,6 +18416,8 @@ PAUSE_ADVICE = {a.reason: a for a in (
 MANUAL = """\
 ## Running agents with pit (for the orchestrating model)
 
+Whoever was given one ticket to work on (`PIT_EPIC` is set) skips this part: do the ticket, close it, stop.
+
 You plan, write tickets, start agents and look after them; you do not write the code of a running epic
 yourself. `pit` gives each epic a git worktree, a branch `pit/EPIC`, a tmux window and one coding agent. A
 daemon hands that agent one ticket after another, and clears its context in between, until all tickets of
@@ -18435,19 +18437,21 @@ not trusted.
 
 1. Agree with the human on what is wanted. Look at the code before you cut the work into tickets.
 2. Make one epic for each part that can be built, reviewed and merged on its own, so that epics do not
-   change the same files; two to four at a time are plenty. Then write its tickets (below).
-3. Look at the order: `pit ticket ready --parent EPIC` shows what would be begun, `pit ticket list --parent
-   EPIC` all. Commit what the agents need; worktrees begin at `baseBranch`, uncommitted changes are not in
-   them.
+   change the same files; two to four at a time are plenty. Then write its tickets (below). EPIC is its
+   `id`, or the short form of it; branch and window are named as you type it at `start`.
+3. Look at the order: `pit ticket ready --parent EPIC` shows what would be begun,
+   `pit ticket list --parent EPIC` all. Commit what the agents need; worktrees begin at `baseBranch`,
+   uncommitted changes are not in them.
 4. `pit start --epics A,B` and tell the human how to watch: `tmux attach -t pit`, windows `epic-A` and
    `epic-B`. Without tmux: `--headless`. A further epic later: `pit add C`.
-5. Wait: `pit watch --until settled --timeout 600`, again and again, ends when no epic is at work; `--until
-   paused` as soon as one needs you. It costs nothing; calling `status` in a loop does.
+5. Wait: `pit watch --until settled --timeout 600`, again and again, ends when no epic is at work;
+   `--until paused` as soon as one needs you. It costs nothing; calling `status` in a loop does.
 6. Deal with each paused epic (table below), resume it, and go back to 5. The others go on meanwhile.
 7. When an epic is `done`, review it: `git log BASE..pit/EPIC`, `git diff BASE...pit/EPIC`, run the checks
-   in its worktree. What is wrong becomes new tickets (`pit ticket add … --parent EPIC`) and `pit start
-   --epics EPIC` again.
-8. Merge only as the human told you to; close the epic (`pit ticket close EPIC`) if they agree.
+   in its worktree. What is wrong becomes new tickets (`pit ticket add … --parent EPIC`) and
+   `pit start --epics EPIC` again.
+8. Merge only as the human told you to (`git merge pit/EPIC` in the main checkout, checks again); close the
+   epic (`pit ticket close EPIC`) if they agree.
 9. `pit teardown EPIC`, or `pit teardown` for all. It refuses when something would be lost and says what:
    commit or merge that, rather than use `--force` (which keeps it in a rescue ref).
 
@@ -18466,8 +18470,8 @@ of this file.
     pit ticket add "Table of links" --parent EPIC -d "In src/db.py …" --acceptance "pytest tests/test_db.py"
     pit ticket add "Send the link" --parent EPIC --deps EPIC.1 -d "…" --acceptance "…"
 
-If the project has its tickets in beads, they are made and read with `bd` or `br` in the same words (`bd
-create`, `bd ready --parent EPIC`, `bd show ID`, `bd dep add ID NEEDS`); `pit ticket` then says so.
+If the project has its tickets in beads, they are made and read with `bd` or `br` in the same words
+(`bd create`, `bd ready --parent EPIC`, `bd show ID`, `bd dep add ID NEEDS`); `pit ticket` then says so.
 `tracker` of `pit status` tells which. Leave tickets that an agent works on alone, and do not close them in
 its place.
 
@@ -18477,8 +18481,8 @@ its place.
 all), `ticket` and `reason`; `pit status EPIC` its tickets, too. `pit log EPIC --lines 100` shows what the
 agent shows. `pit resume EPIC --message "…"` puts a text into its conversation: an answer, a correction; a
 running one takes it, too. `pit pause EPIC` interrupts a turn that goes wrong. Resuming without a message
-sends the same ticket again into a cleared context: right after you corrected the ticket itself. `pit stop
-EPIC` ends its agent and gives the ticket back; branch and worktree stay, and `pit start` goes on.
+sends the same ticket again into a cleared context: right after you corrected the ticket itself.
+`pit stop EPIC` ends its agent and gives the ticket back; branch and worktree stay, and `pit start` goes on.
 
 | reason | what to do |
 |---|---|
@@ -18498,9 +18502,13 @@ Settings are in `.pit.json` in the project root (`agent`, `model`, `baseBranch`,
 
 def render_manual(commands: Iterable[PitCommand]) -> str:
     """The orchestrator's manual, from the tables."""
-    return MANUAL.format(reasons="\n".join(f"| `{a.reason}` | {a.advice} |" for a in PAUSE_ADVICE.values()),
-                         commands="\n".join(f"- `pit {c.name} {c.usage}".rstrip() + f"`: {c.help}"
-                                            for c in commands))
+    reasons = [f"| `{a.reason}` | {a.advice} |" for a in PAUSE_ADVICE.values()]
+    rows = []
+    for c in commands:
+        flags = [names[-1] for names, _ in c.args if names[-1].startswith("--") and names[-1] not in c.usage]
+        rows.append(f"- `pit {c.name} {c.usage}".rstrip() + f"`: {c.help}"
+                    + (f" (`{' '.join(flags)}`)" if flags else ""))
+    return MANUAL.format(reasons="\n".join(reasons), commands="\n".join(rows))
 
 
 class Marks(NamedTuple):
