@@ -4137,7 +4137,17 @@ def count_live(run: RunState, account: str, by: int) -> None:
 def may_start(run: RunState, account: str, own: int = 0) -> bool:
     """Whether a hand of an account may start; `own` of its slots belong to the one that asks."""
     hold = run.holds.get(account)
-    return hold is None or run.live_by.get(account, 0) - own < HOLDS[hold.kind].starts
+    if hold is None:
+        return True
+    live = max(0, run.live_by.get(account, 0) - own - count_waiting_leads(run, hold))
+    return live < HOLDS[hold.kind].starts
+
+
+def count_waiting_leads(run: RunState, hold: Hold) -> int:
+    """Leads of a held account that ran before the hold began: they may wait for just those that it holds."""
+    leads = (run.actors[name] for name in run.layers)
+    return sum(1 for a in leads if a.account == hold.account and a.state == "running"
+               and a.hand_at < hold.since)
 
 
 def never_starts(run: RunState, account: str) -> bool:
