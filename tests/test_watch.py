@@ -244,4 +244,4 @@ def test_status_reads_what_nobody_else_reads(stage, home):
     assert seen["state"] == "stale" and boss["state"] == "Running"
     assert boss["token_usage"]["output"] >= first["usage"][1] + 9000 / pitboss.CHARS_PER_TOKEN * 0.9
     assert boss["cost_usd"] > first["cost_usd"] and seen["total_cost_usd"] == boss["cost_usd"]
-    assert "sleep 600" in home.pitboss("status", run.run.name, check=0).stdout       # what it did last
+    assert "2  Bash" in home.pitboss("status", run.run.name, check=0).stdout         # what it did last
