@@ -6781,11 +6781,14 @@ class Tail:
         self.path = path
         self.at = at                  # bytes read so far
         self.fd: int | None = None
+        self.closed = False
         self.part = b""               # of a line that has no end yet
         self.head = b""               # of a line that is too long to keep
 
     def read(self, limit: int) -> list[bytes]:
         """The lines that were completed in the next `limit` bytes; [] when there is nothing new."""
+        if self.closed:
+            return []
         if self.fd is None:
             try:
                 self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -6815,7 +6818,8 @@ class Tail:
         return self.fd is None or os.fstat(self.fd).st_size > self.at
 
     def close(self) -> None:
-        """Give up the descriptor."""
+        """Give up the descriptor for good: who still goes through a list of hands opens no log anew."""
+        self.closed = True
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
