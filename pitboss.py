@@ -9158,8 +9158,9 @@ class Dispatcher:
         while True:
             busy = False
             for live in list(self.hands.values()):
-                busy = live.read_log() or busy
-                await asyncio.sleep(0)
+                if live.read_log():
+                    busy = True
+                    await asyncio.sleep(0)       # between two logs, so that one that says much delays nobody
             now = time.monotonic()
             late, last = now - last > 2.0, now      # this process was stopped: exits are looked at first
             try:
@@ -9195,13 +9196,14 @@ class Dispatcher:
             live.told_at = now
             self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()),
                         cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
-        behind = live.tail.fd is not None and live.tail.behind()
-        if actor.state != "running" or late or behind or self.has_left(live):
+        lingers = live.idle_at is not None and now - live.idle_at > LINGER_S
+        is_over = actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s
+        if not (lingers or is_over) or actor.state != "running" or late:
             return
-        if live.idle_at is not None and now - live.idle_at > LINGER_S:
-            self.record("stop_decided", actor=actor.id, why="linger", done=True)
-        elif actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s:
-            self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
+        if (live.tail.fd is not None and live.tail.behind()) or self.has_left(live):
+            return
+        self.record("stop_decided", actor=actor.id, why="linger" if lingers else "timeout",
+                    done=live.idle_at is not None)
 
     def note_delivered(self, live: LiveHand, kept: bool = True) -> None:
         """Take messages out of an actor's inbox that it has taken up.
