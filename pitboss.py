@@ -6060,10 +6060,13 @@ class Git:
                  if os.path.exists(os.path.join(gitdir, "index.lock")) else "")
         if doubt:
             return Tree(doubt, [], [])
-        async with asyncio.TaskGroup() as group:
-            status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
-                                                "--untracked-files=all", "--ignore-submodules=none"))
-            flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        try:
+            async with asyncio.TaskGroup() as group:
+                status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
+                                                    "--untracked-files=all", "--ignore-submodules=none"))
+                flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        except ExceptionGroup as e:        # git could not be started
+            raise e.exceptions[0] from None
         code, out, err = status.result()
         if code or flags.result()[0]:
             raise GitError(err or flags.result()[2])

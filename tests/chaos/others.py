@@ -141,6 +141,9 @@ def prompts_are_delivered_once(trial: Trial) -> Outcome:
         raise CannotRun("there is no tmux on PATH")
     if not (TESTS / "test_tmux.py").exists():
         raise CannotRun("this pitboss has no agents in terminals")
+    import tmux_desk
+
+    tmux_desk.pin(str(trial.root))     # once, before several ask for it at a time
     count = trial.count(500 // PROMPTS)
     good = trial.rounds(count, prompt_one, wide=2)
     return Outcome(f"{sum(good)} of {PROMPTS * count}", len(good) == count)
