@@ -14,7 +14,6 @@ from pathlib import Path
 from trial import TESTS, Outcome, Trial, all_of, let_pass
 
 import checker
-import tree_checker
 from test_crash import (Crew, cut_power, is_finished, kill, let_go, make_crew, make_waiting_crew, start_waiting,
                         start_with_fault, strike_after)
 from test_tree_crash import chaos_faults, make_tree

@@ -243,7 +243,8 @@ def open_journal(root: Path, journal: Path) -> None:
     for args in (["status", run_dir.name], ["status", run_dir.name, "--json"], ["list", "--json"],
                  ["diff", run_dir.name, run_dir.name], ["prune"]):
         done = home.pitboss(*args)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, f"{args}: {done.returncode} {done.stderr[-500:]}"
+        is_well = done.returncode == 0 and "Traceback" not in done.stderr
+        assert is_well, f"{args}: {done.returncode} {done.stderr[-500:]}"
     shown = json.loads(home.pitboss("status", run_dir.name, "--json", check=0).stdout)
     added = [e["actor"] for e in events if e["kind"] == "actor_added"]
     assert sorted(a["task_id"] for a in shown["actors"]) == sorted(added), "not every actor is shown"
@@ -266,7 +267,8 @@ def open_rust_run(root: Path, state: str) -> None:
     before = run.contents()
     for args in (["status", RUN, "--json"], ["list", "--json"], ["diff", RUN, RUN], ["resume", "-q", RUN]):
         done = home.pitboss(*args, env=env)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, f"{args}: {done.returncode} {done.stderr[-500:]}"
+        is_well = done.returncode == 0 and "Traceback" not in done.stderr
+        assert is_well, f"{args}: {done.returncode} {done.stderr[-500:]}"
     assert run.contents() == before, "something was written into it"
     assert sorted(os.listdir(seen)) == ["a", "b"], "not every task was dealt again"
 
