@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from deaths import faults_of_prefix
-from trial import TESTS, Outcome, Trial
+from trial import STRIDE, TESTS, Outcome, Trial
 
 import checker
 from test_crash import Crew, is_finished, make_crew, start_with_fault
@@ -161,16 +161,10 @@ def full_disk_is_survived(trial: Trial) -> Outcome:
     calls = [(name, how, n, n % 3 == 0) for name, how in WAYS for n in range(1, counts[name] + 1)]
     mounts, limits = can_mount(trial.root) and shutil.which("mount"), shutil.which("prlimit")
 
-    def play(root: Path, number: int) -> int:
-        """Most rounds are one call; their numbers walk through all of them, in large steps."""
-        if number % 20 == 18 and mounts:
-            return small_disk(root, number)
-        if number % 20 == 19 and limits:
-            return limited(root, number)
-        return starve_call(root, *calls[(number * 7919) % len(calls)])
-
-    count = trial.count(len(calls) * 10 // 9, 1)
-    codes = trial.rounds(count, play)
+    kinds = {"call": (len(calls), lambda root, n: starve_call(root, *calls[n * STRIDE % len(calls)])),
+             **({"disk": (60, small_disk)} if mounts else {}), **({"limit": (60, limited)} if limits else {})}
+    codes = [code for kind, (full, play) in kinds.items() for code in trial.rounds(trial.count(full), play, kind=kind)]
+    count = sum(trial.count(full) for full, _ in kinds.values())
     found = Counter(codes)
     told = ", ".join(f"{found[code]} left with {code}" for code in sorted(found))
     more = "" if mounts else "; no tmpfs can be mounted here"
