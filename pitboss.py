@@ -6078,10 +6078,13 @@ class Git:
                  if os.path.exists(os.path.join(gitdir, "index.lock")) else "")
         if doubt:
             return Tree(doubt, [], [])
-        async with asyncio.TaskGroup() as group:
-            status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
-                                                "--untracked-files=all", "--ignore-submodules=none"))
-            flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        try:
+            async with asyncio.TaskGroup() as group:
+                status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
+                                                    "--untracked-files=all", "--ignore-submodules=none"))
+                flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        except ExceptionGroup as e:        # git could not be started
+            raise e.exceptions[0] from None
         code, out, err = status.result()
         if code or flags.result()[0]:
             raise GitError(err or flags.result()[2])
@@ -9190,8 +9193,9 @@ class Dispatcher:
         while True:
             busy = False
             for live in list(self.hands.values()):
-                busy = live.read_log() or busy
-                await asyncio.sleep(0)
+                if live.read_log():
+                    busy = True
+                    await asyncio.sleep(0)       # between two logs, so that one that says much delays nobody
             now = time.monotonic()
             late, last = now - last > 2.0, now      # this process was stopped: exits are looked at first
             try:
@@ -9227,13 +9231,14 @@ class Dispatcher:
             live.told_at = now
             self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()),
                         cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
-        behind = live.tail.fd is not None and live.tail.behind()
-        if actor.state != "running" or late or behind or self.has_left(live):
+        lingers = live.idle_at is not None and now - live.idle_at > LINGER_S
+        is_over = actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s
+        if not (lingers or is_over) or actor.state != "running" or late:
             return
-        if live.idle_at is not None and now - live.idle_at > LINGER_S:
-            self.record("stop_decided", actor=actor.id, why="linger", done=True)
-        elif actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s:
-            self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
+        if (live.tail.fd is not None and live.tail.behind()) or self.has_left(live):
+            return
+        self.record("stop_decided", actor=actor.id, why="linger" if lingers else "timeout",
+                    done=live.idle_at is not None)
 
     def note_delivered(self, live: LiveHand, kept: bool = True) -> None:
         """Take messages out of an actor's inbox that it has taken up.
