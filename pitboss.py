@@ -10316,7 +10316,12 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
-    prices = read_prices(env).models
+    try:
+        prices = read_prices(env).models
+    except InvalidInput:
+        if cancel is None:
+            raise
+        prices = Pricing().models              # an end is not refused for want of a price
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw, doors=doors, prices=prices)
