@@ -4145,7 +4145,17 @@ def count_live(run: RunState, account: str, by: int) -> None:
 def may_start(run: RunState, account: str, own: int = 0) -> bool:
     """Whether a hand of an account may start; `own` of its slots belong to the one that asks."""
     hold = run.holds.get(account)
-    return hold is None or run.live_by.get(account, 0) - own < HOLDS[hold.kind].starts
+    if hold is None:
+        return True
+    live = max(0, run.live_by.get(account, 0) - own - count_waiting_leads(run, hold))
+    return live < HOLDS[hold.kind].starts
+
+
+def count_waiting_leads(run: RunState, hold: Hold) -> int:
+    """Leads of a held account that ran before the hold began: they may wait for just those that it holds."""
+    leads = (run.actors[name] for name in run.layers)
+    return sum(1 for a in leads if a.account == hold.account and a.state == "running"
+               and a.hand_at < hold.since)
 
 
 def never_starts(run: RunState, account: str) -> bool:
@@ -6076,10 +6086,13 @@ class Git:
                  if os.path.exists(os.path.join(gitdir, "index.lock")) else "")
         if doubt:
             return Tree(doubt, [], [])
-        async with asyncio.TaskGroup() as group:
-            status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
-                                                "--untracked-files=all", "--ignore-submodules=none"))
-            flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        try:
+            async with asyncio.TaskGroup() as group:
+                status = group.create_task(self.run(place.path, "status", "--porcelain=v2", "--branch", "-z",
+                                                    "--untracked-files=all", "--ignore-submodules=none"))
+                flags = group.create_task(self.run(place.path, "ls-files", "-v", "-z"))
+        except ExceptionGroup as e:        # git could not be started
+            raise e.exceptions[0] from None
         code, out, err = status.result()
         if code or flags.result()[0]:
             raise GitError(err or flags.result()[2])
@@ -6779,11 +6792,14 @@ class Tail:
         self.path = path
         self.at = at                  # bytes read so far
         self.fd: int | None = None
+        self.closed = False
         self.part = b""               # of a line that has no end yet
         self.head = b""               # of a line that is too long to keep
 
     def read(self, limit: int) -> list[bytes]:
         """The lines that were completed in the next `limit` bytes; [] when there is nothing new."""
+        if self.closed:
+            return []
         if self.fd is None:
             try:
                 self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -6813,7 +6829,8 @@ class Tail:
         return self.fd is None or os.fstat(self.fd).st_size > self.at
 
     def close(self) -> None:
-        """Give up the descriptor."""
+        """Give up the descriptor for good: who still goes through a list of hands opens no log anew."""
+        self.closed = True
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -9184,8 +9201,9 @@ class Dispatcher:
         while True:
             busy = False
             for live in list(self.hands.values()):
-                busy = live.read_log() or busy
-                await asyncio.sleep(0)
+                if live.read_log():
+                    busy = True
+                    await asyncio.sleep(0)       # between two logs, so that one that says much delays nobody
             now = time.monotonic()
             late, last = now - last > 2.0, now      # this process was stopped: exits are looked at first
             try:
@@ -9221,13 +9239,14 @@ class Dispatcher:
             live.told_at = now
             self.record("usage", actor=actor.id, hand=actor.hand, usage=list(live.talk.usage()),
                         cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
-        behind = live.tail.fd is not None and live.tail.behind()
-        if actor.state != "running" or late or behind or self.has_left(live):
+        lingers = live.idle_at is not None and now - live.idle_at > LINGER_S
+        is_over = actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s
+        if not (lingers or is_over) or actor.state != "running" or late:
             return
-        if live.idle_at is not None and now - live.idle_at > LINGER_S:
-            self.record("stop_decided", actor=actor.id, why="linger", done=True)
-        elif actor.lived_s + now - live.began - actor.frozen_s > actor.timeout_s:
-            self.record("stop_decided", actor=actor.id, why="timeout", done=live.idle_at is not None)
+        if (live.tail.fd is not None and live.tail.behind()) or self.has_left(live):
+            return
+        self.record("stop_decided", actor=actor.id, why="linger" if lingers else "timeout",
+                    done=live.idle_at is not None)
 
     def note_delivered(self, live: LiveHand, kept: bool = True) -> None:
         """Take messages out of an actor's inbox that it has taken up.
@@ -10307,7 +10326,12 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
 
     With `cancel`, a reason, the run is taken over only to bring it to an end.
     """
-    prices = read_prices(env).models
+    try:
+        prices = read_prices(env).models
+    except InvalidInput:
+        if cancel is None:
+            raise
+        prices = Pricing().models              # an end is not refused for want of a price
     taken = take_over(run_dir, env, manifest)
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw, doors=doors, prices=prices)
@@ -18439,6 +18463,8 @@ PAUSE_ADVICE = {a.reason: a for a in (
 MANUAL = """\
 ## Running agents with pit (for the orchestrating model)
 
+Whoever was given one ticket to work on (`PIT_EPIC` is set) skips this part: do the ticket, close it, stop.
+
 You plan, write tickets, start agents and look after them; you do not write the code of a running epic
 yourself. `pit` gives each epic a git worktree, a branch `pit/EPIC`, a tmux window and one coding agent. A
 daemon hands that agent one ticket after another, and clears its context in between, until all tickets of
@@ -18458,19 +18484,21 @@ not trusted.
 
 1. Agree with the human on what is wanted. Look at the code before you cut the work into tickets.
 2. Make one epic for each part that can be built, reviewed and merged on its own, so that epics do not
-   change the same files; two to four at a time are plenty. Then write its tickets (below).
-3. Look at the order: `pit ticket ready --parent EPIC` shows what would be begun, `pit ticket list --parent
-   EPIC` all. Commit what the agents need; worktrees begin at `baseBranch`, uncommitted changes are not in
-   them.
+   change the same files; two to four at a time are plenty. Then write its tickets (below). EPIC is its
+   `id`, or the short form of it; branch and window are named as you type it at `start`.
+3. Look at the order: `pit ticket ready --parent EPIC` shows what would be begun,
+   `pit ticket list --parent EPIC` all. Commit what the agents need; worktrees begin at `baseBranch`,
+   uncommitted changes are not in them.
 4. `pit start --epics A,B` and tell the human how to watch: `tmux attach -t pit`, windows `epic-A` and
    `epic-B`. Without tmux: `--headless`. A further epic later: `pit add C`.
-5. Wait: `pit watch --until settled --timeout 600`, again and again, ends when no epic is at work; `--until
-   paused` as soon as one needs you. It costs nothing; calling `status` in a loop does.
+5. Wait: `pit watch --until settled --timeout 600`, again and again, ends when no epic is at work;
+   `--until paused` as soon as one needs you. It costs nothing; calling `status` in a loop does.
 6. Deal with each paused epic (table below), resume it, and go back to 5. The others go on meanwhile.
 7. When an epic is `done`, review it: `git log BASE..pit/EPIC`, `git diff BASE...pit/EPIC`, run the checks
-   in its worktree. What is wrong becomes new tickets (`pit ticket add … --parent EPIC`) and `pit start
-   --epics EPIC` again.
-8. Merge only as the human told you to; close the epic (`pit ticket close EPIC`) if they agree.
+   in its worktree. What is wrong becomes new tickets (`pit ticket add … --parent EPIC`) and
+   `pit start --epics EPIC` again.
+8. Merge only as the human told you to (`git merge pit/EPIC` in the main checkout, checks again); close the
+   epic (`pit ticket close EPIC`) if they agree.
 9. `pit teardown EPIC`, or `pit teardown` for all. It refuses when something would be lost and says what:
    commit or merge that, rather than use `--force` (which keeps it in a rescue ref).
 
@@ -18489,8 +18517,8 @@ of this file.
     pit ticket add "Table of links" --parent EPIC -d "In src/db.py …" --acceptance "pytest tests/test_db.py"
     pit ticket add "Send the link" --parent EPIC --deps EPIC.1 -d "…" --acceptance "…"
 
-If the project has its tickets in beads, they are made and read with `bd` or `br` in the same words (`bd
-create`, `bd ready --parent EPIC`, `bd show ID`, `bd dep add ID NEEDS`); `pit ticket` then says so.
+If the project has its tickets in beads, they are made and read with `bd` or `br` in the same words
+(`bd create`, `bd ready --parent EPIC`, `bd show ID`, `bd dep add ID NEEDS`); `pit ticket` then says so.
 `tracker` of `pit status` tells which. Leave tickets that an agent works on alone, and do not close them in
 its place.
 
@@ -18500,8 +18528,8 @@ its place.
 all), `ticket` and `reason`; `pit status EPIC` its tickets, too. `pit log EPIC --lines 100` shows what the
 agent shows. `pit resume EPIC --message "…"` puts a text into its conversation: an answer, a correction; a
 running one takes it, too. `pit pause EPIC` interrupts a turn that goes wrong. Resuming without a message
-sends the same ticket again into a cleared context: right after you corrected the ticket itself. `pit stop
-EPIC` ends its agent and gives the ticket back; branch and worktree stay, and `pit start` goes on.
+sends the same ticket again into a cleared context: right after you corrected the ticket itself.
+`pit stop EPIC` ends its agent and gives the ticket back; branch and worktree stay, and `pit start` goes on.
 
 | reason | what to do |
 |---|---|
@@ -18521,9 +18549,13 @@ Settings are in `.pit.json` in the project root (`agent`, `model`, `baseBranch`,
 
 def render_manual(commands: Iterable[PitCommand]) -> str:
     """The orchestrator's manual, from the tables."""
-    return MANUAL.format(reasons="\n".join(f"| `{a.reason}` | {a.advice} |" for a in PAUSE_ADVICE.values()),
-                         commands="\n".join(f"- `pit {c.name} {c.usage}".rstrip() + f"`: {c.help}"
-                                            for c in commands))
+    reasons = [f"| `{a.reason}` | {a.advice} |" for a in PAUSE_ADVICE.values()]
+    rows = []
+    for c in commands:
+        flags = [names[-1] for names, _ in c.args if names[-1].startswith("--") and names[-1] not in c.usage]
+        rows.append(f"- `pit {c.name} {c.usage}".rstrip() + f"`: {c.help}"
+                    + (f" (`{' '.join(flags)}`)" if flags else ""))
+    return MANUAL.format(reasons="\n".join(reasons), commands="\n".join(rows))
 
 
 class Marks(NamedTuple):

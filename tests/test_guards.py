@@ -233,6 +233,30 @@ def test_a_dispatcher_that_gives_up_does_not_wait_for_a_git_that_has_just_been_s
     assert asyncio.run(give_up_everywhere()) == []
 
 
+NO_FILES_LEFT = """import errno, os, subprocess, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import pitboss
+real = subprocess.Popen.__init__
+def popen(self, args, *more, **named):
+    if "ls-files" in args: raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    real(self, args, *more, **named)
+subprocess.Popen.__init__ = popen
+sys.exit(pitboss.main(sys.argv[2:]))
+"""
+
+
+def test_a_tree_stays_when_git_cannot_be_started_to_look_at_it(home):
+    """One of two that look at it at once; the other one's answer alone is no reason to remove it."""
+    home.repo()
+    (home.root / "wrapped.py").write_text(NO_FILES_LEFT)
+    done = subprocess.run([PYTHON, home.root / "wrapped.py", PITBOSS, "dispatch", home.manifest(MANIFEST)],
+                          env=home.env, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0 and "bug" not in done.stderr, done.stderr
+    record, = read_records(home.run_dir())
+    assert record["worktree_kept"] == "[Errno 24] Too many open files"
+    assert (home.run_dir() / "worktrees" / "a" / "new.txt").read_text() == "unsaved\n"
+
+
 def is_free(lock) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

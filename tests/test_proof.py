@@ -48,9 +48,10 @@ def is_elsewhere(trial: Trial) -> Outcome:
 
 @pytest.mark.parametrize("measure, code, words, reached", [
     (all_well, 0, r"3 of 3 .*  ok", True),
-    (one_is_wrong, 1, r"2 of 3 .*  MISSED(.|\n)*round 1 in /.*the second one is bad", False),
+    (one_is_wrong, 1, r"2 of 3 .*  MISSED(.|\n)*round 1 in /.*the second one is bad(.|\n)*ROWS=R1 .*--first 1'",
+     False),
     (breaks, 1, r"it broke .*  MISSED(.|\n)*nobody thought of that", False),
-    (is_elsewhere, 0, r"not here: there is no tmux .*  -(.|\n)*0 of 1 rows reached(.|\n)*could not run here: R1", False)])
+    (is_elsewhere, 0, r"not here: there is no tmux .*  -(.|\n)*0 of 1 rows reached.*could not run here: R1", False)])
 def test_what_a_row_measured_is_said_written_down_and_the_exit_code(tmp_path, monkeypatch, capsys, measure, code,
                                                                     words, reached):
     monkeypatch.setattr(proof.tempfile, "tempdir", str(tmp_path))

@@ -120,6 +120,7 @@ def test_json_and_no_wait(stage, home):
     assert run.settle(1)["boss"]["failure_reason"]["message"].startswith("lunch")
 
 
+@pytest.mark.slow
 def test_a_cancel_that_waits_for_a_dispatcher_that_dies_says_so(stage, home):
     run = stage(script="$ ignore\n$ say x\n$ run sleep 600")
     run.running(run.lead(), "boss")
@@ -135,6 +136,7 @@ def test_a_cancel_that_waits_for_a_dispatcher_that_dies_says_so(stage, home):
     assert run.settle(None)["boss"]["status"] == "Cancelled"
 
 
+@pytest.mark.slow
 def test_a_verb_that_is_interrupted_leaves_the_run_as_it_is(stage, home):
     run = stage(script="$ ignore\n$ say x\n$ run sleep 600")
     run.running(run.lead(), "boss")

@@ -244,4 +244,21 @@ def test_status_reads_what_nobody_else_reads(stage, home):
     assert seen["state"] == "stale" and boss["state"] == "Running"
     assert boss["token_usage"]["output"] >= first["usage"][1] + 9000 / pitboss.CHARS_PER_TOKEN * 0.9
     assert boss["cost_usd"] > first["cost_usd"] and seen["total_cost_usd"] == boss["cost_usd"]
-    assert "sleep 600" in home.pitboss("status", run.run.name, check=0).stdout       # what it did last
+    assert "2  Bash" in home.pitboss("status", run.run.name, check=0).stdout         # what it did last
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_dispatcher_that_left_after_its_last_line_did_not_die(tmp_path, capsys, ended):
+    """The lock is free a moment after the end is written: who looked before that and then at the lock looks again."""
+    lines = (Path(__file__).resolve().parent / "data/journals/plain.jsonl").read_text().splitlines(keepends=True)
+    journal, end = tmp_path / "journal.jsonl", next(n for n, line in enumerate(lines) if '"run_finished"' in line)
+    journal.write_text("".join(lines[:end]))
+    (tmp_path / "lock").write_text('{"pid": 1, "host": "gone"}')
+    watcher = pitboss.Watcher(str(tmp_path), None, False)
+    watcher.begin()
+    if ended:
+        with journal.open("a") as f:
+            f.write("".join(lines[end:]))
+    kinds = {need.kind for need in watcher.needs()}
+    assert ("dispatcher" in kinds) is not ended and "failure" in kinds
+    assert ("run finished: " in capsys.readouterr().out) is ended

@@ -11,10 +11,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from trial import TESTS, Outcome, Trial, all_of, let_pass
+from trial import STRIDE, TESTS, Outcome, Trial, all_of, let_pass
 
 import checker
-import tree_checker
 from test_crash import (Crew, cut_power, is_finished, kill, let_go, make_crew, make_waiting_crew, start_waiting,
                         start_with_fault, strike_after)
 from test_tree_crash import chaos_faults, make_tree
@@ -104,10 +103,10 @@ def die_at(root: Path, moment: str, n: int) -> bool:
 def journal_is_legal(trial: Trial) -> Outcome:
     counts = count_calls(trial.root / "count")
     points = [(moment, n) for moment in MOMENTS for n in range(1, counts[moment.partition(".")[0]] + 1)]
-    chosen = points[::max(1, round(1 / trial.scale))]
-    met = trial.rounds(len(chosen), lambda root, n: die_at(root, *chosen[(n - trial.first) % len(chosen)]))
+    count = trial.count(len(points))
+    met = trial.rounds(count, lambda root, n: die_at(root, *points[n * STRIDE % len(points)]))
     legal = sum(met)
-    return Outcome(f"{legal} of {legal + len(chosen) - len(met)} points of {len(points)} legal",
+    return Outcome(f"{legal} of {legal + count - len(met)} points of {len(points)} legal",
                    bool(legal) and not trial.faults)
 
 

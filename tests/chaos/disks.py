@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from deaths import faults_of_prefix
-from trial import TESTS, Outcome, Trial
+from trial import STRIDE, TESTS, Outcome, Trial
 
 import checker
 from test_crash import Crew, is_finished, make_crew, start_with_fault
@@ -159,14 +159,15 @@ def can_mount(root: Path) -> bool:
 def full_disk_is_survived(trial: Trial) -> Outcome:
     counts = {name: count_calls(trial.root / name, name) for name in {name for name, _ in WAYS}}
     calls = [(name, how, n, n % 3 == 0) for name, how in WAYS for n in range(1, counts[name] + 1)]
-    chosen = [calls[(k * 7919) % len(calls)] for k in range(trial.count(len(calls), 6))]
-    plays = [lambda root, n, case=case: starve_call(root, *case) for case in chosen]
     mounts, limits = can_mount(trial.root) and shutil.which("mount"), shutil.which("prlimit")
-    plays += [small_disk] * (trial.count(60) if mounts else 0) + [limited] * (trial.count(60) if limits else 0)
-    codes = trial.rounds(len(plays), lambda root, n: plays[(n - trial.first) % len(plays)](root, n))
+
+    kinds = {"call": (len(calls), lambda root, n: starve_call(root, *calls[n * STRIDE % len(calls)])),
+             **({"disk": (60, small_disk)} if mounts else {}), **({"limit": (60, limited)} if limits else {})}
+    codes = [code for kind, (full, play) in kinds.items() for code in trial.rounds(trial.count(full), play, kind=kind)]
+    count = sum(trial.count(full) for full, _ in kinds.values())
     found = Counter(codes)
     told = ", ".join(f"{found[code]} left with {code}" for code in sorted(found))
     more = "" if mounts else "; no tmpfs can be mounted here"
-    return Outcome(f"{len(codes)} of {len(plays)} faults ({told}), 0 corrupt files, 0 tracebacks, all resumed{more}"
-                   if not trial.faults else f"{len(codes)} of {len(plays)} faults survived ({told}){more}",
-                   len(codes) == len(plays))
+    return Outcome(f"{len(codes)} of {count} faults ({told}), 0 corrupt files, 0 tracebacks, all resumed{more}"
+                   if not trial.faults else f"{len(codes)} of {count} faults survived ({told}){more}",
+                   len(codes) == count)

@@ -5,13 +5,14 @@
 
 Scale 1 is the full table and takes about two hours on two cores; 0.01 is a look at every row in a few minutes.
 Nothing of the product's code is changed for it: real programs are killed, starved and lied to from outside.
-A row that misses leaves the folders of its failed rounds, and says with which `--first` a round comes again.
+A row that misses leaves the folders of its failed rounds, and says how the first one of them comes again.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -118,6 +119,8 @@ def render(result: Result) -> str:
     lines = [f"{row.name:<4} {row.promise:<44} {measured}   (to reach: {row.figure})  {verdict}"
              f"  [{result.took_s:.0f} s]"]
     lines += [f"       {fault}" for fault in result.faults[:SHOWN_FAULTS]]
+    if found := re.match(r"round (\d+) ", "".join(result.faults[:1])):
+        lines.append(f"       again: make proof ROWS={row.name} SCALE=0.001 ARGS='--first {found[1]}'")
     hidden = len(result.faults) - SHOWN_FAULTS
     return "\n".join([*lines, f"       and {hidden} more"] if hidden > 0 else lines)
 
