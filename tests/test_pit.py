@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import subprocess
 import pytest
 
 import beads_standin
+import fake_api
 from pit_desk import Pit, needs_tmux, work
 from tools import git, wait_for
 
@@ -288,6 +290,11 @@ def test_what_is_refused_before_anything_starts(pit):
         assert pit.error(*args, check=exit_code)["code"] == code, args
     assert pit.error("start", "--epics", "auth", check=4, env={"PIT_EPIC": "x"})["code"] == "refused"
     assert pit.error("start", "--epics", "auth", check=2, env={"PATH": "/nonexistent"})["code"] == "missing_program"
+    programs = pit.home.root / "programs"
+    programs.mkdir()
+    (programs / "git").symlink_to(shutil.which("git"))
+    error = pit.error("start", "--epics", "auth", check=2, env={"PATH": str(programs)})
+    assert (error["code"], error["program"]) == ("missing_program", "tmux") and "--headless" in error["hint"]
     assert pit.error("status", check=2, cwd=pit.home.root)["code"] == "not_a_repository"
     assert not list((pit.home.root / "data/pitboss").glob("pit/*/journal.jsonl")), "no session was begun"
     assert pit.run("status", "--pretty").stdout.startswith("epics")
@@ -354,3 +361,92 @@ def test_the_demonstration(pit, flags):
     answer = pit.pit("demo", *flags, timeout=150)
     assert {n: e["progress"] for n, e in answer["epics"].items()} == {"auth": "3/3", "pay": "3/3"}
     assert not os.path.exists(answer["project"]) and answer["attach"] is None
+
+
+CLAUDE = os.environ.get("PITBOSS_TEST_CLAUDE") or shutil.which("claude") or ""
+KEY = "sk-ant-api03-not-a-key-0123456789"
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(not os.access(CLAUDE, os.X_OK), reason="no claude on PATH, and PITBOSS_TEST_CLAUDE names none")
+def test_the_real_claude_works_through_an_epic(pit):
+    api = fake_api.start()
+    try:
+        home = pit.home.root / "home"
+        (home / ".claude.json").write_text(json.dumps({
+            "hasCompletedOnboarding": True, "theme": "dark",
+            "customApiKeyResponses": {"approved": [KEY[-20:]], "rejected": []}}))
+        pit.env.update({"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": api.url, "PITBOSS_CLAUDE_BINARY": CLAUDE,
+                        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"})
+        step = {"tool": "Bash", "input": {
+            "command": "echo x >{{TICKET_ID}}; git add -A; git commit -qm {{TICKET_ID}}; {{TICKET_CLOSE}}",
+            "description": "a step"}}
+        (pit.home.root / "prompt.txt").write_text("Do {{TICKET_ID}}.\nSCRIPT: " + json.dumps([step, {"text": "done"}]))
+        pit.configure(agent="claude-code", model="claude-haiku-4-5", promptTemplate=str(pit.home.root / "prompt.txt"),
+                      initDelay=10000)
+        pit.epic("Auth", "one", "two")
+        pit.pit("start", "--epics", "auth")
+        pit.watch("settled", 150)
+        epic = pit.status("auth")
+        assert epic["state"] == "done", f"{epic['reason']}\n{pit.screens()}"
+        assert pit.commits("pit/auth") == ["repo-auth.1", "repo-auth.2"]
+        assert len({t["sessionId"] for t in epic["tickets"]}) == 2 and epic["usage"]["output"] > 0
+        assert git(epic["worktree"], "status", "--porcelain") == ""
+    finally:
+        api.stop()
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_session_is_joined_and_goes_on_after_its_epics_were_done(pit):
+    pit.epic("Auth", work(1))
+    pit.epic("Pay", "$ leave Which?")
+    first = pit.pit("start", "--epics", "auth", "--headless")
+    assert first["epics"]["auth"]["changed"] and pit.pit("start", "--epics", "auth")["epics"]["auth"]["changed"] is False
+    pit.watch("done")
+    joined = pit.pit("start", "--epics", "pay,auth")
+    assert joined["epics"]["pay"]["changed"] and joined["epics"]["auth"]["state"] == "done"
+    pit.watch("paused", 40, "--epics", "pay")
+    pane = pit.status("pay")["pane"]
+    assert pit.status("pay")["headless"] is False and pit.pit("log", "pay")["source"] == "pane"
+    pit.tmux("send-keys", "-t", pane, "-l", "/clear")
+    pit.tmux("send-keys", "-t", pane, "Enter")
+    wait_for(lambda: [e for e in pit.events("session_began") if e["epic"] == "pay"][1:], 20, "a person's /clear")
+    assert pit.pit("resume", "pay")["changed"]
+    pit.watch("paused", 40, "--epics", "pay")
+    assert prompts(pit, "pay") == 2, "without a message the ticket is sent again, in a cleared conversation"
+    ended = pit.watch("paused", 5, "--since", "0")
+    assert [n["event"] for n in ended[:1]] == ["snapshot"] and any(n["event"] == "ticket_closed" for n in ended)
+    assert pit.watch("done", 0.3, check=1)[-1] == {"event": "timeout"}
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_pause_between_two_tickets(pit):
+    pit.epic("Auth", work(1), work(2))
+    pit.configure(clearDelay=600000)
+    pit.pit("start", "--epics", "auth")
+    wait_for(lambda: pit.events("ticket_closed"), 40, "the first ticket")
+    assert pit.status("auth")["state"] == "running" and pit.status("auth")["ticket"] is None
+    assert pit.pit("pause", "auth")["changed"], "while its context waits to be cleared"
+    assert pit.status("auth")["reason"] == "MANUAL"
+    told = pit.pit("teardown", "--force")["epics"]["auth"]
+    assert told["worktree"] == "removed" and "rescue" not in told, "nothing was unsaved"
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_prompt_that_is_not_taken_up_in_time(pit):
+    pit.epic("Auth", "$ leave Which?\n$ write a.txt 1\n$ commit late")
+    pit.pit("start", "--epics", "auth")
+    pit.watch("paused", 40)
+    agent = int(pit.tmux("display-message", "-p", "-t", pit.status("auth")["pane"], "#{pane_pid}"))
+    os.kill(agent, signal.SIGSTOP)
+    pit.pit("resume", "auth", "--message", "this one")
+    pit.watch("paused", 60)
+    assert pit.status("auth")["reason"].startswith("DELIVERY: ")
+    os.kill(agent, signal.SIGCONT)
+    pit.watch("done", 40)
+    assert pit.commits("pit/auth") == ["late"], "what was typed is there when it wakes up"

@@ -154,6 +154,19 @@ def test_cancel_takes_over_a_run_whose_dispatcher_died(home):
     cancel_dead_run(home, MEEK, 1)
 
 
+def test_wrong_prices_keep_nobody_from_cancelling(home):
+    run = start_all(home, {"shell": MEEK["shell"]}, 1)
+    run.signal(signal.SIGKILL)
+    run.dispatcher.wait(30)
+    prices = home.root / "home" / ".config" / "pitboss" / "prices.toml"
+    prices.parent.mkdir(parents=True)
+    prices.write_text("[model")
+    refused = home.pitboss("resume", run.folder.name, check=2)
+    assert str(prices) in refused.stderr and len(run.alive()) >= 1
+    home.pitboss("cancel", run.folder.name, check=0)
+    assert all_are(run, "Cancelled")
+
+
 @pytest.mark.slow
 def test_cancel_takes_over_a_dead_run_of_nasty_agents(home):
     cancel_dead_run(home, NASTY, COPIES)

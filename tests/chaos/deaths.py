@@ -4,23 +4,25 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
-from trial import TESTS, Outcome, Trial, all_of, let_pass
+from trial import STRIDE, TESTS, Outcome, Trial, all_of, let_pass
 
 import checker
-import tree_checker
 from test_crash import (Crew, cut_power, is_finished, kill, let_go, make_crew, make_waiting_crew, start_waiting,
                         start_with_fault, strike_after)
 from test_tree_crash import chaos_faults, make_tree
 from tools import ISOLATED, PITBOSS, PYTHON, read_events, wait_for
 
 COUNTER = TESTS / "chaos" / "count_calls.py"
-ORDER = ("hand_dealt", "hand_started", "hand_ended", "closed")
+LETTERS = {"hand_dealt": "d", "hand_started": "s", "hand_ended": "e", "closed": "c", "spawn_failed": "f",
+           "place_failed": "f", "hand_skipped": "f", "hand_voided": "v", "hand_held": "v"}
+LEGAL = re.compile(r"(d(v|f|se))*(d?f|ds?)?c?")      # hand after hand, then the actor is closed
 
 
 def finish(crew: Crew, once: bool = True) -> None:
@@ -70,12 +72,11 @@ def faults_of_prefix(run_dir: Path) -> list[str]:
               if b["at"] < a["at"]]
     if events and events[0]["kind"] != "run_opened":
         wrong.append(f"it begins with {events[0]['kind']}")
-    stages: dict[str, list[str]] = {}
+    stages: dict[str, str] = {}
     for event in events:
-        if event["kind"] in ORDER:
-            stages.setdefault(event["actor"], []).append(event["kind"])
-    return wrong + [f"{actor} went {kinds}" for actor, kinds in stages.items()
-                    if kinds != list(ORDER[:len(kinds)])]
+        if event["kind"] in LETTERS:
+            stages[event["actor"]] = stages.get(event["actor"], "") + LETTERS[event["kind"]]
+    return wrong + [f"{actor} went {stage}" for actor, stage in stages.items() if not LEGAL.fullmatch(stage)]
 
 
 def die_at(root: Path, moment: str, n: int) -> bool:
@@ -102,10 +103,10 @@ def die_at(root: Path, moment: str, n: int) -> bool:
 def journal_is_legal(trial: Trial) -> Outcome:
     counts = count_calls(trial.root / "count")
     points = [(moment, n) for moment in MOMENTS for n in range(1, counts[moment.partition(".")[0]] + 1)]
-    chosen = points[::max(1, round(1 / trial.scale))]
-    met = trial.rounds(len(chosen), lambda root, n: die_at(root, *chosen[(n - trial.first) % len(chosen)]))
+    count = trial.count(len(points))
+    met = trial.rounds(count, lambda root, n: die_at(root, *points[n * STRIDE % len(points)]))
     legal = sum(met)
-    return Outcome(f"{legal} of {legal + len(chosen) - len(met)} points of {len(points)} legal",
+    return Outcome(f"{legal} of {legal + count - len(met)} points of {len(points)} legal",
                    bool(legal) and not trial.faults)
 
 

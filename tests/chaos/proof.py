@@ -5,13 +5,14 @@
 
 Scale 1 is the full table and takes about two hours on two cores; 0.01 is a look at every row in a few minutes.
 Nothing of the product's code is changed for it: real programs are killed, starved and lied to from outside.
-A row that misses leaves the folders of its failed rounds, and says with which `--first` a round comes again.
+A row that misses leaves the folders of its failed rounds, and says how the first one of them comes again.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,13 @@ from typing import Callable, NamedTuple
 from trial import CannotRun, Outcome, Trial, explain
 
 import deaths
+import disks
+import figures
+import leads
+import others
+import stops
+import streams
+import works
 
 SHOWN_FAULTS = 5
 
@@ -43,8 +51,37 @@ ROWS = [Row(*row) for row in (
      deaths.random_death_is_harmless),
     ("R3", "the living are adopted", "8 of 8, 0 restarted, < 2 s", deaths.living_are_adopted),
     ("R4", "never two dispatchers", "200 rounds, 0 doubles, loser exits 4", deaths.never_two_dispatchers),
+    ("R5", "nothing survives a cancel, timeout, second Ctrl-C", "500 rounds, 0 processes after 10 s",
+     stops.nothing_survives),
+    ("R6", "no work is lost", "300 states, 100 % reachable", works.no_work_is_lost),
+    ("R7", "a full disk is survived", "ENOSPC, EDQUOT, EIO, EMFILE at every call: 0 corrupt files, 0 tracebacks, "
+     "resumable", disks.full_disk_is_survived),
+    ("R8", "a provider's limit holds work", "20 of 20, 0 attempts counted", others.limit_holds_work),
+    ("R9", "hangs end", "100 of 100 within the limit + grace + 1 s", stops.hangs_end),
+    ("R10", "caps hold", "200 racing spawns, cap 8, depth 2, 1 USD: never 9; never over by more than one "
+     "estimate's error", leads.caps_hold),
+    ("R11", "costs add up", "500 random usage streams, resumes and sub-agents included: error 0",
+     streams.costs_add_up),
+    ("R12", "store and leases are correct", "16 clients x 2000 operations with deaths: 0 violations",
+     leads.store_is_correct),
+    ("R13", "bad bytes", "50000 fuzzed output and protocol lines: 0 crashes; log bytes = bytes sent",
+     streams.bad_bytes_harm_nobody),
+    ("R14", "memory stays flat", "16 agents x 250 MB, lines up to 20 MB: < 80 MB, no growth after the first tenth",
+     streams.memory_stays_flat),
+    ("R15", "one box", "500 agents, cap 32: <= 3 ms CPU a task; idle < 0.5 % of a core", streams.one_box_is_enough),
+    ("R16", "worktrees", "32 parallel starts while another process holds the lock: 32 of 32, 0 stray branches",
+     works.many_worktrees_start),
+    ("R17", "MCP never wedges a lead", "10000 calls, 0 protocol errors", leads.mcp_never_wedges),
+    ("R18", "approvals are decided once under kills", "200 of 200", others.approvals_are_decided_once),
+    ("R19", "tmux prompts are delivered once", "500 of 500", others.prompts_are_delivered_once),
     ("R20", "a reboot is survived", "100 of 100: all unfinished tasks go on with their sessions",
      deaths.reboot_is_survived),
+    ("R21", "secrets stay out", "20 seeded secrets: 0 found in any file, message or ps", others.secrets_stay_out),
+    ("R22", "old runs open", "golden folders of each journal format and of the Rust tool: 100 %", others.old_runs_open),
+    ("R23", "clocks fool nobody", "wall clock a day off, dispatcher stopped 60 s: 0 false timeouts",
+     stops.clocks_fool_nobody),
+    ("R24", "signals in every phase", "as documented, terminal 100 % restored", stops.signals_do_as_documented),
+    ("R26", "plain Pythons", "3.11 to 3.13, -I -S, no locale, read-only HOME: suite green", others.plain_pythons),
 )]
 
 
@@ -82,6 +119,8 @@ def render(result: Result) -> str:
     lines = [f"{row.name:<4} {row.promise:<44} {measured}   (to reach: {row.figure})  {verdict}"
              f"  [{result.took_s:.0f} s]"]
     lines += [f"       {fault}" for fault in result.faults[:SHOWN_FAULTS]]
+    if found := re.match(r"round (\d+) ", "".join(result.faults[:1])):
+        lines.append(f"       again: make proof ROWS={row.name} SCALE=0.001 ARGS='--first {found[1]}'")
     hidden = len(result.faults) - SHOWN_FAULTS
     return "\n".join([*lines, f"       and {hidden} more"] if hidden > 0 else lines)
 
@@ -95,6 +134,20 @@ def as_json(result: Result, scale: float, when: str) -> dict:
             "when": when, "took_s": round(result.took_s, 1), "ran": outcome is not None, "faults": result.faults}
 
 
+def as_figure(result: Result, scale: float, when: str) -> dict:
+    """A row as figures.py keeps it: texts; that a figure was missed stands in the text."""
+    row = as_json(result, scale, when)
+    missed = "" if result.reached() or result.outcome is None else " (missed)"
+    return {**{key: row[key] for key in ("row", "promise", "figure", "command")},
+            "measured": row["measured"] + missed, "scale": f"{scale:g}", "when": when[:10]}
+
+
+def keep_figures(rows: list[dict], path: Path = figures.FIGURES) -> None:
+    """Put rows into the file of figures, in the table's order."""
+    known = {row["row"]: row for row in [*figures.read_figures(path)["proof"], *rows]}
+    figures.put_rows("proof", [known[row.name] for row in ROWS if row.name in known], path)
+
+
 def chosen_rows(words: str) -> list[Row]:
     """The rows of these names, in the table's order; all without any.  Raises ValueError."""
     names = words.replace(",", " ").split()
@@ -104,8 +157,11 @@ def chosen_rows(words: str) -> list[Row]:
     return [row for row in ROWS if not names or row.name in names]
 
 
-def prove(rows: list[Row], scale: float, first: int, out: Path | None) -> int:
-    """Try the rows, print each one's line when it is done; 1 when one misses."""
+def prove(rows: list[Row], scale: float, first: int, out: Path | None, keep: bool = False) -> int:
+    """Try the rows, print each one's line when it is done, and write it to `out`; 1 when one misses.
+
+    `keep`: the figures are kept for the README, too.
+    """
     folder = Path(tempfile.mkdtemp(prefix="pp-"))      # short: sockets lie in it
     when, results = datetime.now(timezone.utc).isoformat(timespec="seconds"), []
     try:
@@ -114,6 +170,8 @@ def prove(rows: list[Row], scale: float, first: int, out: Path | None) -> int:
             print(render(results[-1]), flush=True)
             if out:
                 out.write_text(json.dumps([as_json(r, scale, when) for r in results], indent=1) + "\n")
+            if keep:
+                keep_figures([as_figure(results[-1], scale, when)])
             if results[-1].reached() or results[-1].outcome is None:
                 shutil.rmtree(folder / row.name, ignore_errors=True)
     finally:
@@ -133,6 +191,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", default="", metavar="NAMES", help="only these, e.g. \"R1 R3\"")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the number of each row's first round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--figures", action="store_true", help="keep the figures for the README (tests/figures.py)")
     options = parser.parse_args(arguments)
     if sys.platform != "linux":
         parser.error("the verdicts come from /proc, which only Linux has")
@@ -144,7 +203,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:      # a shell's `&` does that, and children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return prove(rows, options.scale, options.first, options.json)
+    return prove(rows, options.scale, options.first, options.json, options.figures)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ for folder in (TESTS, TESTS.parent, TESTS / "bench"):
 from tools import Home  # noqa: E402
 
 LANES = max(2, os.cpu_count() or 2)
+STRIDE = 7919        # a prime: rounds 0, 1, 2, ... walk in such steps through all cases of a long list
 
 
 class CannotRun(Exception):
@@ -42,19 +43,20 @@ class Trial:
         """So many of the `full` table's rounds, and not less than `least`."""
         return max(least, round(full * self.scale))
 
-    def rounds(self, count: int, play: Callable, wide: int = 1) -> list:
+    def rounds(self, count: int, play: Callable, wide: int = 1, kind: str = "") -> list:
         """Play so many rounds, some side by side; what each one that went well returned.
 
         `play(root, number)` has a folder of its own, which stays when the round fails, and a number to take
-        its chances from.  `wide` is for rounds that mostly wait: so many more run at once.
+        its chances from.  `wide` is for rounds that mostly wait: so many more run at once; `kind` tells the
+        rounds of one row apart.
         """
         with ThreadPoolExecutor(self.lanes * wide) as pool:
-            played = list(pool.map(lambda n: self.play(play, n), range(self.first, self.first + count)))
+            played = list(pool.map(lambda n: self.play(play, n, kind), range(self.first, self.first + count)))
         return [value for went_well, value in played if went_well]
 
-    def play(self, play: Callable, number: int) -> tuple[bool, object]:
+    def play(self, play: Callable, number: int, kind: str) -> tuple[bool, object]:
         """(whether it went well, what it returned) of one round."""
-        root = self.root / f"{number:04}"
+        root = self.root / f"{kind}{number:04}"
         root.mkdir(parents=True)
         try:
             value = play(root, number)

@@ -1,0 +1,62 @@
+"""A daemon of the ticket loop that is killed again and again: every ticket is worked once, nothing is lost.
+
+PITBOSS_TEST_ROUNDS sets how many projects are tried (2), PITBOSS_TEST_SEED what is drawn.
+"""
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from pit_desk import Pit, needs_tmux, work
+from tools import processes_with
+
+ROUNDS = int(os.environ.get("PITBOSS_TEST_ROUNDS", "2"))
+
+
+@pytest.fixture
+def pit(home):
+    """A project with the scripted agent."""
+    desk = Pit(home)
+    yield desk
+    desk.end()
+
+
+def daemons(pit: Pit) -> list[int]:
+    """The processes that are this project's daemon, as the process table tells."""
+    return [pid for pid, words in processes_with(f"XDG_DATA_HOME={pit.home.root}").items() if "pit daemon run" in words]
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_a_daemon_killed_at_any_moment(pit, round_, headless):
+    draw = random.Random(os.environ.get("PITBOSS_TEST_SEED", "pit") + f"{round_}{headless}")
+    log = pit.home.root / "worked.log"
+    names = ("auth", "pay")
+    for name in names:
+        pit.epic(name.title(), *(f"$ run echo {name}.{n} >>{log}\n{work(n)}" for n in (1, 2)))
+    pit.pit("start", "--epics", ",".join(names), *(["--headless"] if headless else []))
+    watch = pit.spawn("watch", "--until", "done", "--timeout", "200")
+    kills, deadline = 0, time.monotonic() + 200
+    while watch.poll() is None and time.monotonic() < deadline:
+        try:
+            watch.wait(draw.uniform(0.1, 2.5))
+        except subprocess.TimeoutExpired:
+            for pid in daemons(pit) if kills < 12 else ():
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+    out, err = watch.communicate(timeout=30)
+    assert watch.returncode == 0, f"{kills} kills\n{out}\n{err}\n{pit.daemon_log()}\n{pit.status()}\n{pit.screens()}"
+    assert kills, "no daemon was ever killed"
+    assert set(pit.statuses().values()) == {"closed"}
+    assert sorted(log.read_text().split()) == ["auth.1", "auth.2", "pay.1", "pay.2"], "each was worked exactly once"
+    for name in names:
+        assert pit.commits(f"pit/{name}") == ["work 1", "work 2"]
+        assert sorted(e["ticket"] for e in pit.events("ticket_closed") if e["epic"] == name) == \
+            [f"repo-{name}.1", f"repo-{name}.2"]
