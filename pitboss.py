@@ -14777,9 +14777,7 @@ def parse_pane(line: str) -> tuple[str, Pane] | None:
 
 def tmux_error(err: str) -> TmuxFailed:
     """What tmux said on its standard error output, as an error."""
-    gone = ("no server running", "error connecting", "server exited", "lost server", "server version",
-            "no current client")
-    if err.startswith(gone[:4]):
+    if err.startswith(("no server running", "error connecting", "server exited", "lost server")):
         return TmuxGone(f"tmux: {err}")
     return PaneGone(f"tmux: {err}") if err.startswith("can't find") else TmuxFailed(f"tmux: {err}")
 
@@ -15367,6 +15365,7 @@ class TuiAgent(NamedTuple):
     interrupt: tuple           # keys that interrupt a turn
     # keys that empty its input line, harmless when it is empty; C-c ends an opencode with nothing in it
     empties: tuple
+    working: str = ""          # pattern of its screen during a turn, where its title does not tell
     dialogs: tuple = ()        # (pattern of a screen before the first event, what it means)
 
 
@@ -15381,9 +15380,9 @@ CLAUDE_DIALOGS = (
 
 TUI_AGENTS = {a.name: a for a in (
     TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", "", ("Escape",), ("C-c",),
-             CLAUDE_DIALOGS),
+             dialogs=CLAUDE_DIALOGS),
     TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "Ask anything",
-             ("Escape", "Escape"), ()),
+             ("Escape", "Escape"), (), r"esc (again to )?interrupt"),
     TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", "", ("Escape",), ("C-c",)),
 )}
 
@@ -15460,7 +15459,8 @@ PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is 
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
 CLEAR_ENTERS = 3
-ESCAPE_S = 1.5             # from an interrupt to the next try, while the title still tells of a turn
+ESCAPE_S = 1.5             # from an interrupt to the next try, while a turn still shows
+QUIET_LOOKS = 5            # in a row, each PASTE_S after the one before
 HOOKS_S = 60.0             # how long the hooks of an agent's user may take after the end of a turn
 CLEAR_S = 10.0             # from a command that clears to its event
 
@@ -15553,18 +15553,18 @@ async def wait_home(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float) -> 
     return True
 
 
-async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 5.0) -> bool:
-    """Interrupt what an agent does; whether its title then tells of no turn.
+async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 12.0) -> bool:
+    """Interrupt what an agent does; whether it then shows no turn for a while.
 
     claude tells of an interrupted turn by no event.  Escape on an idle one does no harm, but twice it opens a
-    dialog: so it is pressed again only while the title tells of a turn.
+    dialog: so the keys are pressed again only while a turn shows, which may be a moment after its prompt.
     """
     deadline = time.monotonic() + seconds
     pressed_at, quiet = -math.inf, 0
-    while quiet < 2:                   # a turn that has just begun may not show in the title yet
+    while quiet < QUIET_LOOKS:
         if time.monotonic() > deadline:
             return False
-        busy = is_busy((await tmux.pane(pane_id)).title)
+        busy = await shows_turn(tmux, row, pane_id)
         if pressed_at < 0 or busy and time.monotonic() - pressed_at > ESCAPE_S:
             for key in row.interrupt:
                 await tmux.press(pane_id, key)
@@ -15573,6 +15573,13 @@ async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float
         quiet = 0 if busy else quiet + 1
         await asyncio.sleep(PASTE_S)
     return True
+
+
+async def shows_turn(tmux: Tmux, row: TuiAgent, pane_id: str) -> bool:
+    """Whether a turn goes on, as the title or else the screen of an agent shows."""
+    if is_busy((await tmux.pane(pane_id)).title):
+        return True
+    return bool(row.working) and bool(re.search(row.working, await tmux.capture(pane_id, WINDOW_SIZE[1])))
 
 
 # ======================================================================================

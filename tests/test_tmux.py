@@ -488,6 +488,41 @@ def test_a_turn_is_interrupted_without_an_event_and_an_idle_agent_is_not_harmed(
     assert desk.wait("turn_ended")["last"] == "still here"
 
 
+STUBBORN = """import os, sys, tty
+tty.setraw(0)
+os.write(1, "\\x1b]2;⠂ at work\\x07".encode())
+seen = b""
+while seen.count(b"\\x1b") < 2:
+    seen += os.read(0, 99)
+os.write(1, "\\x1b]2;✳ idle\\x07".encode())
+while True:
+    seen += os.read(0, 99)
+    open(sys.argv[1], "wb").write(seen)
+"""
+
+
+def test_an_interrupt_is_repeated_while_a_turn_shows_and_no_longer(desk, monkeypatch):  # noqa: F811
+    """A third Escape would open a dialog."""
+    monkeypatch.setattr(pitboss, "ESCAPE_S", 0.3)
+    out = desk.root / "seen"
+    pane = desk.do(desk.tmux.open_window("pit", "e.1", str(desk.repo), [PYTHON, "-c", STUBBORN, str(out)], desk.env))
+    wait_for(lambda: pitboss.is_busy(desk.do(desk.tmux.pane(pane.pane_id)).title), 10)
+    row = pitboss.TUI_AGENTS["claude-code"]
+    assert desk.do(pitboss.interrupt_turn(desk.tmux, row, pane.pane_id)) is True
+    desk.do(desk.tmux.press(pane.pane_id, "z"))
+    wait_for(lambda: out.exists() and out.read_bytes().endswith(b"z"), 10)
+    assert out.read_bytes() == b"\x1b\x1bz"
+
+
+def test_a_turn_shows_on_the_screen_of_an_agent_whose_title_tells_nothing(desk):  # noqa: F811
+    pane = shell(desk, "e.1", "echo '  esc interrupt '; read x; clear; exec sleep 60")
+    row = pitboss.TUI_AGENTS["opencode"]
+    wait_for(lambda: desk.do(pitboss.shows_turn(desk.tmux, row, pane.pane_id)), 10)
+    assert not desk.do(pitboss.shows_turn(desk.tmux, pitboss.TUI_AGENTS["demo"], pane.pane_id))
+    desk.do(desk.tmux.press(pane.pane_id, "Enter"))
+    wait_for(lambda: not desk.do(pitboss.shows_turn(desk.tmux, row, pane.pane_id)), 10)
+
+
 @pytest.mark.parametrize("title, busy", [
     ("⠂ Claude Code", True), ("⠐ Reading files", True), ("✳ Claude Code", False), ("OC | a title", False), ("", False)])
 def test_a_title_tells_of_a_turn(title, busy):
