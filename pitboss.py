@@ -11722,6 +11722,7 @@ STATE_STYLES = {
     "dealing": ("Starting", "dim"), "running": ("Running", "bold"), "stopping": ("Stopping", "yellow"),
     "paused": ("Paused", "yellow"), "frozen": ("Frozen", "blue"),
 }
+PANE_ROWS = {"*": 1, "<": 1, ">": 3, "v": 3, "!": 3}       # of an entry of a log, below the tiles
 CARD_WIDTH, CARD_HEIGHT = 26, 4            # of the narrowest tile, cells
 COMPACT_BELOW = 14         # rows of a terminal that shows one line an actor by itself
 PLAIN_GLYPHS = str.maketrans("▸▹▾←→✓✗⧗⊘⊝⊖─│╭╮╰╯▓░…━┃┏┓┗┛", ">>v<>+xTo---|++++#.~=#####")
@@ -11948,8 +11949,7 @@ def draw_line(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool,
                   (pad_cells(render_tokens(sum(actor.usage.plus(actor.hand_usage))), 8, True), "")]
         spans += [(pad_cells(render_usd(cost_of(actor)), 9, True), "")]
         counts = shown_counts(scene, actor)
-        below = f"← {clean_text(actor.parent)}" if actor.parent else ""
-        rest = "  ".join(filter(None, (counts, below, scene.words.get(actor.id, ""))))
+        rest = "  ".join(filter(None, (counts, scene.words.get(actor.id, ""))))
         spans.append((f"  {rest}", "dim"))
     return fit_spans([(text, f"{kind} reverse".strip() if focused else kind) for text, kind in spans], width,
                      "reverse" if focused else "")
@@ -12066,7 +12066,7 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
 
 
 def count_states(run: RunState) -> list[tuple[str, str]]:
-    """How many actors stand how, in words, each with its style."""
+    """How many actors stand how, each with its style: in words, settled ones by their glyphs."""
     counts: dict[str, int] = {}
     styles = {}
     for actor in run.actors.values():
@@ -12074,8 +12074,8 @@ def count_states(run: RunState) -> list[tuple[str, str]]:
         counts[word] = counts.get(word, 0) + 1
         styles[word] = style
     order = [*dict.fromkeys(word for word, _ in STATE_STYLES.values()), *STATUSES]
-    return [(f"{counts[word]} {word}", styles[word]) for word in [*order, *(counts.keys() - set(order))]
-            if word in counts]
+    return [(f"{STATUSES[word].glyph} {counts[word]}" if word in STATUSES else f"{counts[word]} {word}",
+             styles[word].replace("bold", "")) for word in order if word in counts]
 
 
 def join_parts(parts: list[list[tuple[str, str]]], width: int) -> list:
@@ -12098,7 +12098,7 @@ def draw_status(scene: Scene, width: int) -> list:
     money = [(render_usd(spent) + (f" of {render_usd(budget)} " if budget else ""), "bold")]
     parts = [money + draw_bar(spent, budget, 10 if width >= 60 else 5)]
     asks = len(run.approvals)
-    parts += [[(f"{asks} approval{'s' * (asks != 1)} pending", "bold yellow")]] if asks else []
+    parts += [[(f"{asks} pending", "bold yellow")]] if asks else []
     if root:
         spawned = sum(1 for a in run.actors.values() if a.role == "worker")
         parts.append([(f"{spawned} worker{'s' * (spawned != 1)} spawned", "")])
@@ -12130,19 +12130,24 @@ def draw_rule(title: str, width: int, style: str = "dim") -> list:
                      width)
 
 
-def wrap_log(log: Iterable[tuple[str, str]], width: int) -> Iterator[list[tuple[str, str]]]:
-    """Each entry of a log as rows of (text, colour)."""
+def wrap_log(log: Iterable[tuple[str, str]], width: int,
+             most: Mapping[str, int] = {}) -> Iterator[list[tuple[str, str]]]:
+    """Each entry of a log as rows of (text, colour), of some marks so many at `most`."""
+    room = max(2, width - 3)
     for mark, text in log:
         colour = LOG_MARKS[mark][0]
-        rows = wrap_cells(text, max(2, width - 3))
+        rows = wrap_cells(text[:most[mark] * width] if mark in most else text, room)
+        if mark in most and len(rows) > most[mark]:
+            rows = [*rows[:most[mark] - 1], clip_cells(rows[most[mark] - 1] + " " + rows[most[mark]], room)]
         yield [((f" {mark} " if not n else "   ") + row, colour) for n, row in enumerate(rows)]
 
 
-def draw_log(scene: Scene, ui: Ui, width: int, height: int) -> tuple[list, int]:
+def draw_log(scene: Scene, ui: Ui, width: int, height: int,
+             most: Mapping[str, int] = {}) -> tuple[list, int]:
     """(rows of the end of the log, or of what stands `back` rows before it; how far back that is)."""
     kept: list = []
     wanted = height + ui.back
-    for rows in wrap_log(reversed(scene.log), width):
+    for rows in wrap_log(reversed(scene.log), width, most):
         kept[:0] = rows
         if len(kept) >= wanted:
             break
@@ -12175,7 +12180,7 @@ def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fra
     actor = scene.run.actors.get(frame.ui.focus)
     rows, ui = frame.rows, frame.ui
     if pane:
-        lines, back = draw_log(scene, ui, width, pane - 1)
+        lines, back = draw_log(scene, ui, width, pane - 1, PANE_ROWS)
         title = f"{shown_mark(actor, utf8)} {actor.id}" if actor else ""
         rows = [*rows, draw_rule(title + (f"  {back} rows back" if back else ""), width), *lines]
         ui = ui._replace(back=back)
@@ -12212,16 +12217,20 @@ def describe_actor(scene: Scene, actor: Actor, utf8: bool) -> list[list[tuple[st
 def describe_changes(changes: dict | None, most: int) -> list[list[tuple[str, str]]]:
     """What an actor changed, as `git diff --shortstat` says it, then its files, `most` of them."""
     if changes is None:
-        return [[(" changes", "dim"), ("looking …", "dim")]]
-    files = changes["files"]
-    if files is None:
-        return [[(" changes", "dim"), (clean_text(changes["note"]), "")]]
-    added, removed = (sum(f[key] or 0 for f in files) for key in ("added", "removed"))
-    title = (f"{len(files)} file{'s' * (len(files) != 1)} changed, {added} insertions(+), {removed} "
-             f"deletions(-)" if files else "none")
-    rows = [[(" changes", "dim"), (title, "bold"), (f"  {clean_text(changes['note'])}", "dim")]]
+        return [[(" changes ", "dim"), ("looking …", "dim")]]
+    if changes["files"] is None:
+        return [[(" changes ", "dim"), (clean_text(changes["note"]), "")]]
+    files = changes["files"] + [{"path": path, "new": True} for path in changes.get("new") or ()]
+    known = changes["files"]
+    added, removed = (sum(f[key] or 0 for f in known) for key in ("added", "removed"))
+    parts = [f"{len(known)} file{'s' * (len(known) != 1)} changed, {added} insertions(+), {removed} "
+             "deletions(-)"] if known else []
+    parts += [f"{len(files) - len(known)} not added"] if len(files) > len(known) else []
+    title = ", ".join(parts) or "none"
+    rows = [[(" changes ", "dim"), (title, "bold"), (f"  {clean_text(changes['note'])}", "dim")]]
     for f in files[:most]:
-        counts = "binary" if f["added"] is None else f"+{f['added']} -{f['removed']}"
+        lines = "binary" if f.get("added") is None else f"+{f['added']} -{f['removed']}"
+        counts = "new" if f.get("new") else lines
         rows.append([(f"         {counts:12}", "green"), (clean_text(f["path"]), "")])
     return rows + ([[(f"         … and {len(files) - most} more", "dim")]] if len(files) > most else [])
 
@@ -12320,7 +12329,7 @@ def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
                      for n, line in enumerate(lines)]
     room = max(1, height - 4)
     top = min(ui.back, max(0, len(rows) - room))
-    more = [[(f"… {len(rows) - top - room} more lines: j", "dim")]] if len(rows) - top > room else []
+    more = [[("… j reads on", "dim")]] if len(rows) - top > room else []
     keys = [("y", "bold"), (" yes  ", ""), ("n", "bold"), (" no, with a reason  ", ""), ("e", "bold"),
             (" yes, but changed  ", ""), ("Esc", "bold"), (" later", "")]
     return frame_box(title, [*rows[top:top + room - len(more)], *more, [], keys], width)
@@ -12429,9 +12438,11 @@ def body_policy(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fr
 
 
 def body_help(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
-    """Every key, by the view in which it counts."""
+    """Every key, by the view in which it counts; first that from which the help was opened."""
     rows: list = []
-    for view, (title, _, _) in VIEW_KINDS.items():
+    beneath = ui.views[-2] if len(ui.views) > 1 else "floor"
+    for view in dict.fromkeys((beneath, *VIEW_KINDS)):
+        title = VIEW_KINDS[view][0]
         keys = [key for key in scene.keys if view in key.where]
         rows += [[]] * bool(rows) + [[(f" {title}", "bold cyan")]] if keys else []
         for key in keys:
@@ -12473,7 +12484,7 @@ def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = Tru
             *([draw_foot(scene, ui, width)] if chrome else [])]
     for view in ui.views[ui.views.index(base) + 1:]:
         size = min(width, 100 if width > 110 else width - 4 if width > 60 else width)
-        over = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 4), utf8)[:height]
+        over = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 2), utf8)[:height]
         left, start = (width - size) // 2, max(0, (height - len(over)) // 2)
         for n, row in enumerate(over):
             rows[start + n] = [(" " * left, ""), *row, (" " * (width - left - size), "")]
@@ -12853,7 +12864,7 @@ class Phone:
 
 
 async def find_changes(place: dict | None, closed: dict | None) -> dict:
-    """What an actor changed since it began: {files, note}; without files the note says why."""
+    """What an actor changed since it began: {files, new, note}; without files the note says why."""
     if not place or not place.get("base") and not place.get("path"):
         return {"files": None, "note": "it has no worktree of its own"}
     git, path, base = Git(os.environ, 0o077), place.get("path") or "", place.get("base") or "HEAD"
@@ -12865,8 +12876,8 @@ async def find_changes(place: dict | None, closed: dict | None) -> dict:
             if code:
                 return {"files": None, "note": err}
             _, new, _ = await git.run(path, "ls-files", "-z", "--others", "--exclude-standard")
-            count = new.count(b"\0")
-            return {"files": read_numstat(out), "note": f"and {count} new, not added" if count else ""}
+            names = new.decode("utf-8", "replace").split("\0")[:-1]
+            return {"files": read_numstat(out), "new": names, "note": ""}
         if ref and place.get("repo"):
             return {"files": await git.count_changes(place["repo"], base, ref), "note": short_branch(ref)}
     except (GitError, OSError) as e:
@@ -12994,7 +13005,7 @@ class Floor:
     def ask(self, words: str, op: str, **fields: Any) -> None:
         """Ask the dispatcher for something; where none lives, say what can be done."""
         if self.phone.ask(words, op, **fields):
-            return
+            return self.say(f"asked the dispatcher: {op.replace('_', ' ')} …")
         run_id = self.run.run_id
         if self.feed.state == "complete":
             self.say("this run has settled: nothing can be done to it any more", True)
@@ -13484,7 +13495,8 @@ def key_shift_rule(floor: Floor, key: str) -> None:
 def key_save_rules(floor: Floor, key: str) -> None:
     """Put these rules in the place of the run's."""
     rules = floor.ui.rules
-    floor.ask(f"{len(rules)} rules are in force", "update_policy", rules=[*rules])
+    words = f"{len(rules)} rules are in force" if len(rules) != 1 else "1 rule is in force"
+    floor.ask(words, "update_policy", rules=[*rules])
 
 
 def key_click(floor: Floor, key: str) -> None:
