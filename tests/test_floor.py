@@ -164,8 +164,8 @@ DRIVEN = {
         Press("right", FIRST), Press("left", BOSS), Press("j", "┏ ▸ worker-3"), Press("k", BOSS),
         Press("down", "┏ ▸ worker-3"), Press("up", BOSS), Press("G", "┏ ▸ worker-4"), Press("g", BOSS),
         Press("end", "┏ ▸ worker-4"), Press("home", BOSS),
-        Press("G", "▾ ★ sublead-1"), Press(" ", "▹ ★ sublead-1", no="worker-4"), Press(" ", "▾ ★ sublead-1", "worker-4"),
-        Press("enter", "▹ ★ sublead-1", no="worker-4"), Press("enter", "worker-4"), Press("g", BOSS), Press("l", FIRST),
+        Press("G", "▾ ★ sublead-1"), Press(" ", "▹ ★ sublead-1", no="▸ worker-4"), Press(" ", "▾ ★ sublead-1", "▸ worker-4"),
+        Press("enter", "▹ ★ sublead-1", no="▸ worker-4"), Press("enter", "▸ worker-4"), Press("g", BOSS), Press("l", FIRST),
         *scrolls(("K", "ctrl-u", "pgup", "wheel-up"), ("J", "ctrl-d", "pgdn", "wheel-down")),
         Press("enter", "who +boss→worker-1"), Press("esc", "╰ ← boss"),
         Press("a", ASKS, "may I"), Press("right-click", no=ASKS),
@@ -262,7 +262,7 @@ def test_every_key_of_the_table_is_pressed_below():
 @pytest.mark.slow
 @pytest.mark.parametrize("view", DRIVEN)
 def test_every_key_does_what_its_help_says(stage, terminal, view):
-    run = stage()
+    run = stage(lead="allow_subleads = true")
     lead = run.lead()
     run.spawn(lead, LINES)
     run.spawn(lead, "$ fail it broke", model="claude-haiku-4-5")
@@ -273,7 +273,7 @@ def test_every_key_does_what_its_help_says(stage, terminal, view):
         wait_for(lambda: len(run.events("approval_asked")) > n, DEADLINE_S, "the request")
     if view == "floor":
         lead.call("spawn_sublead", prompt="$ call spawn_worker {\"prompt\": \"$ hang\"}\n$ hang", model="claude-opus-4-8",
-                  budget_usd=2, max_workers=2)
+                  budget_usd=9, max_workers=2)
         wait_for(lambda: (run.run / "tasks/worker-4/stdout.log").exists(), DEADLINE_S, "a worker of the sub-lead")
     wait_for(lambda: run.events("closed", actor="worker-2"), DEADLINE_S, "a failure")
     screen = terminal()
