@@ -3511,6 +3511,7 @@ class RunState:
         self.layers: dict[str, Layer] = {}        # by the lead
         self.costs: dict[str, list[float]] = {}   # of each layer's workers that ran and ended, sorted
         self.shared = SharedTables()
+        self.store_use: dict[str, tuple] = {}     # of each actor its calls: (of the store, of leases)
         self.policy: tuple = ()                   # ApprovalRule, the first that matches counts
         self.approvals: dict[str, Approval] = {}  # those that wait for an answer, oldest first
         self.decided: dict[str, str] = {}         # other requests, by id: how it ended, in words
@@ -3929,6 +3930,11 @@ def on_shared(run: RunState, event: dict) -> None:
     apply_shared(run.shared, event)
 
 
+def on_store_used(run: RunState, event: dict) -> None:
+    """How often actors have called for the store and for leases so far, refused calls included."""
+    run.store_use.update({name: tuple(counts) for name, counts in event["counters"].items()})
+
+
 def on_policy_set(run: RunState, event: dict) -> None:
     """An operator put other rules about approvals in the place of those there were."""
     run.policy = tuple(ApprovalRule(*row) for row in event["rules"])
@@ -4029,6 +4035,7 @@ EVENTS = {
     "hand_ended":         EventKind(on_hand_ended,         True),
     "closed":             EventKind(on_closed),
     **{kind: EventKind(on_shared, row.durable) for kind, row in SHARED_EVENTS.items()},
+    "store_used":         EventKind(on_store_used),
     "policy_set":         EventKind(on_policy_set,         True),
     "approval_asked":     EventKind(on_approval_asked),
     "approval_decided":   EventKind(on_approval_decided,   True),
@@ -5046,6 +5053,41 @@ def mend_journal(path: str) -> int:
 def fold_run(run_dir: str) -> RunState:
     """The state of a run, from its journal.  Raises JournalError."""
     return fold(read_journal(os.path.join(run_dir, "journal.jsonl")))
+
+
+class Follower:
+    """A journal that is read on as it grows, and the run that it has made so far."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.path = os.path.join(run_dir, "journal.jsonl")
+        self.run = RunState()
+        self.at = 0                # bytes that were folded: whole lines
+
+    def news(self) -> Iterator[dict]:
+        """Every event since the last call; the run is as it was right after the one that is given.
+
+        Without a journal there is none yet.  Raises JournalError for a broken line before the last one.
+        """
+        try:
+            if os.stat(self.path).st_size == self.at:
+                return
+            with open(self.path, "rb") as f:
+                f.seek(self.at)
+                for line in f:
+                    event = parse_event(line)
+                    if event is None and f.readline():
+                        raise JournalError(f"{self.path}: the line at byte {self.at} is broken",
+                                           hint="the journal was changed by something else")
+                    if event is None:
+                        return                 # being written, or torn off
+                    self.at += len(line)
+                    step(self.run, event)
+                    self.run.fresh.clear()
+                    yield event
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise fault_of(e, "reading the journal") from None
 
 
 LOCK_PATIENCE_S = 1.0      # a reader that probes the lock must not turn its next holder away
@@ -8479,6 +8521,7 @@ ECHO_S = 10.0                          # from a message that interrupts to its e
 # bytes in a pipe (ioctl_tty(2), <sys/filio.h>)
 FIONREAD = 0x541B if sys.platform == "linux" else 0x4004667F
 SPOOL_S = 2.0                          # a file of approvals that says nothing may still be written to
+STORE_TOLD_S = 2.0                     # between two events about how much the store is used
 TICK_S, BUSY_TICK_S = 0.25, 0.05       # between two looks at logs and timers: nothing new, something new
 READ_AT_ONCE = 256 << 10               # bytes of one log before the others get their turn
 
@@ -8656,6 +8699,8 @@ class Dispatcher:
         self.news: dict[tuple, set] = {}   # topic to the futures of those who wait for news of it
         self.tokens: dict[str, str] = {}   # actor to its token
         self.lease_timer: asyncio.TimerHandle | None = None
+        self.store_use: dict[str, list[int]] = {}      # what is not in the journal yet
+        self.store_told_at = 0.0                       # monotonic
         self.refused_budgets: set[str] = set()         # leads that were refused a spawn for want of one
         self.notifier = Notifier(run_dir, sinks_of(manifest, env), env)
         self.approval_timer: asyncio.TimerHandle | None = None
@@ -8736,6 +8781,19 @@ class Dispatcher:
                 live.told_at = time.monotonic()
                 self.record("usage", actor=lead, hand=actors[lead].hand, usage=list(live.talk.usage()),
                             cost_usd=live.talk.cost_usd(), log_at=live.tail.at)
+
+    def count_use(self, actor: str, place: int) -> None:
+        """Count a call for the store or for a lease."""
+        self.store_use.setdefault(actor, [0, 0])[place] += 1
+
+    def note_store_use(self, pause_s: float = STORE_TOLD_S) -> None:
+        """Record how much the store was used, when something changed and `pause_s` have passed since."""
+        if not self.store_use or time.monotonic() - self.store_told_at < pause_s:
+            return
+        used, self.store_use, self.store_told_at = self.store_use, {}, time.monotonic()
+        old = self.run.store_use
+        self.record("store_used", counters={name: [a + b for a, b in zip(old.get(name, (0, 0)), counts)]
+                                            for name, counts in used.items()})
 
     def settle_leases(self) -> None:
         """Record what has become of leases, and look again when the next one is due."""
@@ -8969,6 +9027,7 @@ class Dispatcher:
                     return await self.abandon()
                 self.consult_house()
                 self.look_at_holds()
+                self.note_store_use()
                 if self.run.approvals:
                     self.look_at_spool()
             except EnvironmentFault as e:
@@ -9602,6 +9661,7 @@ class Dispatcher:
         await self.end_strangers()
         if ("finish", "") not in self.run.owed:
             return                         # a lifted drain: it goes on
+        self.note_store_use(0.0)
         records = [whole_record(self.run_dir, self.run, name) for name in self.run.settled]
         ended_at = round(self.journal.now(), 6)
         write_json(os.path.join(self.run_dir, "summary.json"), summary_of(self.run, records, self.meta,
@@ -10651,6 +10711,10 @@ class Tool(NamedTuple):
     needs: str = ""            # a fact of run_opened without which nobody has the tool; empty: none
     # (what the journal says of the answer, arguments) -> what is sent, where that differs
     render: Callable | None = None
+    counts: int | None = None  # where its calls are counted in store_used; None: nowhere
+
+
+OF_STORE, OF_LEASES = 0, 1     # places in the counters of store_used
 
 
 def _shared(*names: str) -> tuple:
@@ -10755,35 +10819,36 @@ TOOLS = {t.name: t for t in (
         Field("tool_use_id", "text", None, "the agent's own name for that use")), {}, tool_permission_prompt,
         "what an agent's permission gate asks; not for models", needs="path_b", render=render_permission),
     Tool("kv_get", "Read a value", EVERYBODY, True, _shared("path"), {"entry": "object?"}, tool_kv_get,
-         "read from the shared store"),
+         "read from the shared store", counts=OF_STORE),
     Tool("kv_set", "Write a value", EVERYBODY, False, (*_shared("path"), _VALUE, *_shared("override_flag")),
-         {"version": "count"}, tool_kv_set, "write into the shared store"),
+         {"version": "count"}, tool_kv_set, "write into the shared store", counts=OF_STORE),
     Tool("kv_cas", "Compare and write", EVERYBODY, False, (
         *_shared("path", "expected_version"), _VALUE._replace(name="new_value"), *_shared("override_flag")),
         {"version": "count", "swapped": "flag"}, tool_kv_cas,
-        "write only over the version that you know; 0: only where nothing is"),
+        "write only over the version that you know; 0: only where nothing is", counts=OF_STORE),
     Tool("kv_delete", "Delete a value", EVERYBODY, False, _shared("path", "override_flag"),
          {"existed": "flag"},
-         tool_kv_delete, "delete from the shared store"),
+         tool_kv_delete, "delete from the shared store", counts=OF_STORE),
     Tool("kv_list", "List values", EVERYBODY, True, _shared("glob"),
          {"entries": "object[]", "truncated": "flag", "total_matched": "count"}, tool_kv_list,
-         "paths and versions of what you may read"),
+         "paths and versions of what you may read", counts=OF_STORE),
     Tool("kv_wait", "Wait for a value", EVERYBODY, True, (
         *_shared("path"), WAIT._replace(default=REQUIRED, help="how long to wait"), *_shared("min_version")),
-        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it"),
+        _ENTRY, tool_kv_wait, "wait until a path has a value, or a later version of it", counts=OF_STORE),
     Tool("lease_acquire", "Take a lease", EVERYBODY, False, _shared("name", "ttl_secs", "wait_secs"), _LEASE,
          tool_lease_acquire, "be the only one in this layer to do something, until released or ttl_secs "
-                             "passed"),
+                             "passed", counts=OF_LEASES),
     Tool("lease_release", "Give a lease back", EVERYBODY, False, _shared("lease_id"), _OK, tool_lease_release,
-         "end a lease that you hold"),
+         "end a lease that you hold", counts=OF_LEASES),
     Tool("lease_list", "List leases", EVERYBODY, True, (), {"leases": "object[]"}, tool_lease_list,
-         "the leases of this layer and who holds them"),
+         "the leases of this layer and who holds them", counts=OF_LEASES),
     Tool("run_lease_acquire", "Take a lease of the tree", EVERYBODY, False,
          _shared("key", "ttl_secs", "wait_secs"), _LEASE, tool_run_lease_acquire,
-         "be the only one in the whole tree to do something"),
+         "be the only one in the whole tree to do something", counts=OF_LEASES),
     Tool("run_lease_release", "Give a lease of the tree back", EVERYBODY, False, (
         SHARED_FIELDS["lease_id"]._replace(default=None), SHARED_FIELDS["key"]._replace(default=None)), _OK,
-        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key"),
+        tool_run_lease_release, "end a lease of the whole tree that you hold, by its id or key",
+        counts=OF_LEASES),
 )}
 
 
@@ -10815,6 +10880,8 @@ def call_tool(dispatcher: Dispatcher, name: str, tool: str, arguments: dict, cal
         raise InvalidInput("; ".join(f"{p.path}: {p.message}" for p in problems))
     if call in dispatcher.run.answers:
         return finish_again(dispatcher, row, values, call)
+    if row.counts is not None:
+        dispatcher.count_use(actor.id, row.counts)
     try:
         return row.run(dispatcher, actor, values, call)
     except EnvironmentFault as e:
@@ -11003,6 +11070,7 @@ class ControlSession:
         for name in run.layers:
             if run.actors[name].parent and not run.actors[name].status:
                 self.tell_sublead(name)
+        self.tell_store_use(run.store_use)
 
     def tell_asked(self, asked: Approval) -> None:
         """Tell the client of a request that waits for an operator."""
@@ -11055,6 +11123,13 @@ class ControlSession:
                   max_workers=layer.max_workers or None, read_down=layer.read_down,
                   actor_path=path_of(run, name))
 
+    def tell_store_use(self, used: Mapping[str, Any]) -> None:
+        """Tell the client how often actors have called for the store and for leases so far."""
+        counters = [{"actor_id": name, "kv_ops": counts[OF_STORE], "lease_ops": counts[OF_LEASES]}
+                    for name, counts in used.items()]
+        if counters:
+            self.send(event="store_activity", counters=counters)
+
     def tell(self, event: dict) -> None:
         """Tell the client of an event that people want to know."""
         if self.link.choked:
@@ -11076,6 +11151,8 @@ class ControlSession:
         elif event["kind"] in ("approval_decided", "approval_withdrawn"):
             self.send(event="approval_resolved", request_id=event["request_id"],
                       approved=event.get("approved", False), by=event.get("by", "withdrawn"))
+        elif event["kind"] == "store_used":
+            self.tell_store_use(event["counters"])
         elif event["kind"] == "run_finished":
             self.send(event="run_finished", summary={"tasks_total": event["tasks_total"],
                                                      "tasks_failed": event["tasks_failed"]})
