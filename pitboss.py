@@ -11729,6 +11729,7 @@ class Scene(NamedTuple):
     run: RunState
     state: str                 # running complete stale aborted
     now: float                 # unix seconds
+    until: float               # the same, at which those that have not ended were seen alive
     needs: tuple = ()          # Need, the most urgent first
     asks: tuple = ()           # requests that wait, as show_approval gives them
     words: Mapping[str, str] = {}          # what an actor said last
@@ -11808,21 +11809,27 @@ EDGES = {True: ("┏", "┓", "┗", "┛", "━", "┃"), False: ("╭", "╮",
 LEAD_MARKS = {True: "★", False: "[LEAD]"}  # by whether the terminal has UTF-8
 
 
+@functools.lru_cache(maxsize=4096)
+def count_cells(text: str) -> int:
+    """cell_width of a text that comes again with every frame."""
+    return cell_width(text)
+
+
 def to_ascii(text: str) -> str:
     """`text` in as many cells, for a terminal without UTF-8."""
     if text.isascii():
         return text
-    return "".join(c if c.isascii() else "?" * cell_width(c) for c in text.translate(PLAIN_GLYPHS))
+    return "".join(c if c.isascii() else "?" * count_cells(c) for c in text.translate(PLAIN_GLYPHS))
 
 
 def fit_spans(spans: Iterable[tuple[str, str]], width: int, style: str = "") -> list[tuple[str, str]]:
     """Spans clipped and filled up to exactly `width` cells."""
     fitted, used = [], 0
     for text, kind in spans:
-        size = cell_width(text)
+        size = count_cells(text)
         if used + size > width:
             text = clip_cells(text, width - used)
-            size = cell_width(text)
+            size = count_cells(text)
             used += size
             fitted.append((text, kind))
             break
@@ -11888,12 +11895,12 @@ def shown_age(scene: Scene, actor: Actor) -> str:
     """How long an actor has worked, in words."""
     if actor.started_at is None:
         return "-"
-    return render_duration((actor.ended_at or scene.now) - actor.started_at)
+    return render_duration((actor.ended_at or scene.until) - actor.started_at)
 
 
 def shown_counts(scene: Scene, actor: Actor) -> str:
     """`kv:3 lease:1` of an actor that used the store; empty where it did not."""
-    used = zip(("kv", "lease"), getattr(scene.run, "store_use", {}).get(actor.id, ()))
+    used = zip(("kv", "lease"), scene.run.store_use.get(actor.id, ()))
     return " ".join(f"{name}:{count}" for name, count in used if count)
 
 
@@ -11984,14 +11991,14 @@ def draw_card(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool,
     named = f"{shown_mark(actor, utf8)} {clean_text(actor.id)}"
     end = f"{word} {glyph}".rstrip()
     room = width - 4
-    if cell_width(named) + cell_width(end) + 1 > room:
+    if count_cells(named) + count_cells(end) + 1 > room:
         end = glyph or word
-        named = clip_cells(named, max(4, room - cell_width(end) - 1))
+        named = clip_cells(named, max(4, room - count_cells(end) - 1))
     lead = "bold cyan" if actor.role in LEADERS else "bold"
     left, right, low_left, low_right, across, side = EDGES[focused]
-    fill = across * max(0, room - cell_width(named) - cell_width(end) - 2)
+    fill = across * max(0, room - count_cells(named) - count_cells(end) - 2)
     top = [(left, edge), (f" {named} ", f"{lead} reverse" if focused else lead), (fill, edge),
-           (f" {end}" if room > cell_width(named) + 2 else "", style)]
+           (f" {end}" if room > count_cells(named) + 2 else "", style)]
     model = shown_model(actor)
     tokens = render_tokens(sum(actor.usage.plus(actor.hand_usage)))
     cost = render_usd(cost_of(actor))
@@ -12006,7 +12013,7 @@ def draw_card(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool,
     rows = [fit_spans(top, width - 1, edge) + [(right, edge)]]
     for spans in (first, [*mark, (second, "dim")]):
         rows.append([(f"{side} ", edge), *fit_spans(spans, width - 4), (f" {side}", edge)])
-    rows.append([(low_left, edge), (below, "dim"), (across * (width - 2 - cell_width(below)), edge),
+    rows.append([(low_left, edge), (below, "dim"), (across * (width - 2 - count_cells(below)), edge),
                  (low_right, edge)])
     return rows
 
@@ -12115,7 +12122,7 @@ def draw_title(scene: Scene, ui: Ui, width: int) -> list:
     style = {"running": "bold green", "stale": "bold red"}.get(scene.state, "bold")
     word = "draining" if run.draining and scene.state == "running" else scene.state
     word = "cancelling" if run.cancelled and scene.state == "running" else word
-    until = run.finished_at or (scene.now if scene.state == "running" else run.last_at)
+    until = run.finished_at or scene.until
     spans = [(f" {run.run_id[:8]} {clean_text(run.name or '-')}", "bold"), (f"  {run.mode}", "dim"),
              (f"  {word}", style),
              (f"  {render_duration(until - run.opened_at)}" if run.opened_at else "", ""),
@@ -12135,7 +12142,8 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
     for need in order:
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
-        words = " ".join(filter(None, (clean_text(need.actor), need.text)))
+        advice = NEEDS[need.kind].advice.format(run=scene.run.run_id[:13], actor=need.actor)
+        words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{need.text}: {advice}"
         spans += [("  ", ""), (f"{need.kind}", f"bold {colour}"),
                   (f" {clip_cells(words, max(20, width // 2) if len(order) > 1 else width)}",
                    "bold" if focused else "")]
@@ -12160,7 +12168,7 @@ def join_parts(parts: list[list[tuple[str, str]]], width: int) -> list:
     spans: list = []
     for part in parts:
         more = [("  ", "")] * bool(spans) + part
-        if sum(cell_width(text) for text, _ in spans + more) > width - 1:
+        if sum(count_cells(text) for text, _ in spans + more) > width - 1:
             continue
         spans += more
     return fit_spans([(" ", ""), *spans], width)
@@ -12203,7 +12211,7 @@ def draw_foot(scene: Scene, ui: Ui, width: int) -> list:
 def draw_rule(title: str, width: int, style: str = "dim") -> list:
     """A line across, with a title in it."""
     title = f" {clip_cells(clean_text(title), max(0, width - 4))} " if title else ""
-    return fit_spans([("─", style), (title, "bold"), ("─" * max(0, width - 1 - cell_width(title)), style)],
+    return fit_spans([("─", style), (title, "bold"), ("─" * max(0, width - 1 - count_cells(title)), style)],
                      width)
 
 
@@ -12416,7 +12424,7 @@ def frame_box(title: str, rows: list[list], width: int, style: str = "cyan") -> 
     """Rows of spans in a frame of `width` cells."""
     inner = width - 4
     head = f" {clip_cells(title, inner)} "
-    top = [("╭", style), (head, "bold"), ("─" * (width - 2 - cell_width(head)), style), ("╮", style)]
+    top = [("╭", style), (head, "bold"), ("─" * (width - 2 - count_cells(head)), style), ("╮", style)]
     return [top, *([("│ ", style), *fit_spans(spans, inner), (" │", style)] for spans in rows),
             [("╰" + "─" * (width - 2) + "╯", style)]]
 
@@ -12452,7 +12460,7 @@ def split_cells(text: str, width: int) -> list[tuple[int, str]]:
     """(where it begins, piece) of a text that is cut at `width` cells, anywhere."""
     pieces, start, used = [], 0, 0
     for n, c in enumerate(text):
-        size = cell_width(c)
+        size = count_cells(c)
         if used + size > width and n > start:
             pieces.append((start, text[start:n]))
             start, used = n, 0
@@ -12587,7 +12595,7 @@ def render_svg(frame: Frame) -> str:
     """A frame as a picture."""
     import html
 
-    width = sum(cell_width(text) for text, _ in frame.rows[0]) if frame.rows else 0
+    width = sum(count_cells(text) for text, _ in frame.rows[0]) if frame.rows else 0
     size = f"{width * SVG_CELL + 16:.0f} {len(frame.rows) * SVG_LINE + 16}"
     wide, tall = size.split()
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{tall}" viewBox="0 0 {size}">',
@@ -12597,7 +12605,7 @@ def render_svg(frame: Frame) -> str:
     for n, row in enumerate(frame.rows):
         column = 0
         for text, style in row:
-            cells, words = cell_width(text), style.split()
+            cells, words = count_cells(text), style.split()
             fill = next((SVG_COLOURS[w] for w in words if w in SVG_COLOURS), "#dddddd")
             fill = "#7f848e" if "dim" in words else fill
             x, y = 8 + column * SVG_CELL, 8 + n * SVG_LINE
@@ -12622,13 +12630,13 @@ def render_svg(frame: Frame) -> str:
 # To add a key: one key_ handler, one row in KEYS; help and the last row are made from that.
 
 TICK_EVERY_S = 0.25
-LOOK_EVERY_S = 1.0         # at the lock, at when logs grew, at what an actor said last
+LOOK_EVERY_S = 1.0         # at the lock: whether a dispatcher lives
+LOOK_LONG_S = 5.0          # at when each log grew, at which agents live
 LOG_WINDOW, LOG_DEEP = 256 << 10, 8 << 20  # bytes of the end of a log that are read: in a pane, in a view
 LOG_ENTRIES = 5000         # of a log that are kept
 LOG_WORDS = 16 << 10       # characters of one entry
 TAIL_BYTES = 16 << 10      # of a log that are looked at for what was said last
 RUNS_PICKED = 200
-JOURNAL_AT_ONCE = 8 << 20
 
 
 class Lookout(NamedTuple):
@@ -12644,55 +12652,31 @@ class RunFeed:
 
     def __init__(self, run_dir: str, lookout: Lookout) -> None:
         self.run_dir, self.lookout = run_dir, lookout
-        self.path = os.path.join(run_dir, "journal.jsonl")
+        self.follower = Follower(run_dir)
+        self.run = self.follower.run
         self.origin = ""
         self.state = lookout.state(run_dir)
         self.heard: dict[str, float] = {}
         self.alone: int | None = None          # agents that live without a dispatcher
-        self.begin()
-
-    def begin(self) -> None:
-        """Read from the first line."""
-        self.run, self.at, self.file = RunState(), 0, None
+        self.looked_at = -LOOK_LONG_S
 
     def read(self) -> bool:
         """Fold what is new; whether there was something.  Raises JournalError."""
         import gc
 
+        gc.disable()                           # a long journal makes many records, and no garbage
         try:
-            with open(self.path, "rb") as f:
-                found = os.fstat(f.fileno())
-                if found.st_size < self.at or self.file not in (None, found.st_ino):
-                    self.begin()
-                self.file = found.st_ino
-                if found.st_size == self.at:
-                    return False
-                f.seek(self.at)
-                gc.disable()                   # a long journal makes many records, and no garbage
-                while self.fold_part(f.read(JOURNAL_AT_ONCE)):
-                    f.seek(self.at)
-        except OSError:
-            return False
+            return sum(1 for _ in self.follower.news()) > 0
         finally:
             gc.enable()
-        self.run.fresh.clear()
-        return True
-
-    def fold_part(self, data: bytes) -> bool:
-        """Fold the whole lines of a part of the journal; False where it has none."""
-        end = data.rfind(b"\n") + 1
-        for line in data[:end].splitlines(True):
-            event = parse_event(line)
-            if event is None:
-                raise JournalError(f"{self.path}: the line at byte {self.at} is broken")
-            step(self.run, event)
-            self.at += len(line)
-        return end > 0
 
     def look(self) -> bool:
         """Look at what no event tells: whether a dispatcher lives, when logs grew; whether that changed."""
         before = self.state, self.alone
         self.state = self.lookout.state(self.run_dir)
+        if before[0] == self.state and time.monotonic() - self.looked_at < LOOK_LONG_S:
+            return False
+        self.looked_at = time.monotonic()
         living = [a for a in self.run.actors.values() if a.state in ("running", "stopping", "frozen")]
         self.alone = None
         if self.state in ("stale", "aborted"):
@@ -12733,7 +12717,7 @@ class RecordFeed:
 
     def read(self) -> bool:
         """Look again now and then, while the run goes on: that costs a look at every process."""
-        if self.state != "running" or time.monotonic() - self.looked_at < 5 * LOOK_EVERY_S:
+        if self.state != "running" or time.monotonic() - self.looked_at < LOOK_LONG_S:
             return False
         self.load()
         return True
@@ -13158,7 +13142,9 @@ class Floor:
         asking = any(v in ("approvals", "ask") for v in views)
         changes = self.watcher.look(actor) if "detail" in views else None
         log = self.log if self.log and self.log_of[0] == self.ui.focus else None
-        return Scene(self.run, self.feed.state, time.time(), tuple(self.needs()),
+        now = time.time()
+        alive = self.feed.state == "running" or self.feed.alone
+        return Scene(self.run, self.feed.state, now, now if alive else self.run.last_at, tuple(self.needs()),
                      self.feed.asks() if asking else (), {k: w for k, (_, w) in self.words.items()},
                      tuple(log.entries) if log else (), log.cut if log else 0, changes, self.runs,
                      KEYS, self.feed.origin)
