@@ -11321,19 +11321,19 @@ class NeedKind(NamedTuple):
 
     colour: str
     advice: str                # the command that shows or mends it, with {run} and {actor}
-    told_apart: bool           # `status` shows it in a line of its own, not in another place
+    told: bool                 # an event tells of it when it begins
     meaning: str
 
 
 NEEDS = {
-    # kind                   colour    advice                            told_apart
+    # kind                   colour    advice                            told   meaning
     "dispatcher": NeedKind("red",    "pitboss resume {run}",           False, "nobody deals the run"),
-    "approval":   NeedKind("yellow", "pitboss approvals {run}",        False, "a request waits for a word"),
-    "hold":       NeedKind("red",    "pitboss doctor",                 False, "credentials were refused"),
+    "approval":   NeedKind("yellow", "pitboss approvals {run}",        True,  "a request waits for a word"),
+    "hold":       NeedKind("red",    "pitboss doctor",                 True,  "credentials were refused"),
     "space":      NeedKind("red",    "pitboss resume {run}",           True,  "there is no room on the disk"),
-    "rest":       NeedKind("yellow", "pitboss continue {run} {actor}", True,  "all that lives is paused"),
-    "stall":      NeedKind("yellow", "pitboss attach {run} {actor}",   True,  "it has said nothing for long"),
-    "failure":    NeedKind("red",    "pitboss attach {run} {actor}",   False, "it ended as nobody wanted"),
+    "rest":       NeedKind("yellow", "pitboss continue {run} {actor}", False, "all that lives is paused"),
+    "stall":      NeedKind("yellow", "pitboss attach {run} {actor}",   False, "it has said nothing for long"),
+    "failure":    NeedKind("red",    "pitboss attach {run} {actor}",   True,  "it ended as nobody wanted"),
 }
 
 
@@ -11359,8 +11359,8 @@ def attention(run: RunState, now: float, heard: Mapping[str, float] | None = Non
              if a.status and not STATUSES[a.status].wanted and not a.needless]
     if run.finished_at is not None:
         return needs
-    needs += [Need("approval", a.actor, clean_text(f"asks ({a.category}): {preview(a.summary)}"), a.asked_at,
-                   a.id) for a in run.approvals.values()]
+    needs += [Need("approval", a.actor, f"asks ({a.category}): {one_line(a.summary)}", a.asked_at, a.id)
+              for a in run.approvals.values()]
     needs += [Need("hold", "", clean_text(f"{h.account.partition(':')[0]}: {HOLDS[h.kind].words}"), h.since)
               for h in run.holds.values() if HOLDS[h.kind].final]
     if run.draining == "no_space":
@@ -11371,6 +11371,11 @@ def attention(run: RunState, now: float, heard: Mapping[str, float] | None = Non
         living = f"; {count_alive(alone)} without it" if alone else ""
         needs.append(Need("dispatcher", "", f"its dispatcher died{living}", run.last_at))
     return sorted(needs, key=lambda need: ([*NEEDS].index(need.kind), need.at))
+
+
+def one_line(text: Any, width: int = 100) -> str:
+    """A text of an event, its beginning in one clean line."""
+    return clip_cells(" ".join(clean_text(preview(text) or "").split()), width)
 
 
 def find_idle(run: RunState, now: float, heard: Mapping[str, float]) -> Iterator[Need]:
@@ -11392,11 +11397,20 @@ def find_idle(run: RunState, now: float, heard: Mapping[str, float]) -> Iterator
             yield Need("stall", actor.id, f"has said nothing for {render_duration(now - last)}", last)
 
 
+def render_need(need: Need, run_id: str) -> str:
+    """A need in one line, with the command that shows or mends it."""
+    return f"{need.actor}{' ' if need.actor else ''}{need.text}: {advise(need, run_id)}"
+
+
+def advise(need: Need, run_id: str) -> str:
+    """The command that shows or mends a need."""
+    return NEEDS[need.kind].advice.format(run=run_id, actor=need.actor)
+
+
 def show_need(need: Need, run_id: str) -> dict:
     """A need as JSON has it."""
     return {"kind": need.kind, "actor": need.actor or None, "text": need.text, "since": render_time(need.at),
-            "request_id": need.request or None,
-            "advice": NEEDS[need.kind].advice.format(run=run_id, actor=need.actor)}
+            "request_id": need.request or None, "advice": advise(need, run_id)}
 
 
 def live_record(run: RunState, actor: Actor, log_path: str) -> dict:
@@ -11680,6 +11694,84 @@ def render_change(run: RunState, event: dict, verbose: bool) -> str:
         return "cancelling: every agent is being stopped" + (f" ({event['reason']})" if event.get("reason")
                                                              else "")
     return f"{kind} {name}".strip() if verbose else ""
+
+
+def _change_added(run: RunState, event: dict) -> str:
+    actor = run.actors[event["actor"]]
+    by = f" for {actor.parent}" if actor.parent else ""
+    return f"{actor.id}: new {actor.role}{by} ({actor.agent} {actor.model}): {one_line(actor.prompt_preview)}"
+
+
+def _change_ended(run: RunState, event: dict) -> str:
+    rests = run.actors[event["actor"]].state == "paused"
+    return f"{event['actor']}: paused; its session is kept" if rests else render_change(run, event, False)
+
+
+def _change_closed(run: RunState, event: dict) -> str:
+    lines, actor = [render_change(run, event, False)], run.actors[event["actor"]]
+    if actor.layer in run.layers and run.actors[actor.layer].parent and is_over(run, actor.layer):
+        end = sum_up_sublead(run, actor.layer)
+        lines.append(f"{actor.layer}: it and its workers are at their end ({end['outcome']}), "
+                     f"{render_usd(end['spent_usd'])} spent")
+    return "\n".join(lines)
+
+
+def _change_asked(run: RunState, event: dict) -> str:
+    return (f"{event['actor']}: asks ({event['category']}): {one_line(event['summary'])}: "
+            f"pitboss approve {run.run_id} {event['request_id']}")
+
+
+def _change_decided(run: RunState, event: dict) -> str:
+    answer = event.get("answer") or {}
+    words = answer.get("reason") or answer.get("comment")
+    return (f"{event['actor']}: {event['request_id']} {run.decided[event['request_id']]}"
+            + (f": {one_line(words)}" if words else ""))
+
+
+def _change_finished(run: RunState, event: dict) -> str:
+    cost = render_usd(sum(actor.cost_usd or 0.0 for actor in run.actors.values()))
+    return (f"run finished: {event['tasks_total']} actors, {event['tasks_failed']} failed, {cost} in "
+            f"{render_duration(event['ended_at'] - run.opened_at)}")
+
+
+CHANGES = {
+    # event: what `watch` says of it, given the run right after it, where render_change says less
+    "actor_added":        _change_added,
+    "hand_ended":         _change_ended,
+    "hand_skipped":       lambda run, event: _change_ended(run, event),
+    "closed":             _change_closed,
+    "frozen":             lambda run, event: f"{event['actor']}: frozen",
+    "thawed":             lambda run, event: f"{event['actor']}: goes on where it stood",
+    "continue_decided":   lambda run, event: "" if run.actors[event["actor"]].state == "running" else
+                          f"{event['actor']}: continued",
+    "reprompted":         lambda run, event: f"{event['actor']}: is to be told: "
+                          f"{one_line(event['message'][1])}",
+    "delivered":          lambda run, event: f"{event['actor']}: was told",
+    "approval_asked":     _change_asked,
+    "approval_decided":   _change_decided,
+    "approval_kept":      lambda run, event: f"{event['actor']}: {event['request_id']} goes on waiting",
+    "approval_withdrawn": lambda run, event: f"{event['actor']}: {event['request_id']} "
+                          f"{run.decided[event['request_id']]}",
+    "policy_set":         lambda run, event: f"rules about approvals now: {len(event['rules'])}",
+    "budget_exceeded":    lambda run, event: f"{event['layer']}: a spawn was refused: its budget is used up",
+    "dispatcher_started": lambda run, event: f"a dispatcher deals the run (process {event['pid']})",
+    "run_finished":       _change_finished,
+}
+
+
+def render_watched(run: RunState, event: dict) -> list[str]:
+    """The plain lines of `watch` for an event, clean; none for one that changes nothing that people see."""
+    row = CHANGES.get(event["kind"])
+    text = row(run, event) if row else render_change(run, event, False)
+    return [clean_text(line) for line in text.splitlines() if line.strip()]
+
+
+def render_standing(run: RunState, state: str) -> str:
+    """How a run stands, in one line."""
+    counts = [f"{sum(1 for a in run.actors.values() if a.state == s)} {s}" for s in STATES
+              if any(a.state == s for a in run.actors.values())]
+    return clean_text(f"{run.run_id}  {run.name}  {state}: {', '.join(counts) or 'nobody yet'}; "
+                      f"{run.failed} failed")
 
 
 def render_floor_lines(run: RunState, talks: Mapping[str, Talk], now: float, width: int,
@@ -15686,8 +15778,7 @@ def look_at_run(run_dir: str, deep: bool = False) -> Overview:
     run = fold_run(run_dir) if os.path.exists(os.path.join(run_dir, "journal.jsonl")) else RunState()
     if state == "stale" and not any(a.hand or a.place for a in run.actors.values()):
         state = "aborted"
-    alive = sum(1 for a in run.actors.values() if ("watch", a.id) in run.owed
-                and is_hand_alive(a.handle))
+    alive = count_living(run)
     actors = []
     for actor in run.actors.values():
         record = live_record(run, actor, os.path.join(run_dir, "tasks", actor.id, "stdout.log"))
@@ -15708,21 +15799,29 @@ def cmd_status(options: Any) -> str:
     if options.rebuild:
         rebuild_exports(run_dir)
     seen = look_at_run(run_dir, deep=True)
-    seen = seen._replace(head={**seen.head, "approvals": waiting_approvals(run_dir) if seen.run else []})
+    waiting = waiting_approvals(run_dir) if seen.run else []
+    needs = needs_of(run_dir, seen)
+    seen = seen._replace(head={**seen.head, "approvals": waiting, "attention": [
+        show_need(need, seen.head["run_id"]) for need in needs]})
     if options.json:
         actors = [{k: v for k, v in a.items() if k not in INNER_KEYS} for a in seen.actors]
         print(json.dumps({**seen.head, "actors": actors}, indent=2))
         return "ok"
     lines = render_status(seen.head, seen.actors, time.time(), want_colour(sys.stdout), terminal_width())
-    if seen.head["state"] == "stale":
-        alive = seen.head["agents_alive"]
-        lines.append(f"its dispatcher died" + (f"; {count_alive(alive)} without it" if alive else "")
-                     + f": pitboss resume {options.run}")
+    lines += [render_need(need, options.run) for need in needs if not NEEDS[need.kind].told]
     if seen.foreign:
         version = text_of(seen.foreign.meta.get("pitboss_version")) or "of unknown version"
         lines.append(f"made by the Rust tool, {clean_text(version)}; it is only read here")
     print("\n".join(lines))
     return "ok"
+
+
+def needs_of(run_dir: str, seen: Overview) -> list[Need]:
+    """What of a run needs an operator; nothing of one that was read from its summary, or is a foreign one."""
+    if seen.run is None:
+        return []
+    alone = seen.head["agents_alive"] if seen.head["state"] == "stale" else None
+    return attention(seen.run, time.time(), heard_of(run_dir, seen.run), alone)
 
 
 def rebuild_exports(run_dir: str) -> None:
@@ -16162,6 +16261,142 @@ def cmd_attach(options: Any) -> str:
                 if size != seen_size or not size[1]:         # while a dispatcher lives, only an event settles
                     settled, seen_size = settled or is_settled(run_dir, options.actor), size
     return "ok"
+
+
+WATCH_S = 0.2              # between two looks at the size of a journal
+LOOK_S = 1.0               # between two looks at what no event tells of
+WATCHES = ("attention", "done")
+
+
+class Watcher:
+    """What `watch` knows of a run, and what it has said."""
+
+    def __init__(self, run_dir: str, since: int | None, as_json: bool) -> None:
+        self.run_dir, self.run_id = run_dir, os.path.basename(run_dir)
+        self.follower = Follower(run_dir)
+        self.as_json = as_json
+        self.since = since                     # events up to this one were told before; None: all there are
+        self.known: set[tuple] = set()         # needs that were there then
+        self.shown: set[tuple] = set()         # needs of which no event tells and that were said
+        self.alone: int | None = None          # agents without a dispatcher; None: it lives
+        self.missed = False                    # its dispatcher was not there at the last look
+        self.looked_at = 0.0                   # monotonic
+
+    @property
+    def run(self) -> RunState:
+        """The run as far as it was read."""
+        return self.follower.run
+
+    def say(self, event: str, text: str, **facts: Any) -> None:
+        """One line to standard output."""
+        actor = self.run.actors.get(facts.get("actor") or "")
+        line = {"seq": self.run.seq, "at": render_time(self.run.last_at), "event": event, **facts,
+                "state": state_word(actor) if actor else None, "text": text}
+        kept = {k: v for k, v in line.items() if v is not None}
+        print(json.dumps(kept) if self.as_json else text, flush=True)
+
+    def begin(self) -> None:
+        """Read what lies behind without a word; of what came after `since` read_on tells."""
+        if self.since is None:
+            for _ in self.follower.news():
+                pass
+            self.look()
+            return self.say("begin", render_standing(self.run, run_state(self.run_dir)))
+        for event in self.follower.news():
+            if event["seq"] > self.since:
+                self.tell(event)
+            else:
+                self.known = {need_key(n) for n in attention(self.run, self.run.last_at)}
+
+    def tell(self, event: dict) -> None:
+        """Say what an event changed."""
+        for text in render_watched(self.run, event):
+            self.say(event["kind"], text, actor=event.get("actor"))
+
+    def read_on(self) -> None:
+        """Tell of every event since the last time."""
+        for event in self.follower.news():
+            self.tell(event)
+
+    def look(self) -> None:
+        """See whether a dispatcher lives; one that was not there twice is dead."""
+        missing = self.run.finished_at is None and not is_locked(self.run_dir)
+        if missing and self.missed:
+            self.alone = count_living(self.run)
+        elif not missing:
+            self.alone = None
+        self.missed, self.looked_at = missing, time.monotonic()
+
+    def needs(self) -> list[Need]:
+        """What needs an operator and was not known before."""
+        if time.monotonic() - self.looked_at >= LOOK_S:
+            self.look()
+        found = attention(self.run, time.time(), heard_of(self.run_dir, self.run), self.alone)
+        return [n for n in found if need_key(n) not in self.known]
+
+    def tell_needs(self, needs: list[Need], everything: bool) -> None:
+        """Say what needs an operator: what no event has told, once, or everything."""
+        for need in needs:
+            if everything or not NEEDS[need.kind].told and need_key(need) not in self.shown:
+                self.shown.add(need_key(need))
+                self.say("attention", f"needs you: {render_need(need, self.run_id)}",
+                         actor=need.actor or None, need=show_need(need, self.run_id))
+        self.shown = {key for key in self.shown if key in {need_key(n) for n in needs}}
+
+
+def need_key(need: Need) -> tuple:
+    """What tells a need from another one, whenever it is looked at."""
+    return need.kind, need.actor, need.request
+
+
+def count_living(run: RunState) -> int:
+    """How many hands of a run have a living process."""
+    handles = [a.handle for a in run.actors.values() if ("watch", a.id) in run.owed]
+    return sum(1 for handle in handles if is_hand_alive(handle))
+
+
+def heard_of(run_dir: str, run: RunState) -> dict[str, float]:
+    """When the logs of running actors last grew, unix seconds."""
+    heard = {}
+    for actor in run.actors.values():
+        if actor.state == "running":
+            with contextlib.suppress(OSError):
+                heard[actor.id] = os.stat(os.path.join(run_dir, "tasks", actor.id, "stdout.log")).st_mtime
+    return heard
+
+
+def cmd_watch(options: Any) -> str:
+    """Print one line for each change of a run until its end, or until it needs an operator."""
+    run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
+    check_readable(run_dir)
+    limit_s = math.inf if options.timeout is None else read_seconds(options.timeout)
+    deadline = time.monotonic() + limit_s
+    if is_foreign(run_dir):
+        raise Refused(f"{run_dir} was made by another tool, and has no journal to watch",
+                      hint=f"pitboss status {os.path.basename(run_dir)}")
+    watcher = Watcher(run_dir, options.since, options.json)
+    watcher.begin()
+    while True:
+        watcher.read_on()
+        needs = watcher.needs()
+        wanted = options.until == "attention" and needs
+        watcher.tell_needs(needs, bool(wanted))
+        if watcher.run.finished_at is not None or wanted:
+            return "ok"
+        if not watcher.run.seq and run_state(run_dir) == "complete":
+            return "ok"                # its journal is gone, and its summary says that it has ended
+        if time.monotonic() >= deadline:
+            say_error(f"pitboss: {render_duration(limit_s)} have passed")
+            return "failed"
+        time.sleep(WATCH_S)
+
+
+def read_seconds(text: str) -> float:
+    """Seconds of `90`, `1.5`, `10m`.  Raises InvalidInput."""
+    try:
+        return float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else parse_duration(text)
+    except ValueError as e:
+        raise InvalidInput(f"--timeout: found {show_value(text)}; {e}; or seconds") from None
 
 
 def guess_format(run_dir: str, actor: str) -> str:
@@ -16640,6 +16875,8 @@ TYPED = {
     "TOOL": Typed("words"),
     "USD": Typed("words"),
     "AGE": Typed("words"),
+    "TIME": Typed("words"),
+    "SEQ": Typed("words"),
     "TEXT": Typed("words"),
     "N": Typed("words"),
 }
@@ -17320,6 +17557,18 @@ COMMANDS = {c.name: c for c in (
         _JSON, _RUNS_DIR, (("--active",), {"action": "store_true", "help": "only runs that go on, or whose "
                                                                            "agents live"})),
         "show the runs, newest first", "list --active"),
+    Cli("watch", cmd_watch, "RUN", (
+        _RUN, _JSON, _RUNS_DIR,
+        (("--until",), {"choices": WATCHES, "default": "done",
+                        "help": "attention: until it needs an operator or has ended; done: until it has "
+                                "ended (done)"}),
+        (("--timeout",), {"metavar": "TIME", "help": "give up after that time, with exit code 1: seconds, or "
+                                                     "90s, 10m, 2h"}),
+        (("--since",), {"metavar": "SEQ", "type": int,
+                        "help": "begin after this change, as --json tells its number; what needed an "
+                                "operator then is known"})),
+        "print a line for each change of a run, until it ends or needs you",
+        "watch 0192f3 --until attention"),
     Cli("attach", cmd_attach, "RUN ACTOR", (
         _RUN, (("actor",), {"metavar": "ACTOR", "help": "the id of an actor, as status shows it"}), _RUNS_DIR,
         (("--raw",), {"action": "store_true", "help": "show the log as it is"}),

@@ -37,7 +37,7 @@ META_KEYS = {
     "pid", "host", "parent_run_id", "resumed_from"}
 STATUS_KEYS = {
     "run_id", "name", "mode", "state", "tasks_total", "tasks_failed", "total_cost_usd", "approvals", "actors",
-    "tasks_not_started", "agents_alive", "holds"}
+    "tasks_not_started", "agents_alive", "holds", "attention"}
 RESULT = '{"type":"result","subtype":"success","is_error":false,"result":"fine","session_id":"x"}'
 UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
