@@ -12234,7 +12234,7 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
     for need in order:
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
-        advice = NEEDS[need.kind].advice.format(run=scene.run.run_id[:13], actor=need.actor)
+        advice = advise(need, scene.run.run_id[:13])
         words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{need.text}: {advice}"
         spans += [("  ", ""), (f"{need.kind}", f"bold {colour}"),
                   (f" {clip_cells(words, max(20, width // 2) if len(order) > 1 else width)}",
@@ -13043,7 +13043,7 @@ def short_branch(ref: str) -> str:
     return ref.removeprefix("refs/heads/")
 
 
-class Watcher:
+class GitWatch:
     """Asks git what an actor changed, in a thread of its own, one question at a time."""
 
     def __init__(self) -> None:
@@ -13094,7 +13094,7 @@ class Floor:
     def __init__(self, run_dir: str, lookout: Lookout) -> None:
         self.lookout, self.ui, self.left = lookout, Ui(), False
         self.feed: Any = None
-        self.watcher = Watcher()
+        self.watcher = GitWatch()
         self.log: LogFeed | None = None
         self.log_of = ("", 0)
         self.frame = Frame([], self.ui)
@@ -13356,7 +13356,7 @@ def key_need(floor: Floor, key: str) -> None:
     if need is None:
         return floor.say("nothing needs you")
     if not need.actor:
-        advice = NEEDS[need.kind].advice.format(run=floor.run.run_id[:13], actor="")
+        advice = advise(need, floor.run.run_id[:13])
         return floor.say(f"{need.text}: {advice}")
     actor = floor.run.actors[need.actor]
     ui = floor.ui._replace(focus=actor.id, header=False, back=0, folded=floor.ui.folded - {actor.layer})
