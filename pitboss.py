@@ -12142,7 +12142,7 @@ def draw_header(scene: Scene, ui: Ui, lead: Actor, width: int, utf8: bool) -> li
     spans = [(f"{'▹' if lead.id in ui.folded else '▾'} {LEAD_MARKS[utf8]} {clean_text(lead.id)}",
               "bold cyan reverse" if focused else "bold cyan"), (f"  {word} {glyph}".rstrip(), style)]
     spans.append((f"  {render_usd(spent)}" + (f" of {render_usd(budget)} " if budget else ""), ""))
-    spans += draw_bar(spent, budget, 6)
+    spans += draw_bar(spent, budget, 6 if width >= 100 else 0)
     spans.append((f"  {len(below)} worker{'s' * (len(below) != 1)}"
                   + (f" ({layer.live} live)" if layer.live else ""), ""))
     spans += [(f"  {pending} pending", "yellow")] if pending else []
@@ -12164,41 +12164,52 @@ def draw_tiles(scene: Scene, ui: Ui, width: int, height: int, utf8: bool, compac
     columns = max(1, width // CARD_WIDTH)
     blocks = lay_out(scene.run, ui, columns, compact)
     ui = settle_focus(scene.run, blocks, ui)
-    place = find_focus(blocks, ui)
     total = blocks[-1].top + blocks[-1].height if blocks else 0
-    top = min(ui.top, max(0, total - height))
-    if place:
+    room = height - 1 if total > height > 2 else height        # the last row says how many are out of sight
+    top = min(ui.top, max(0, total - room))
+    if place := find_focus(blocks, ui):
         block = blocks[place[0]]
-        top = min(max(top, block.top + block.height - height), block.top)
+        top = min(max(top, block.top + block.height - room), block.top)
     needed = {need.actor for need in scene.needs}
-    card = width // columns
     rows: list = []
     spots: list = []
     for block in blocks:
-        if block.top + block.height <= top or len(rows) >= height:
+        if block.top + block.height <= top or len(rows) >= room:
             continue
-        if block.is_header:
-            drawn = [draw_header(scene, ui, scene.run.actors[block.ids[0]], width, utf8)]
-            spots.append((len(rows), 0, 1, width, "group", block.ids[0]))
-        else:
-            draw = (lambda *given: [draw_line(*given)]) if compact else draw_card
-            size = width if compact else card
-            cards = [draw(scene, scene.run.actors[name], size, name == ui.focus and not ui.header, utf8,
-                          name in needed) for name in block.ids]
-            drawn = [fit_spans([s for c in cards for s in c[n]], width) for n in range(block.height)]
-            spots += [(len(rows), n * size, block.height, size, "actor", name)
-                      for n, name in enumerate(block.ids)]
+        drawn, size = draw_block(scene, ui, block, width, columns, utf8, needed)
+        kind = "group" if block.is_header else "actor"
         skipped = max(0, top - block.top)
-        rows += drawn[skipped:][:height - len(rows)]
-    hidden = total - top - len(rows)
-    if hidden > 0 and rows and height > 2:
-        below = sum(len(b.ids) for b in blocks if b.top >= top + height and not b.is_header)
-        if below:
-            rows[-1] = fit_spans([(f"… {below} more below", "dim")], width)
+        shown = drawn[skipped:][:room - len(rows)]
+        spots += [(len(rows), n * size, len(shown), size, kind, name) for n, name in enumerate(block.ids)]
+        rows += shown
+    if room < height:
+        rows.append(fit_spans([(count_hidden(blocks, top, room), "dim")], width))
     if not blocks:
         rows = [fit_spans([(empty_words(scene, ui), "dim")], width)]
     rows += [[(" " * width, "")] for _ in range(height - len(rows))]
     return Frame(rows[:height], ui._replace(top=top), tuple(spots))
+
+
+def draw_block(scene: Scene, ui: Ui, block: Block, width: int, columns: int, utf8: bool,
+               needed: set[str]) -> tuple[list, int]:
+    """(the rows of a block, cells of each thing in it)."""
+    actors = [scene.run.actors[name] for name in block.ids]
+    if block.is_header:
+        return [draw_header(scene, ui, actors[0], width, utf8)], width
+    at = [(a.id == ui.focus and not ui.header, utf8, a.id in needed) for a in actors]
+    if block.height == 1:
+        return [draw_line(scene, actors[0], width, *at[0])], width
+    size = width // columns
+    cards = [draw_card(scene, actor, size, *how) for actor, how in zip(actors, at)]
+    return [fit_spans([span for card in cards for span in card[n]], width) for n in range(block.height)], size
+
+
+def count_hidden(blocks: list[Block], top: int, room: int) -> str:
+    """How many tiles are, in part at least, above and below what is shown."""
+    above = sum(len(b.ids) for b in blocks if not b.is_header and b.top < top)
+    below = sum(len(b.ids) for b in blocks if not b.is_header and b.top + b.height > top + room)
+    return " … " + ", ".join(f"{count} more {where}" for count, where in ((above, "above"), (below, "below"))
+                             if count)
 
 
 def empty_words(scene: Scene, ui: Ui) -> str:
@@ -12215,9 +12226,9 @@ def draw_title(scene: Scene, ui: Ui, width: int) -> list:
     word = "draining" if run.draining and scene.state == "running" else scene.state
     word = "cancelling" if run.cancelled and scene.state == "running" else word
     until = run.finished_at or scene.until
-    spans = [(f" {run.run_id[:8]} {clean_text(run.name or '-')}", "bold"), (f"  {run.mode}", "dim"),
-             (f"  {word}", style),
+    spans = [(f" {run.run_id[:8]} {clean_text(run.name or '-')}", "bold"), (f"  {word}", style),
              (f"  {render_duration(until - run.opened_at)}" if run.opened_at else "", ""),
+             (f"  {run.mode}", "dim"),
              (f"  made by {clean_text(scene.origin)}, only read here" if scene.origin else "", "dim"),
              (f"  filter: {clean_text(ui.filter)}" if ui.filter else "", "yellow"),
              ("  settled ones hidden" if ui.hides_settled else "", "yellow")]
@@ -12231,13 +12242,13 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
     here = next((n for n, need in enumerate(scene.needs) if need.actor == ui.focus and need.actor), 0)
     order = scene.needs[here:] + scene.needs[:here]
     spans = [(f" needs you: {len(scene.needs)} ", "bold reverse yellow")]
-    for need in order:
+    for n, need in enumerate(order):
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
         advice = advise(need, scene.run.run_id[:13])
         words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{need.text}: {advice}"
         spans += [("  ", ""), (f"{need.kind}", f"bold {colour}"),
-                  (f" {clip_cells(words, max(20, width // 2) if len(order) > 1 else width)}",
+                  (f" {words if not n else clip_cells(words, max(20, width // 2))}",
                    "bold" if focused else "")]
     return fit_spans(spans, width)
 
@@ -12250,9 +12261,9 @@ def count_states(run: RunState) -> list[tuple[str, str]]:
         _, word, style = shown_state(actor)
         counts[word] = counts.get(word, 0) + 1
         styles[word] = style
-    order = [*dict.fromkeys(word for word, _ in STATE_STYLES.values()), *STATUSES]
+    order = ["Running", *STATUSES, *dict.fromkeys(word for word, _ in reversed(STATE_STYLES.values()))]
     return [(f"{STATUSES[word].glyph} {counts[word]}" if word in STATUSES else f"{counts[word]} {word}",
-             styles[word].replace("bold", "")) for word in order if word in counts]
+             styles[word].replace("bold", "")) for word in dict.fromkeys(order) if word in counts]
 
 
 def join_parts(parts: list[list[tuple[str, str]]], width: int) -> list:
@@ -12273,7 +12284,7 @@ def draw_status(scene: Scene, width: int) -> list:
     spent = sum(cost_of(a) or 0.0 for a in run.actors.values())
     budget = run.layers[root].budget_usd if root else None
     money = [(render_usd(spent) + (f" of {render_usd(budget)} " if budget else ""), "bold")]
-    parts = [money + draw_bar(spent, budget, 10 if width >= 60 else 5)]
+    parts = [money + draw_bar(spent, budget, 10 if width >= 100 else 5 if width >= 60 else 0)]
     asks = len(run.approvals)
     parts += [[(f"{asks} pending", "bold yellow")]] if asks else []
     if root:
@@ -12293,10 +12304,12 @@ def draw_foot(scene: Scene, ui: Ui, width: int) -> list:
     """The last row: what was just said, else the keys that matter here."""
     if ui.message:
         return fit_spans([(f" {clean_text(ui.message)}", "bold red" if ui.is_bad else "bold green")], width)
-    spans = []
+    spans: list = []
     for key in scene.keys:
-        if key.short and ui.views[-1] in key.where:
-            spans += [(" " if spans else " ", ""), (key.shown.split()[0], "bold"), (f" {key.short} ", "dim")]
+        more = [(f" {key.shown.split()[0]}", "bold"), (f" {key.short} ", "dim")]
+        fits = sum(count_cells(text) for text, _ in spans + more) <= width
+        if key.short and ui.views[-1] in key.where and fits:
+            spans += more
     return fit_spans(spans, width)
 
 
@@ -12418,7 +12431,7 @@ def body_detail(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fr
     if actor is None:
         return body_floor(scene, ui, width, height, utf8)
     facts = describe_actor(scene, actor, utf8)
-    most = max(1, height // 2 - len(facts) - 1)
+    most = max(1, height * 2 // 3 - len(facts) - 1)
     facts += describe_changes(scene.changes, min(most, 12))
     facts = facts[:max(1, height - 4)]
     rows = [fit_spans(spans, width) for spans in facts]
@@ -12507,8 +12520,8 @@ def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
     room = max(1, height - 4)
     top = min(ui.back, max(0, len(rows) - room))
     more = [[("… j reads on", "dim")]] if len(rows) - top > room else []
-    keys = [("y", "bold"), (" yes  ", ""), ("n", "bold"), (" no, with a reason  ", ""), ("e", "bold"),
-            (" yes, but changed  ", ""), ("Esc", "bold"), (" later", "")]
+    keys = [("y", "bold"), (" yes  ", ""), ("n", "bold"), (" no, and why  ", ""), ("e", "bold"),
+            (" edit  ", ""), ("Esc", "bold"), (" later", "")]
     return frame_box(title, [*rows[top:top + room - len(more)], *more, [], keys], width)
 
 
@@ -12664,7 +12677,7 @@ def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = Tru
         over = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 2), utf8)[:height]
         left, start = (width - size) // 2, max(0, (height - len(over)) // 2)
         for n, row in enumerate(over):
-            rows[start + n] = [(" " * left, ""), *row, (" " * (width - left - size), "")]
+            rows[start + n] = fit_spans([(" " * left, ""), *row], width)
     if not utf8:
         rows = [[(to_ascii(text), style) for text, style in row] for row in rows]
     return Frame(rows, ui, tuple((y + len(above), *rest) for y, *rest in frame.spots))
@@ -13774,6 +13787,8 @@ KEYS = (
     FloorKey(("tab",), "Tab", "what needs you", "go to what needs you next (Shift-Tab: back)", _FLOOR,
              key_need),
     FloorKey(("backtab",), "Shift-Tab", "", "the same, backwards", _FLOOR, key_need),
+    FloorKey(("?",), "?", "help", "this help", _PLAIN, key_help),
+    FloorKey(("?", "q"), "q", "back", "leave the help", ("help",), key_back),
     FloorKey(tuple(STEPS_OF_KEYS), "hjkl arrows", "", "move to the tile beside this one", _FLOOR, key_move),
     FloorKey(("g", "G", "home", "end"), "g G", "", "the first, the last tile", _FLOOR, key_ends),
     FloorKey(("enter",), "Enter", "open", "open the actor; on the header of a group: fold it", _FLOOR,
@@ -13831,8 +13846,6 @@ KEYS = (
              ("floor", "detail", "log", "approvals", "ask", "runs", "policy", "confirm", "help"), key_back),
     FloorKey(("click",), "click", "", "open an actor, fold a group, pick a row", (*_PLAIN, "help"),
              key_click),
-    FloorKey(("?",), "?", "help", "this help", _PLAIN, key_help),
-    FloorKey(("?", "q"), "q", "back", "leave the help", ("help",), key_back),
     FloorKey(("q",), "q Ctrl-C", "leave", "leave the floor; the run goes on", _PLAIN, key_leave),
 )
 KEY_INDEX = {(view, key): row for row in reversed(KEYS) for view in row.where for key in row.keys}
