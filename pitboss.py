@@ -12246,10 +12246,9 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
         advice = advise(need, scene.run.run_id[:13])
-        words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{need.text}: {advice}"
-        spans += [("  ", ""), (f"{need.kind}", f"bold {colour}"),
-                  (f" {words if not n else clip_cells(words, max(20, width // 2))}",
-                   "bold" if focused else "")]
+        words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{advice}: {need.text}"
+        spans += [("  ", ""), (f"{need.kind} " if need.actor else "", f"bold {colour}"),
+                  (words if not n else clip_cells(words, max(20, width // 2)), "bold" if focused else "")]
     return fit_spans(spans, width)
 
 
@@ -13370,7 +13369,7 @@ def key_need(floor: Floor, key: str) -> None:
         return floor.say("nothing needs you")
     if not need.actor:
         advice = advise(need, floor.run.run_id[:13])
-        return floor.say(f"{need.text}: {advice}")
+        return floor.say(f"{advice}: {need.text}")
     actor = floor.run.actors[need.actor]
     ui = floor.ui._replace(focus=actor.id, header=False, back=0, folded=floor.ui.folded - {actor.layer})
     if not is_shown(actor, ui):

@@ -4,12 +4,14 @@ Each terminal is a window of a private tmux server. What is looked for is waited
 """
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 
 import pitboss
 from stage import Stage
-from tools import processes_with, wait_for
+from tools import processes_with, program, wait_for
 
 pytestmark = pytest.mark.skipif(not shutil.which("tmux"), reason="there is no tmux on PATH")
 DEADLINE_S = 30
@@ -301,3 +303,227 @@ def test_every_key_does_what_its_help_says(stage, terminal, view):
             [["boss", "tool_use", "Bash", None, "auto_approve"]]]
     elif view == "box":
         assert run.heard("worker-1")[-2:] == ["$ say I was told\n$ hang", "$ say again"]
+
+
+# ------------------------------------------------------------------ the terminal is given back
+
+def pid_of_floor(run: Stage) -> int:
+    """The one process that shows the run."""
+    def found():
+        return [pid for pid, line in processes_with(f"HOME={run.home.root}/home").items() if " floor" in line
+                and "tmux" not in line and not line.startswith("sh")]
+    return wait_for(found, DEADLINE_S, "the floor's process")[0]
+
+
+def settings(screen: Terminal, name: str) -> str:
+    """What `stty` says of the terminal."""
+    path = screen.home.root / name
+    screen.type(f"stty -a >{path}.new; mv {path}.new {path}", "enter")
+    wait_for(path.exists, DEADLINE_S, "stty")
+    return path.read_text()
+
+
+@pytest.mark.parametrize("signal_name, code", [("TERM", 143), ("HUP", 129), ("INT", 0)])
+def test_a_signal_ends_the_floor_and_the_terminal_is_as_before(stage, terminal, signal_name, code):
+    run = stage()
+    screen = terminal()
+    before = settings(screen, "before")
+    screen.floor()
+    screen.wait("★ boss")
+    os.kill(pid_of_floor(run), getattr(signal, f"SIG{signal_name}"))
+    screen.wait(f"left {code}")
+    assert settings(screen, "after") == before
+    assert run.process.poll() is None
+
+
+def test_ctrl_c_leaves_the_floor_alone(stage, terminal):
+    run = stage()
+    screen = terminal()
+    screen.floor()
+    screen.wait("★ boss")
+    screen.tmux("send-keys", "C-c")
+    screen.wait("left 0")
+    assert run.process.poll() is None
+
+
+def test_the_floor_can_be_suspended_and_comes_back(stage, terminal):
+    stage()
+    screen = terminal()
+    before = settings(screen, "before")
+    screen.type("set -m", "enter")
+    screen.floor()
+    screen.wait("★ boss")
+    screen.tmux("send-keys", "C-z")
+    screen.wait(r"READY\$ *$", "Stopped|Suspended")
+    assert settings(screen, "after") == before
+    screen.type("fg", "enter")
+    screen.wait("★ boss", "help", absent=("Stopped",))
+    screen.type("?")
+    screen.wait("this help")
+
+
+def test_a_floor_whose_shell_is_killed_ends(stage, terminal):
+    run = stage()
+    screen = terminal()
+    screen.floor()
+    screen.wait("★ boss")
+    floor = pid_of_floor(run)
+    shell = int(screen.tmux("display-message", "-p", "#{pane_pid}"))
+    os.kill(shell, signal.SIGKILL)
+    wait_for(lambda: floor not in processes_with(f"HOME={run.home.root}/home"), DEADLINE_S, "its end")
+    assert run.process.poll() is None
+
+
+def test_a_bug_gives_the_terminal_back_too(stage, terminal, home):
+    """A floor that breaks in the middle: the frame of a run whose events cannot be drawn."""
+    run = stage()
+    screen = terminal()
+    before = settings(screen, "before")
+    screen.floor()
+    screen.wait("★ boss")
+    with open(run.run / "journal.jsonl", "a") as f:        # no event of ours looks like this
+        f.write('{"seq": 9999, "at": 1.0, "kind": "closed", "actor": "nobody"}\n')
+    screen.wait("this is a bug in pitboss", "left 70")
+    assert settings(screen, "after") == before
+
+
+@pytest.mark.parametrize("columns, rows", [(40, 12), (120, 40), (20, 5)])
+def test_a_terminal_that_changes_its_size(stage, terminal, columns, rows):
+    run = stage()
+    run.spawn(run.lead(), "$ hang")
+    screen = terminal()
+    screen.floor()
+    screen.wait("▸ worker-1")
+    screen.tmux("resize-window", "-x", str(columns), "-y", str(rows))
+    run_id = run.run.name[:8]
+    frame = screen.wait(f"^ {run_id}" if rows > 7 else "boss")
+    wait_for(lambda: len(screen.screen().splitlines()) <= rows and "boss" in screen.screen(), DEADLINE_S)
+    assert all(len(line) <= columns for line in frame.splitlines())
+    screen.tmux("resize-window", "-x", "80", "-y", "24")
+    screen.wait("╭|┏", "▸ worker-1", "help")
+
+
+# ------------------------------------------------------------------ what is shown
+
+def test_a_dispatcher_that_dies_is_told_of_and_the_floor_goes_on(stage, terminal):
+    run = stage()
+    lead = run.lead()
+    run.spawn(lead, "$ say still here\n$ hang")
+    screen = terminal()
+    screen.floor()
+    screen.wait("▸ worker-1", "running")
+    run.process.kill()
+    run.process.wait()
+    screen.wait("pitboss resume [0-9a-f-]+: its dispatcher died; 2 agents", "stale")
+    screen.type("l", "p")
+    screen.wait("pitboss resume [0-9a-f-]+ goes on, pitboss cancel")
+    run.process = run.home.start("resume", run.run.name, stdout=run.log, stderr=run.log)
+    screen.wait("running", absent=("its dispatcher died",))
+    screen.type("f")
+    screen.wait("worker-1 is frozen")
+
+
+def test_a_run_that_ends_stays_on_the_screen(stage, terminal):
+    run = stage()
+    screen = terminal()
+    screen.floor()
+    screen.wait("★ boss", "running")
+    run.finish()
+    screen.wait("complete", "Success ✓")
+    screen.type("x", "y")
+    screen.wait("this run has settled")
+
+
+def test_two_floors_show_what_one_of_them_did(stage, terminal):
+    run = stage()
+    run.spawn(run.lead(), "$ hang")
+    one, other = terminal(), terminal()
+    for screen in (one, other):
+        screen.floor()
+        screen.wait("▸ worker-1")
+    one.type("l", "f")
+    other.wait("Frozen")
+    other.type("l", "c")
+    one.wait("▸ worker-1 ━+ Running")
+
+
+def test_without_colour_and_utf8(stage, terminal):
+    run = stage()
+    run.spawn(run.lead(), "$ say na\u00efve \u6f22\u5b57\n$ hang")
+    screen = terminal(LC_ALL="C", NO_COLOR="1")
+    screen.floor()
+    screen.type("l")
+    shown = screen.wait(r"\[LEAD\] boss", "# > worker-1", "< boss", "> na\\?ve \\?\\?\\?\\?")
+    assert shown.isascii()
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", screen.tmux("capture-pane", "-p", "-e"))
+
+
+def test_output_of_agents_cannot_write_to_the_terminal(stage, terminal):
+    run = stage()
+    run.spawn(run.lead(), "$ raw \\x1b]0;owned\\x07\\x1b[2J\\x1b[31mred\n$ hang")
+    screen = terminal()
+    screen.floor()
+    screen.type("l")
+    screen.wait("! red|! .*red", "★ boss")
+    assert screen.tmux("display-message", "-p", "#{pane_title}").strip() != "owned"
+
+
+# ------------------------------------------------------------------ the command line
+
+def test_a_screenshot_is_one_frame_of_the_size_that_was_asked_for(stage, home):
+    run = stage()
+    run.spawn(run.lead(), "$ hang")
+    lines = home.pitboss("floor", "screenshot", run.run.name[:13], "--cols", "60", "--rows", "20", check=0).stdout.splitlines()
+    assert len(lines) == 20 and max(map(len, lines)) <= 60 and any("▸ worker-1" in line for line in lines)
+    assert "\x1b" not in "".join(lines)
+    svg = home.pitboss("floor", "screenshot", "--run", run.run.name[:13], "--svg", check=0).stdout
+    assert svg.startswith("<svg") and "worker-1" in svg
+
+
+@pytest.mark.parametrize("args, code, words", [
+    (("floor",), 3, "no runs in"), (("floor", "screenshot"), 3, "pitboss demo"), (("floor", "zzz"), 3, "is not a run id"),
+    (("floor", "list", "0192"), 2, "unknown argument"), (("floor", "0192", "0193"), 2, "unknown argument"),
+    (("floor", "screenshot", "0192", "--run", "0193"), 2, "given twice"), (("floor", "screenshot", "--cols", "0"), 2, "1 to 1000"),
+    (("floor", "screenshot", "--rows", "x"), 2, "--rows")])
+def test_bad_words_on_the_command_line(home, args, code, words):
+    done = home.pitboss(*args)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_floor_without_a_terminal_says_what_to_do(stage, home):
+    stage()
+    done = home.pitboss("floor")
+    assert done.returncode == 2 and "needs a terminal" in done.stderr and "screenshot" in done.stderr
+
+
+def test_a_terminal_that_nobody_knows(stage, terminal):
+    stage()
+    screen = terminal(TERM="no-such-terminal")
+    screen.type(f"{shlex.join(screen.home.argv('floor'))}; echo left $?", "enter")
+    screen.wait("does not know the terminal", "left 2")
+
+
+def test_the_other_name_of_the_floor(stage, home):
+    run = stage()
+    link = home.root / "pitboss-tui"
+    shutil.copyfile(program(), link)
+
+    def call(*args):
+        return subprocess.run([sys.executable, str(link), *args], env=home.env, capture_output=True, text=True, timeout=60)
+
+    assert call("--version").stdout.startswith("pitboss-tui ")
+    assert run.run.name in call("list").stdout
+    assert "★ boss" in call("screenshot", run.run.name[:13]).stdout
+    assert "pitboss-tui" in call("completions", "bash").stdout
+
+
+def test_a_run_of_another_tool_is_shown(home):
+    folder = home.runs / "0192f3a0-1111-7222-8333-444455556666"
+    folder.mkdir(parents=True)
+    record = {"task_id": "hello", "status": "Success", "started_at": "2026-01-01T00:00:00Z", "ended_at": "2026-01-01T00:00:09Z",
+              "token_usage": {"input": 1200, "output": 30}, "model": "claude-haiku-4-5"}
+    (folder / "summary.json").write_text(json.dumps({"run_id": folder.name, "manifest_name": "old", "tasks_total": 1,
+                                                     "tasks_failed": 0, "tasks": [record]}))
+    (folder / "meta.json").write_text(json.dumps({"manifest_name": "old"}))
+    shown = home.pitboss("floor", "screenshot", check=0).stdout
+    assert "▸ hello" in shown and "Success ✓" in shown and "1.2k" in shown and "only read here" in shown and "complete" in shown
