@@ -12816,7 +12816,7 @@ class RecordFeed:
         seen = self.lookout.look(self.run_dir)
         self.origin = "another tool" if seen.foreign else ""
         self.state, self.looked_at = seen.head["state"], time.monotonic()
-        self.run = run_of_records(seen.head, seen.actors)
+        self.run = fold(events_of_records(seen.head, seen.actors))
         self.logs = {a["task_id"]: a["log_path"] for a in seen.actors}
 
     def read(self) -> bool:
@@ -12850,34 +12850,45 @@ def unix_time(text: Any) -> float | None:
         return None
 
 
-def run_of_records(head: dict, records: list[dict]) -> RunState:
-    """A run's tables from its head and its TaskRecords, as far as those tell it; for showing only."""
-    run = RunState()
-    run.run_id, run.name, run.mode = head["run_id"], head["name"] or "", head["mode"] or ""
+def events_of_records(head: dict, records: list[dict]) -> list[dict]:
+    """The journal that a run with such TaskRecords might have had, as far as they tell; for showing only."""
     lead = next((r["task_id"] for r in records if r["role"] == "lead"), "")
-    for r in records:
-        begun, ended = unix_time(r["started_at"]), unix_time(r["ended_at"])
-        known = r["status"] in STATUSES
-        state = "settled" if r["status"] else "running" if r.get("state") == "Running" else "waiting"
-        parent = r["parent_task_id"] if r["parent_task_id"] != r["task_id"] else None
-        layer = r["task_id"] if r["role"] in LEADERS else parent or lead
-        run.actors[r["task_id"]] = Actor(
-            id=r["task_id"], role=r["role"], agent=r["agent"] or "", model=r["model"] or "", directory="",
-            use_worktree=False, timeout_s=0.0, branch=r["branch"], parent=parent if parent in
-            {x["task_id"] for x in records} else None, layer=layer, state=state,
-            status=r["status"] if known else "Failed" if r["status"] else "", started_at=begun,
-            ended_at=ended, usage=Usage(**r["token_usage"]), cost_usd=r["cost_usd"], hands=r["hands"],
-            session_id=r["claude_session_id"] or "", pauses=r["pause_count"], reprompts=r["reprompt_count"],
-            asked=r["approvals_requested"], approved=r["approvals_approved"],
-            rejected=r["approvals_rejected"], reason=r["failure_reason"], final=r["final_message_preview"],
-            place={"path": r["worktree_path"], "branch": r["branch"]} if r["worktree_path"] else None)
-        if r["role"] in LEADERS:
-            run.layers[r["task_id"]] = Layer(purse=r["task_id"])
-    moments = [m for a in run.actors.values() for m in (a.started_at, a.ended_at) if m]
-    run.opened_at, run.last_at = min(moments, default=0.0), max(moments, default=0.0)
-    run.finished_at = run.last_at if head["state"] == "complete" else None
-    run.settled = [a.id for a in run.actors.values() if a.status]
-    return run
+    names = {r["task_id"] for r in records}
+    rows: list[tuple] = []                     # (moment, rank among those of one moment, kind, facts)
+    moments = [m for r in records for key in ("started_at", "ended_at") if (m := unix_time(r[key]))]
+    first, last = min(moments, default=0.0), max(moments, default=0.0)
+    for r in sorted(records, key=lambda r: r["role"] not in LEADERS):
+        name, parent = r["task_id"], r["parent_task_id"] if r["parent_task_id"] in names else None
+        leads = r["role"] in LEADERS
+        own = {"budget_usd": None, "max_workers": 0} if leads else {}
+        rows.append((first, 0, "actor_added", {
+            "actor": name, "role": r["role"], "agent": r["agent"] or "", "model": r["model"] or "",
+            "directory": r["worktree_path"] or "", "use_worktree": False, "timeout_s": 0.0,
+            "branch": r["branch"], "parent": parent, "layer": name if leads else parent or lead, **own}))
+        begun = unix_time(r["started_at"]) or (last if r["status"] or r.get("state") == "Running" else None)
+        if begun is None:
+            continue
+        dealt = {"actor": name, "hand": 1, "session_id": r["claude_session_id"] or "", "how": "prompt",
+                 "log_at": 0, "message_id": ""}
+        rows += [(begun, 1, "hand_dealt", dealt), (begun, 2, "hand_started", {"actor": name, "hand": 1,
+                                                                              "handle": None})]
+        usage = list(r["token_usage"].values())
+        if r["status"]:
+            status = r["status"] if r["status"] in STATUSES else "Failed"
+            ended = max(begun, unix_time(r["ended_at"]) or last)
+            told = {"code": r["exit_code"], "lived_s": 0.0, "usage": usage, "cost_usd": r["cost_usd"],
+                    "status": status, "reason": r["failure_reason"], "final": r["final_message_preview"]}
+            rows += [(ended, 3, "hand_ended", {"actor": name, **told}),
+                     (ended, 4, "closed", {"actor": name, "path": r["worktree_path"]})]
+        else:
+            told = {"usage": usage, "cost_usd": r["cost_usd"] or 0.0}
+            rows.append((begun, 3, "usage", {"actor": name, **told}))
+    opened = {"format": JOURNAL_FORMAT, "run_id": head["run_id"], "name": head["name"] or "",
+              "mode": head["mode"] or "", "max_parallel": UNBOUNDED}
+    rows = [(first, 0, "run_opened", opened), *sorted(rows, key=lambda row: row[:2])]
+    if head["state"] == "complete":
+        rows.append((last, 5, "run_finished", {"ended_at": last}))
+    return [{"seq": n, "at": at, "kind": kind, **facts} for n, (at, _, kind, facts) in enumerate(rows, 1)]
 
 
 def open_feed(run_dir: str, lookout: Lookout) -> RunFeed | RecordFeed:
@@ -17587,7 +17598,7 @@ COMMANDS = {c.name: c for c in (
         (("--lines",), {"type": int, "default": 20, "metavar": "N",
                         "help": "begin with the last N lines (20)"})),
         "follow one actor's log until it settles", "attach 0192f3 hello"),
-    Cli("floor", cmd_floor, "[RUN]", (
+    Cli("floor", cmd_floor, "[RUN] [OTHER]", (
         (("run",), {"metavar": "RUN", "nargs": "?", "help": "a run id, or the beginning of one (the newest); "
                                                             "or the word list or screenshot"}),
         (("other",), {"metavar": "OTHER", "nargs": "?", "help": "after screenshot: a run id"}),
