@@ -12365,6 +12365,9 @@ def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fra
     """Tiles, and below them what the focused actor says."""
     pane = max(4, height // 3) if height + 4 >= 18 else 0
     compact = ui.compact or height + 4 < COMPACT_BELOW or width < CARD_WIDTH
+    blocks = lay_out(scene.run, ui, max(1, width // CARD_WIDTH), compact)
+    needed = blocks[-1].top + blocks[-1].height if blocks else 1
+    pane = max(pane, height - needed - 1) if pane else 0       # tiles leave what they do not need
     frame = draw_tiles(scene, ui, width, height - pane, utf8, compact)
     actor = scene.run.actors.get(frame.ui.focus)
     rows, ui = frame.rows, frame.ui
