@@ -17609,7 +17609,7 @@ COMMANDS = {c.name: c for c in (
         (("--cols",), {"type": int, "metavar": "N", "help": "of a screenshot: its columns (120)"}),
         (("--rows",), {"type": int, "metavar": "N", "help": "of a screenshot: its rows (30)"}),
         (("--svg",), {"action": "store_true", "help": "of a screenshot: a picture"}), _JSON, _RUNS_DIR),
-        "watch a run and act on it in the terminal; `list` the runs, or print one frame (`screenshot`)",
+        "watch a run and act on it; `floor screenshot` prints one frame",
         "floor 0192f3"),
     Cli("diff", cmd_diff, "RUN OTHER", (
         _RUN, (("other",), {"metavar": "OTHER", "help": "another run id, or the beginning of one"}), _JSON,
