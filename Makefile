@@ -1,6 +1,7 @@
 # make test          every quick test that needs no agent program; TESTS="FILE ..." and ARGS="-k NAME" choose
 # make lint          the shape of pitboss.py: its map, sections, sizes and imports
 # make bench         what pitboss costs beside a plain program that does the same (ARGS="--quick")
+# make proof         tries to break every promise, a figure each; SCALE=1 is the full table, ROWS="R1 R3" chooses
 # make check-claude  the tests that drive a real claude against a fake API; PITBOSS_TEST_CLAUDE names it
 # make check-shells  the tests that type into real shells: bash, zsh, fish, elvish, those there are
 # make check-agents  the same with opencode, codex and gemini; PITBOSS_TEST_OPENCODE and so on name them
@@ -35,7 +36,9 @@ if ! "$$py" -c 'import pytest' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: test lint bench check-claude check-agents check-shells print-python
+SCALE ?= 0.2
+
+.PHONY: test lint bench proof check-claude check-agents check-shells print-python
 
 # Two halves at once; 5 is pytest's word for "no test was chosen".
 test:
@@ -50,6 +53,9 @@ lint:
 
 bench:
 	@$(need_python) "$$py" tests/bench/bench.py $(ARGS)
+
+proof:
+	@$(with_pytest); "$$py" tests/chaos/proof.py --scale $(SCALE) --rows "$(ROWS)" $(ARGS)
 
 print-python:
 	@$(need_python) echo "$$py"

@@ -590,6 +590,37 @@ def test_time_goes_on_while_nobody_is_there(stage):
     assert (decided["approved"], decided["by"]) == (True, "time")
 
 
+def test_a_wait_keeps_its_age_when_another_dispatcher_answers_it(stage):
+    """What the journal says of each wait counts: with a minute's wait begun long ago, nobody waits a minute anew."""
+    run = stage()
+    nonce = "0123456789abcdef"
+    lead = run.lead(nonce=nonce)
+    worker = {"task_id": run.spawn(lead, "$ hang")}
+    waits = {"wait_for_worker": worker, "wait_actor": {"actor_id": worker["task_id"]},
+             "wait_for_any": {"task_ids": [worker["task_id"]]}, "kv_wait": {"path": "/shared/never"}}
+    calls = {tool: lead.start(tool, {**args, "timeout_secs": 3000}) for tool, args in waits.items()}
+    wait_for(lambda: len(run.events("wait_began")) == 4, DEADLINE_S, "the waits")
+    kill(run)
+    journal = run.run / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"timeout_s":3000', '"timeout_s":0.01'))
+    resume(run)
+    again = run.lead(nonce=nonce)
+    again.next_id = 100                # its keys are those of the same bridge
+    for tool, args in waits.items():
+        again.start(tool, {**args, "timeout_secs": 3000}, id=calls[tool])
+    for tool, call in calls.items():
+        told = value_of(again.answer(call))
+        assert told["settled"] is False, tool
+    assert len(run.events("wait_began")) == 4, "it is the same wait"
+    assert again.call("wait_for_worker", **worker, timeout_secs=0.01) == {"settled": False, "state": "Running"}
+    run.operator().op("cancel_worker", task_id=worker["task_id"])
+    again.call("wait_for_worker", **worker, timeout_secs=60)
+    began = len(run.events("wait_began"))
+    assert again.call("wait_for_worker", **worker, timeout_secs=60)["status"] == "Cancelled"
+    assert len(run.events("wait_began")) == began, "what is there already is not waited for"
+    run.finish(1)
+
+
 MOMENTS = [f"journal:{kind}.{when}" for kind in ("approval_asked", "approval_decided")
            for when in ("before", "half", "after")]
 

@@ -5,7 +5,9 @@ which order. A forced write takes long here, so that nothing can come after it b
 """
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -14,6 +16,7 @@ import subprocess
 
 import pytest
 
+import pitboss
 from faults import __file__ as FAULTS
 from tools import PITBOSS, PYTHON, git, read_events, read_records, wait_for
 
@@ -191,6 +194,69 @@ def test_git_holds_the_repository_when_its_dispatcher_was_killed(home):
     assert read_records(home.run_dir())[0]["status"] == "Success"
 
 
+@pytest.mark.parametrize("step", ["$ write new.txt unsaved", "$ say hello"], ids=["rescued", "clean"])
+def test_a_tree_that_a_dispatcher_removed_before_it_died_is_told_of_and_leaves_no_branch(home, step):
+    """The next dispatcher finds no folder: the record names the rescue ref, and the empty branch goes."""
+    repo = home.repo()
+    env = with_git(home, 'case "$*" in *" worktree remove "*) "$GIT" "$@"; kill -9 $PPID; exit;; esac\n'
+                         'exec "$GIT" "$@"')
+    died = home.pitboss("dispatch", home.manifest(MANIFEST.replace("$ write new.txt unsaved", step)), env=env)
+    assert died.returncode == -9
+    done = home.pitboss("resume", home.run_dir().name, check=0)
+    record, = read_records(home.run_dir())
+    assert record["status"] == "Success" and record["worktree_path"] is None
+    assert git(repo, "branch", "--format=%(refname:short)").split() == ["main"]
+    if "write" in step:
+        assert git(repo, "show", f"{record['rescue_ref']}:new.txt") == "unsaved\n"
+        assert f"worktree add {home.run_dir()}/worktrees/a {record['rescue_ref']}" in done.stdout
+    else:
+        assert record["rescue_ref"] is None
+
+
+def test_a_dispatcher_that_gives_up_does_not_wait_for_a_git_that_has_just_been_started(home):
+    """All its tasks are cancelled, at whatever point they are; those of asyncio itself must go on to their ends."""
+    folder = str(home.repo())
+
+    async def give_up(turns: int) -> bool:
+        task = asyncio.create_task(pitboss.Git(home.env, 0o22).run(folder, "status"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        pitboss.cancel_other_tasks()
+        return bool((await asyncio.wait({task}, timeout=0.5))[0])
+
+    async def give_up_everywhere() -> list[int]:
+        hung = [turns for turns in range(1, 12) if not await give_up(turns)]
+        gc.collect()                 # what was left half way closes itself, while there is a loop to do it in
+        await asyncio.sleep(0)
+        return hung
+
+    assert asyncio.run(give_up_everywhere()) == []
+
+
+NO_FILES_LEFT = """import errno, os, subprocess, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import pitboss
+real = subprocess.Popen.__init__
+def popen(self, args, *more, **named):
+    if "ls-files" in args: raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    real(self, args, *more, **named)
+subprocess.Popen.__init__ = popen
+sys.exit(pitboss.main(sys.argv[2:]))
+"""
+
+
+def test_a_tree_stays_when_git_cannot_be_started_to_look_at_it(home):
+    """One of two that look at it at once; the other one's answer alone is no reason to remove it."""
+    home.repo()
+    (home.root / "wrapped.py").write_text(NO_FILES_LEFT)
+    done = subprocess.run([PYTHON, home.root / "wrapped.py", PITBOSS, "dispatch", home.manifest(MANIFEST)],
+                          env=home.env, text=True, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0 and "bug" not in done.stderr, done.stderr
+    record, = read_records(home.run_dir())
+    assert record["worktree_kept"] == "[Errno 24] Too many open files"
+    assert (home.run_dir() / "worktrees" / "a" / "new.txt").read_text() == "unsaved\n"
+
+
 def is_free(lock) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,7 +312,7 @@ def test_a_secret_is_in_no_file_and_no_output_of_pitboss(home):
     said += [home.pitboss(*args, env=env) for args in (
         ["status", run_dir.name], ["status", run_dir.name, "--json"], ["status", run_dir.name, "--rebuild"],
         ["list"],
-        ["list", "--json"], ["resume", run_dir.name, "--failed"])]
+        ["list", "--json"], ["attach", run_dir.name, "says"], ["resume", run_dir.name, "--failed"])]
     words = (SECRET, OTHER, TOKEN)
     assert files_with(home.runs, words) == []
     assert [w for w in words for done in said if w in done.stdout + done.stderr] == []

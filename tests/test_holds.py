@@ -608,3 +608,17 @@ def test_a_broken_database_stops_nothing_and_is_said_once(home):
 def test_a_run_that_meets_nothing_makes_no_database(home):
     home.pitboss("dispatch", write(home, {"a": "$ say x"}), check=0)
     assert not (home.root / "data/pitboss/house.sqlite").exists()
+
+
+@pytest.mark.parametrize("kind, state, hand_at, may", [
+    ("probe", "running", NOW - 5, True), ("probe", "running", NOW, False), ("probe", "dealing", NOW - 5, False),
+    ("limit", "running", NOW - 5, False), ("auth", "running", NOW - 5, False)])
+def test_a_lead_that_waits_for_who_is_held_does_not_keep_the_one_place(kind, state, hand_at, may):
+    """It ran before the hold began; one that was itself started to see how the provider is takes the place."""
+    run = pitboss.RunState()
+    lead = ACTOR._replace(id="boss", role="lead", state=state, hand_at=hand_at)
+    run.actors, run.layers, run.live_by, run.holds = {"boss": lead}, {"boss": None}, {"x": 1}, {"x": hold(kind)}
+    assert pitboss.may_start(run, "x") is may
+    run.live_by["x"] += 1                          # a worker that runs
+    assert pitboss.may_start(run, "x") is False
+    assert pitboss.may_start(run, "x", own=1) is may, "that worker is the one that asks"

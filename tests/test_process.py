@@ -698,3 +698,12 @@ def test_an_agent_that_takes_messages_finds_its_prompt_when_it_starts(home):
     seen = dict(line.split() for line in (home.root / "seen").read_text().splitlines())
     assert {name: int(seen[name]) > len(prompt) for name,
             prompt in prompts.items()} == {"small": True, "big": True}
+
+
+def test_a_log_that_was_closed_is_not_opened_again(tmp_path):
+    """Who still holds a hand that has ended reads nothing, and leaves no descriptor behind."""
+    (tmp_path / "log").write_text("one\ntwo\n")
+    tail = pitboss.Tail(str(tmp_path / "log"), 0)
+    assert tail.read(4) == [b"one"]
+    tail.close()
+    assert tail.read(4) == [] and tail.fd is None

@@ -1,6 +1,7 @@
 """Starters, the map of keys and the JSON schema say what the check enforces, and come from its tables alone."""
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 import pitboss
 from json_schema import faults, schemas_in
 from test_fields import PIECES, WHOLE
-from tools import ISOLATED, PYTHON, ROOT, git, make_repo
+from tools import ISOLATED, PYTHON, ROOT, compiled, git, make_repo
 
 MANIFESTS = sorted((ROOT / "tests" / "data" / "manifests").glob("*.toml"))
 SCHEMA = json.loads(pitboss.render_manifest_schema())
@@ -463,12 +464,11 @@ def test_the_map_has_a_line_a_key():
 @pytest.fixture
 def edited(home):
     """A function: the program with `row` put in right after `anchor`; its standard output for some arguments."""
-    source = pitboss_source()
+    source, compile_once = pitboss_source(), functools.lru_cache(lambda text: compiled(text.encode(), home.root))
 
     def run(anchor: str, row: str, *commands: tuple) -> list[str]:
         assert source.count(anchor) == 1, f"{anchor!r} stands {source.count(anchor)} times in the file"
-        copy = home.root / "pitboss.py"
-        copy.write_text(source.replace(anchor, anchor + row), encoding="utf-8")
+        copy = compile_once(source.replace(anchor, anchor + row))
         return [subprocess.run([PYTHON, *ISOLATED, copy, *args], env=home.env, cwd=home.root, text=True, check=True,
                                capture_output=True, stdin=subprocess.DEVNULL, timeout=60).stdout for args in commands]
     return run

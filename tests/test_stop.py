@@ -154,6 +154,19 @@ def test_cancel_takes_over_a_run_whose_dispatcher_died(home):
     cancel_dead_run(home, MEEK, 1)
 
 
+def test_wrong_prices_keep_nobody_from_cancelling(home):
+    run = start_all(home, {"shell": MEEK["shell"]}, 1)
+    run.signal(signal.SIGKILL)
+    run.dispatcher.wait(30)
+    prices = home.root / "home" / ".config" / "pitboss" / "prices.toml"
+    prices.parent.mkdir(parents=True)
+    prices.write_text("[model")
+    refused = home.pitboss("resume", run.folder.name, check=2)
+    assert str(prices) in refused.stderr and len(run.alive()) >= 1
+    home.pitboss("cancel", run.folder.name, check=0)
+    assert all_are(run, "Cancelled")
+
+
 @pytest.mark.slow
 def test_cancel_takes_over_a_dead_run_of_nasty_agents(home):
     cancel_dead_run(home, NASTY, COPIES)
@@ -402,3 +415,57 @@ def test_a_hand_that_began_after_the_last_look_at_processes_is_stopped_too(home)
     assert done.returncode == 1, done.stderr
     records = {r["task_id"]: r for r in read_records(home.run_dir())}
     assert records["worker-1"]["status"] == "Cancelled" and records["worker-1"]["hands"] == 2
+
+
+def start_the_file(home: Home, *args: object, program: Path = PITBOSS) -> subprocess.Popen:
+    """The file itself, which Python compiles at every start, and not the compiled copy of most tests."""
+    return subprocess.Popen([PYTHON, str(program), *map(str, args)], env=home.env, cwd=home.root, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def arguments_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def resident_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def one_task(home: Home, script: str) -> Path:
+    return home.manifest(f'{SHELL}[[task]]\nid = "a"\ndirectory = "{home.repo()}"\nuse_worktree = false\n'
+                         f'agent = "shell"\nprompt = "{script}"\n')
+
+
+def test_a_dispatcher_does_not_keep_what_compiling_the_file_took(home):
+    dispatcher = start_the_file(home, "dispatch", one_task(home, "touch ../ready; sleep 1000"))
+    wait_for((home.root / "ready").exists, 30)
+    assert arguments_of(dispatcher.pid)[3] == f"{home.run_dir()}/self/start"
+    assert resident_mb(dispatcher.pid) < 45           # 26 here; a process that compiled the file: 67
+    dispatcher.send_signal(signal.SIGINT)
+    dispatcher.send_signal(signal.SIGTERM)
+    assert dispatcher.wait(30) in (130, 143)
+
+
+def test_a_signal_on_the_way_to_the_pinned_copy_drains(home):
+    dispatcher = start_the_file(home, "dispatch", one_task(home, "exit 0"))
+    wait_for(lambda: "deal" in arguments_of(dispatcher.pid), 30)
+    dispatcher.send_signal(signal.SIGINT)
+    out, err = dispatcher.communicate(timeout=30)
+    assert dispatcher.returncode == 130 and "Traceback" not in err, err
+    assert hands(home.run_dir(), "drained") == 1 and (home.run_dir() / "summary.json").exists()
+
+
+def test_a_newer_file_does_not_resume_through_an_older_copy(home):
+    run = Run(home, start_the_file(home, "dispatch", one_task(home, "touch ../ready; while [ ! -e ../go ]; do sleep 0.1; done")),
+              Path(), ["a"])
+    wait_for((home.root / "ready").exists, 30)
+    run.signal(signal.SIGKILL)
+    run.dispatcher.wait(30)
+    newer = home.root / "pitboss.py"
+    newer.write_text(PITBOSS.read_text() + "# newer\n")
+    resumed = start_the_file(home, "resume", home.run_dir().name, program=newer)
+    wait_for(lambda: hands(home.run_dir(), "dispatcher_started") == 2, 30)
+    assert str(newer) in arguments_of(resumed.pid)
+    (home.root / "go").touch()
+    assert resumed.wait(30) == 0

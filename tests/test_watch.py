@@ -226,3 +226,39 @@ def test_recorded_journals_read_well(path):
     assert pitboss.render_standing(run, "complete").endswith(f"{run.failed} failed")
     for name in run.actors:
         assert any(line.startswith(f"{name}: ") for line in lines)
+
+
+def test_status_reads_what_nobody_else_reads(stage, home):
+    """Without a dispatcher the logs tell what was used since, and what was said last; with hands before it in the sum."""
+    run = stage(script="$ say begun\n$ run sleep 600")
+    run.running(run.lead(), "boss")
+    run.operator().op("pause_worker", task_id="boss")
+    run.operator().op("continue_worker", task_id="boss", prompt="$ print 9000\n$ say the last words\n$ run sleep 600")
+    log = run.run / "tasks/boss/stdout.log"
+    wait_for(lambda: log.read_bytes().count(b'"command":"sleep 600"') == 2, DEADLINE_S, "the second hand at work")
+    run.process.kill()
+    run.process.wait()
+    first = next(e for e in read_events(run.run) if e["kind"] == "hand_ended")
+    seen = json.loads(home.pitboss("status", run.run.name, "--json", check=0).stdout)
+    [boss] = seen["actors"]
+    assert seen["state"] == "stale" and boss["state"] == "Running"
+    assert boss["token_usage"]["output"] >= first["usage"][1] + 9000 / pitboss.CHARS_PER_TOKEN * 0.9
+    assert boss["cost_usd"] > first["cost_usd"] and seen["total_cost_usd"] == boss["cost_usd"]
+    assert "2  Bash" in home.pitboss("status", run.run.name, check=0).stdout         # what it did last
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_dispatcher_that_left_after_its_last_line_did_not_die(tmp_path, capsys, ended):
+    """The lock is free a moment after the end is written: who looked before that and then at the lock looks again."""
+    lines = (Path(__file__).resolve().parent / "data/journals/plain.jsonl").read_text().splitlines(keepends=True)
+    journal, end = tmp_path / "journal.jsonl", next(n for n, line in enumerate(lines) if '"run_finished"' in line)
+    journal.write_text("".join(lines[:end]))
+    (tmp_path / "lock").write_text('{"pid": 1, "host": "gone"}')
+    watcher = pitboss.Watcher(str(tmp_path), None, False)
+    watcher.begin()
+    if ended:
+        with journal.open("a") as f:
+            f.write("".join(lines[end:]))
+    kinds = {need.kind for need in watcher.needs()}
+    assert ("dispatcher" in kinds) is not ended and "failure" in kinds
+    assert ("run finished: " in capsys.readouterr().out) is ended

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What pitboss costs, beside a plain program that does the same work in the same minute.
 
-    python3 tests/bench/bench.py [--quick] [--only NAME ...] [--json FILE]
+    python3 tests/bench/bench.py [--quick] [--only NAME ...] [--json FILE] [--figures]
 
 Every figure is the median of several rounds; where there is a peer, the two take turns, and the ratio is
 the figure to look at, for it says little about the machine. Linux only (/proc), standard library only.
@@ -33,6 +33,7 @@ from typing import Callable, Iterator, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from figures import put_rows, today  # noqa: E402
 from tools import PITBOSS, PYTHON, Home, read_events, wait_for  # noqa: E402
 
 os.environ["PITBOSS_TEST_PLAIN"] = "1"      # measure the file itself, as users start it
@@ -987,17 +988,35 @@ def as_json(results: dict[str, list[Figure]]) -> dict:
     return {"machine": machine, "figures": figures}
 
 
+def as_rows(results: dict[str, list[Figure]], command: str, scale: str) -> list[dict]:
+    """The figures as rows of tests/data/figures.json."""
+    rows = []
+    for name, found in results.items():
+        for f in found:
+            ratio = f", ratio {f.value / f.peer:.2f}" if f.peer else ""
+            beside = f"{f.peer:.4g} {f.unit} ({f.peer_is}){ratio}" if f.peer is not None else "–"
+            rows.append({"row": name, "what": f.what, "measured": f"{f.value:.4g} {f.unit}", "beside": beside,
+                         "scale": f"{scale}, {os.cpu_count()} cores", "command": command, "when": today()})
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--quick", action="store_true", help="less work and fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--figures", action="store_true",
+                        help="put them into tests/data/figures.json, for the README (tests/figures.py --write)")
     options = parser.parse_args()
     if sys.platform != "linux":
         parser.error("the figures come from /proc, which only Linux has")
     results = measure(options.only or list(ROWS), QUICK if options.quick else FULL)
     if options.json:
         options.json.write_text(json.dumps(as_json(results), indent=1) + "\n")
+    if options.figures:
+        flags = ["--quick"] * options.quick + [f"--only {name}" for name in options.only or ()]
+        command = f'make bench ARGS="{" ".join(flags)}"' if flags else "make bench"
+        put_rows("bench", as_rows(results, command, "quick" if options.quick else "full"))
     return 0
 
 
