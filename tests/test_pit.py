@@ -464,3 +464,26 @@ def test_session_folders_that_nobody_needs_are_removed(pit):
     assert pit.pit("cleanup", "--dry-run")["removed"] == [folder] and os.path.isdir(folder)
     assert pit.pit("cleanup", cwd=pit.home.root)["removed"] == [folder] and not os.path.exists(folder)
     assert pit.pit("cleanup") == {"removed": [], "kept": []}
+
+
+@pytest.mark.slow
+def test_a_message_goes_into_the_session_of_the_hand_before(pit):
+    pit.epic("Auth", "$ say Which file?\n$ exit 3")
+    pit.epic("Pay", "$ sleep 300")
+    pit.pit("start", "--epics", "auth,pay", "--headless")
+    pit.watch("paused", 50)
+    assert pit.status("auth")["reason"].startswith("AGENT_EXITED: Failed")
+    message = "$ write a.txt 1\n$ commit answered\n$ run pit ticket close repo-auth.1"
+    assert pit.pit("resume", "auth", "--message", message)["changed"]
+    pit.watch("done", 50, "--epics", "auth")
+    assert pit.commits("pit/auth") == ["answered"]
+    shown = json.loads(pit.home.pitboss("status", pit.status("auth")["runId"], "--json", check=0).stdout)
+    assert len(shown["actors"]) == 2 and len({x["claude_session_id"] for x in shown["actors"]}) == 1
+    wait_for(lambda: [e for e in pit.events("prompted") if e["epic"] == "pay"], 30, "the hand")
+    assert pit.pit("pause", "pay")["changed"]
+    run = pit.status("pay")["runId"]
+    wait_for(lambda: json.loads(pit.home.pitboss("status", run, "--json").stdout)["actors"][0]["status"] == "Cancelled",
+             30, "the end of its hand")
+    assert pit.statuses()["repo-pay.1"] == "in_progress" and pit.status("pay")["reason"] == "MANUAL"
+    assert pit.pit("stop")["epics"]["pay"]["changed"] and pit.statuses()["repo-pay.1"] == "open"
+    assert json.loads(pit.home.pitboss("status", run, "--json").stdout)["state"] == "complete"
