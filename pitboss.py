@@ -22,7 +22,8 @@ Street map.  Each section may name only the sections above it.
     DISPATCH   Dispatcher: the only owner of tasks; does what is owed; resume      [async]
     TOOLS      MCP tool table and handlers                                         [async]
     CONTROL    operator operations table and handlers                              [async]
-    VIEWS      status, list, log lines, records: records to lines of text          [pure]
+    VIEWS      status, list, log lines, records, the floor: to lines of text       [pure]
+    FLOOR      curses; keys to actions, a frame to the screen                      [cli]
     REPORT     a run as one page, and in the formats of other programs             [pure]
     HANDBOOK   what an agent that operates pitboss is told; the man page             [pure]
     TRACKERS   tickets of an epic: the embedded store, bd and br in one shape      [io]
@@ -54,6 +55,8 @@ Where do I add ...
     a report's format   one row in REPORTS; a metric one row in METRICS; a part of the page PAGE_PARTS
     a shell             one script and one row in SHELLS
     a need of operators one row in NEEDS, and a line of attention
+    a key of the floor  one key_ handler and one row in KEYS
+    a view of the floor one function and one row in VIEW_KINDS
     a reason to hold    one row in HOLDS; a change of the shared database one row in HOUSE_STEPS
     an exit code        one row in EXIT_CODES
     an event of pit     one handler and one row in PIT_EVENTS; a reason to pause one row in PAUSES
@@ -11430,13 +11433,13 @@ def open_doors(dispatcher: Dispatcher) -> dict[str, Callable]:
 
 
 # ======================================================================================
-# VIEWS: status, list, log lines, records: records to lines of text               [pure]
+# VIEWS: status, list, log lines, records, the floor: records to lines of text    [pure]
 # ======================================================================================
 # Pure functions from records to text.  What an agent printed is cleaned before it is shown:
 # no escape sequence of it ever reaches a terminal.
 
 COLOURS = {"white": "37", "cyan": "36", "green": "32", "magenta": "35", "yellow": "33", "red": "31",
-           "dim": "2", "bold": "1"}
+           "blue": "34", "dim": "2", "bold": "1", "reverse": "7", "underline": "4"}
 
 LOG_MARKS = {
     # mark: colour, what it is
@@ -12199,6 +12202,2314 @@ def render_plan(task: Task, rules: Rules, argv: list[str], folder: str) -> list[
     return [f"{task.id}", f"  agent   {render_argv(argv)}", f"  folder  {folder}",
             f"  branch  {branch}" if task.use_worktree
             else "  branch  none: it works in its directory itself", f"  limit   {task.timeout_s:g} s"]
+
+
+# ---- the floor: a run, and where its operator looks, to a frame of cells
+
+class Scene(NamedTuple):
+    """What is known of a run at one moment, for the floor to show."""
+
+    run: RunState
+    state: str                 # running complete stale aborted
+    now: float                 # unix seconds
+    until: float               # the same, at which those that have not ended were seen alive
+    needs: tuple = ()          # Need, the most urgent first
+    asks: tuple = ()           # requests that wait, as show_approval gives them
+    words: Mapping[str, str] = {}          # what an actor said last
+    log: tuple = ()            # (mark, text) of the focused actor, oldest first
+    log_cut: int = 0           # bytes of its log before those
+    changes: dict | None = None            # of the focused actor: {files: [{path, added, removed}], note}
+    runs: tuple = ()           # of the run picker: {run_id, name, mode, state, started_unix}
+    keys: tuple = ()           # the key table: rows with shown, short, help, where
+    origin: str = ""           # the other tool that made the run; empty: this one
+
+
+class Box(NamedTuple):
+    """A text that is being typed."""
+
+    title: str
+    text: str = ""
+    at: int = 0                # the cursor, in characters
+    then: str = ""             # what is done with it, a key of SENDS
+    about: str = ""            # whom it is about: an actor, a request
+    one_line: bool = False     # Enter sends it
+
+
+class Ui(NamedTuple):
+    """Where the operator looks."""
+
+    views: tuple = ("floor",)              # of VIEW_KINDS; the last one gets the keys
+    focus: str = ""            # an actor
+    header: bool = False       # the header of the group that it leads, not its tile
+    folded: frozenset = frozenset()        # leads whose groups are folded
+    hides_settled: bool = False
+    compact: bool = False
+    filter: str = ""
+    top: int = 0               # the first row of tiles that is shown
+    back: int = 0              # rows by which a log is scrolled back from its end
+    pick: int = 0              # the chosen row of a list
+    column: int = 0            # of the policy editor
+    rules: tuple = ()          # as public_rules gives them, while they are edited
+    request: str = ""          # the one that is looked at
+    search: str = ""           # in a log
+    box: Box | None = None
+    question: tuple = ("", "") # of the view confirm: a key of SENDS, whom it is about
+    message: str = ""
+    is_bad: bool = False       # the message says that something went wrong
+
+
+class Block(NamedTuple):
+    """A row of tiles, or the header of a group."""
+
+    top: int                   # its first row, counted from the first block
+    height: int
+    ids: tuple                 # actors, left to right
+    is_header: bool = False
+
+
+class Frame(NamedTuple):
+    """What is on the screen: `height` rows of spans (text, style), each `width` cells."""
+
+    rows: list
+    ui: Ui                     # with the focus and the scrolling that fit what there is
+    spots: tuple = ()          # (row, column, height, width, kind, name) that a click can hit
+    cursor: tuple | None = None            # (row, column)
+
+
+MODEL_COLOURS = {"opus": "magenta", "sonnet": "blue", "haiku": "green"}
+# how actors that have not ended are shown, where that is not the word that tools are told
+STATE_STYLES = {
+    "waiting": ("Pending", "dim"), "held": ("Held", "yellow"), "placing": ("Starting", "dim"),
+    "dealing": ("Starting", "dim"), "running": ("Running", "bold"), "stopping": ("Stopping", "yellow"),
+    "paused": ("Paused", "yellow"), "frozen": ("Frozen", "blue"),
+}
+PANE_ROWS = {"*": 1, "<": 1, ">": 3, "v": 3, "!": 3}       # of an entry of a log, below the tiles
+CARD_WIDTH, CARD_HEIGHT = 26, 4            # of the narrowest tile, cells
+COMPACT_BELOW = 14         # rows of a terminal that shows one line an actor by itself
+PLAIN_GLYPHS = str.maketrans("▸▹▾←→✓✗⧗⊘⊝⊖─│╭╮╰╯▓░…━┃┏┓┗┛", ">>v<>+xTo---|++++#.~=#####")
+# a frame of the focus and one of others: corners, sides
+EDGES = {True: ("┏", "┓", "┗", "┛", "━", "┃"), False: ("╭", "╮", "╰", "╯", "─", "│")}
+LEAD_MARKS = {True: "★", False: "[LEAD]"}  # by whether the terminal has UTF-8
+
+
+@functools.lru_cache(maxsize=4096)
+def count_cells(text: str) -> int:
+    """cell_width of a text that comes again with every frame."""
+    return cell_width(text)
+
+
+def to_ascii(text: str) -> str:
+    """`text` in as many cells, for a terminal without UTF-8."""
+    if text.isascii():
+        return text
+    return "".join(c if c.isascii() else "?" * count_cells(c) for c in text.translate(PLAIN_GLYPHS))
+
+
+def fit_spans(spans: Iterable[tuple[str, str]], width: int, style: str = "") -> list[tuple[str, str]]:
+    """Spans clipped and filled up to exactly `width` cells."""
+    fitted, used = [], 0
+    for text, kind in spans:
+        size = count_cells(text)
+        if used + size > width:
+            text = clip_cells(text, width - used)
+            size = count_cells(text)
+            used += size
+            fitted.append((text, kind))
+            break
+        fitted.append((text, kind))
+        used += size
+    return fitted + [(" " * (width - used), style)] if used < width else fitted
+
+
+def wrap_cells(text: str, width: int) -> list[str]:
+    """`text` as lines of at most `width` cells, cut at blanks where there are some."""
+    if width < 2 or not text:
+        return [clip_cells(text, width)]
+    lines, start = [], 0
+    while start < len(text):
+        end = start + width
+        if not text.isascii():
+            end, used = start, 0
+            while end < len(text) and (used := used + cell_width(text[end])) <= width:
+                end += 1
+            end = max(end, start + 1)
+        if end < len(text):
+            blank = text.rfind(" ", start + width // 2, end + 1)
+            end = blank + 1 if blank > 0 else end
+        lines.append(text[start:end].rstrip(" "))
+        start = end
+    return lines
+
+
+def wrap_text(text: str, width: int) -> list[str]:
+    """Lines of people, each cleaned and wrapped."""
+    return [row for line in text.split("\n") for row in wrap_cells(clean_text(line), width)]
+
+
+def shown_state(actor: Actor) -> tuple[str, str, str]:
+    """(glyph, word, style) of how an actor stands."""
+    row = STATUSES.get(actor.status)
+    if row:
+        return row.glyph, row.name, row.colour
+    return ("", *STATE_STYLES.get(actor.state, (actor.state.capitalize(), "")))
+
+
+def shown_mark(actor: Actor, utf8: bool) -> str:
+    """What stands before an actor's name."""
+    return LEAD_MARKS[utf8] if actor.role in LEADERS else "▸"
+
+
+def model_style(model: str) -> str:
+    """The colour of a model's family."""
+    return next((colour for name, colour in MODEL_COLOURS.items() if name in model.lower()), "")
+
+
+def shown_model(actor: Actor) -> str:
+    """A model in few letters; the agent's name where none is told."""
+    return clean_text(re.sub(r"^claude-|-\d{8}$", "", actor.model or "") or actor.agent)
+
+
+def cost_of(actor: Actor) -> float | None:
+    """What an actor has cost so far, its running hand included, USD."""
+    return (actor.cost_usd or 0.0) + actor.hand_usd if actor.hand_usd else actor.cost_usd
+
+
+def shown_age(scene: Scene, actor: Actor) -> str:
+    """How long an actor has worked, in words."""
+    if actor.started_at is None:
+        return "-"
+    return render_duration((actor.ended_at or scene.until) - actor.started_at)
+
+
+def shown_counts(scene: Scene, actor: Actor) -> str:
+    """`kv:3 lease:1` of an actor that used the store; empty where it did not."""
+    used = zip(("kv", "lease"), scene.run.store_use.get(actor.id, ()))
+    return " ".join(f"{name}:{count}" for name, count in used if count)
+
+
+def is_shown(actor: Actor, ui: Ui) -> bool:
+    """Whether an actor passes the filter."""
+    if ui.hides_settled and actor.status:
+        return False
+    words = ui.filter.lower()
+    return not words or any(words in text.lower() for text in (actor.id, shown_state(actor)[1], actor.model,
+                                                                actor.agent, actor.role))
+
+
+def group_actors(run: RunState, ui: Ui) -> dict[str, list[Actor]]:
+    """The actors that pass the filter, by the lead of their layer; in a flat run there is one group."""
+    groups: dict[str, list[Actor]] = {name: [] for name in run.layers}
+    for actor in run.actors.values():
+        if is_shown(actor, ui):
+            groups.setdefault(actor.layer, []).append(actor)
+    return {name: actors for name, actors in groups.items() if actors}
+
+
+def lay_out(run: RunState, ui: Ui, columns: int, compact: bool) -> list[Block]:
+    """Where everything on the floor is, `columns` tiles side by side."""
+    blocks: list[Block] = []
+    size = 1 if compact else columns
+    tall = 1 if compact else CARD_HEIGHT
+    top = 0
+    for lead, actors in group_actors(run, ui).items():
+        if lead in run.actors and run.actors[lead].parent:
+            blocks.append(Block(top, 1, (lead,), True))
+            top += 1
+            if lead in ui.folded:
+                continue
+        for n in range(0, len(actors), size):
+            blocks.append(Block(top, tall, tuple(a.id for a in actors[n:n + size])))
+            top += tall
+    return blocks
+
+
+def find_focus(blocks: list[Block], ui: Ui) -> tuple[int, int] | None:
+    """(block, column) of what has the focus; None: it is not on the floor."""
+    places = [(n, block.ids.index(ui.focus)) for n, block in enumerate(blocks) if ui.focus in block.ids
+              and block.is_header == ui.header]
+    return places[0] if places else None
+
+
+def settle_focus(run: RunState, blocks: list[Block], ui: Ui) -> Ui:
+    """The focus on something that is there: where its tile is gone, its group's header or the first tile."""
+    if not blocks or find_focus(blocks, ui):
+        return ui
+    actor = run.actors.get(ui.focus)
+    for name, header in ((ui.focus, False), (actor.layer if actor else "", True)):
+        there = ui._replace(focus=name, header=header)
+        if find_focus(blocks, there):
+            return there
+    return ui._replace(focus=blocks[0].ids[0], header=blocks[0].is_header)
+
+
+def move_focus(blocks: list[Block], ui: Ui, across: int, down: int) -> Ui:
+    """The focus moved by so many tiles to the right, or blocks down; it stops at the ends."""
+    place = find_focus(blocks, ui)
+    if place is None:
+        return ui
+    row, column = place
+    if across:
+        flat = [(n, c) for n, block in enumerate(blocks) for c in range(len(block.ids))]
+        row, column = flat[min(max(flat.index(place) + across, 0), len(flat) - 1)]
+    row = min(max(row + down, 0), len(blocks) - 1)
+    block = blocks[row]
+    return ui._replace(focus=block.ids[min(column, len(block.ids) - 1)], header=block.is_header)
+
+
+def next_need(scene: Scene, ui: Ui, step: int) -> Need | None:
+    """The need after (1) or before (-1) the one that has the focus; None: nothing needs anybody."""
+    if not scene.needs:
+        return None
+    here = [n for n, need in enumerate(scene.needs) if need.actor == ui.focus]
+    if not here:
+        return scene.needs[0]
+    return scene.needs[(here[-1 if step > 0 else 0] + step) % len(scene.needs)]
+
+
+def draw_card(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool, needed: bool) -> list[list]:
+    """The tile of an actor: CARD_HEIGHT rows of `width` cells."""
+    glyph, word, style = shown_state(actor)
+    edge = "cyan" if actor.role in LEADERS else "dim" if actor.status else ""
+    edge = "yellow" if needed else edge
+    named = f"{shown_mark(actor, utf8)} {clean_text(actor.id)}"
+    end = f"{word} {glyph}".rstrip()
+    room = width - 4
+    if count_cells(named) + count_cells(end) + 1 > room:
+        end = glyph or word
+        named = clip_cells(named, max(4, room - count_cells(end) - 1))
+    lead = "bold cyan" if actor.role in LEADERS else "bold"
+    left, right, low_left, low_right, across, side = EDGES[focused]
+    fill = across * max(0, room - count_cells(named) - count_cells(end) - 2)
+    top = [(left, edge), (f" {named} ", f"{lead} reverse" if focused else lead), (fill, edge),
+           (f" {end}" if room > count_cells(named) + 2 else "", style)]
+    model = shown_model(actor)
+    tokens = render_tokens(sum(actor.usage.plus(actor.hand_usage)))
+    cost = render_usd(cost_of(actor))
+    space = width - 4 - len(tokens) - len(cost) - 2
+    first = [(pad_cells(model, space), model_style(actor.model or "")), (f" {tokens} {cost}", "")]
+    second = f"{shown_age(scene, actor)} {shown_counts(scene, actor)}".rstrip()
+    if actor.hands > 1:
+        second += f" hand {actor.hands}"
+    below = f" ← {clean_text(actor.parent)} " if actor.parent else ""
+    below = clip_cells(below, width - 3)
+    mark = [("! ", "bold yellow")] if needed else []
+    rows = [fit_spans(top, width - 1, edge) + [(right, edge)]]
+    for spans in (first, [*mark, (second, "dim")]):
+        rows.append([(f"{side} ", edge), *fit_spans(spans, width - 4), (f" {side}", edge)])
+    rows.append([(low_left, edge), (below, "dim"), (across * (width - 2 - count_cells(below)), edge),
+                 (low_right, edge)])
+    return rows
+
+
+def draw_line(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool, needed: bool) -> list:
+    """An actor in one row."""
+    glyph, word, style = shown_state(actor)
+    lead = actor.role in LEADERS
+    wide = width >= 60
+    name = f"{shown_mark(actor, utf8)} {clean_text(actor.id)}" + ("!" if needed else "")
+    name = name if lead else f"  {name}"
+    spans = [(pad_cells(name, 22 if wide else max(8, width - 24)), "bold cyan" if lead else "bold"),
+             (" " + pad_cells(f"{glyph or ' '} {word}", 12), style),
+             (pad_cells(shown_age(scene, actor), 7, True), "")]
+    if wide:
+        spans += [(" " + pad_cells(shown_model(actor), 10), model_style(actor.model or "")),
+                  (pad_cells(render_tokens(sum(actor.usage.plus(actor.hand_usage))), 8, True), "")]
+        spans += [(pad_cells(render_usd(cost_of(actor)), 9, True), "")]
+        counts = shown_counts(scene, actor)
+        rest = "  ".join(filter(None, (counts, scene.words.get(actor.id, ""))))
+        spans.append((f"  {rest}", "dim"))
+    return fit_spans([(text, f"{kind} reverse".strip() if focused else kind) for text, kind in spans], width,
+                     "reverse" if focused else "")
+
+
+def draw_header(scene: Scene, ui: Ui, lead: Actor, width: int, utf8: bool) -> list:
+    """The header of a sub-lead's group: id, state, spend of its envelope, workers, what is pending."""
+    run, layer = scene.run, scene.run.layers[lead.id]
+    glyph, word, style = shown_state(lead)
+    below = [a for a in run.actors.values() if a.layer == lead.id and a.id != lead.id]
+    spent, budget = spent_in(run, lead.id), layer.budget_usd
+    pending = sum(1 for asked in run.approvals.values() if run.actors[asked.actor].layer == lead.id)
+    focused = ui.header and ui.focus == lead.id
+    spans = [(f"{'▹' if lead.id in ui.folded else '▾'} {LEAD_MARKS[utf8]} {clean_text(lead.id)}",
+              "bold cyan reverse" if focused else "bold cyan"), (f"  {word} {glyph}".rstrip(), style)]
+    spans.append((f"  {render_usd(spent)}" + (f" of {render_usd(budget)} " if budget else ""), ""))
+    spans += draw_bar(spent, budget, 6 if width >= 100 else 0)
+    spans.append((f"  {len(below)} worker{'s' * (len(below) != 1)}"
+                  + (f" ({layer.live} live)" if layer.live else ""), ""))
+    spans += [(f"  {pending} pending", "yellow")] if pending else []
+    spans += [("  read_down", "dim")] if layer.read_down else []
+    return fit_spans(spans, width)
+
+
+def draw_bar(spent: float, budget: float | None, width: int) -> list[tuple[str, str]]:
+    """How much of a budget is spent; nothing where there is none."""
+    if not budget:
+        return []
+    full = min(width, max(0, round(width * spent / budget)))
+    style = "red" if spent > budget else "yellow" if spent > 0.8 * budget else "green"
+    return [("▓" * full, style), ("░" * (width - full), "dim")]
+
+
+def draw_tiles(scene: Scene, ui: Ui, width: int, height: int, utf8: bool, compact: bool) -> Frame:
+    """The tiles, scrolled so that the focus is in sight."""
+    columns = max(1, width // CARD_WIDTH)
+    blocks = lay_out(scene.run, ui, columns, compact)
+    ui = settle_focus(scene.run, blocks, ui)
+    total = blocks[-1].top + blocks[-1].height if blocks else 0
+    room = height - 1 if total > height > 2 else height        # the last row says how many are out of sight
+    top = min(ui.top, max(0, total - room))
+    if place := find_focus(blocks, ui):
+        block = blocks[place[0]]
+        top = min(max(top, block.top + block.height - room), block.top)
+    needed = {need.actor for need in scene.needs}
+    rows: list = []
+    spots: list = []
+    for block in blocks:
+        if block.top + block.height <= top or len(rows) >= room:
+            continue
+        drawn, size = draw_block(scene, ui, block, width, columns, utf8, needed)
+        kind = "group" if block.is_header else "actor"
+        skipped = max(0, top - block.top)
+        shown = drawn[skipped:][:room - len(rows)]
+        spots += [(len(rows), n * size, len(shown), size, kind, name) for n, name in enumerate(block.ids)]
+        rows += shown
+    if room < height:
+        rows.append(fit_spans([(count_hidden(blocks, top, room), "dim")], width))
+    if not blocks:
+        rows = [fit_spans([(empty_words(scene, ui), "dim")], width)]
+    rows += [[(" " * width, "")] for _ in range(height - len(rows))]
+    return Frame(rows[:height], ui._replace(top=top), tuple(spots))
+
+
+def draw_block(scene: Scene, ui: Ui, block: Block, width: int, columns: int, utf8: bool,
+               needed: set[str]) -> tuple[list, int]:
+    """(the rows of a block, cells of each thing in it)."""
+    actors = [scene.run.actors[name] for name in block.ids]
+    if block.is_header:
+        return [draw_header(scene, ui, actors[0], width, utf8)], width
+    at = [(a.id == ui.focus and not ui.header, utf8, a.id in needed) for a in actors]
+    if block.height == 1:
+        return [draw_line(scene, actors[0], width, *at[0])], width
+    size = width // columns
+    cards = [draw_card(scene, actor, size, *how) for actor, how in zip(actors, at)]
+    return [fit_spans([span for card in cards for span in card[n]], width) for n in range(block.height)], size
+
+
+def count_hidden(blocks: list[Block], top: int, room: int) -> str:
+    """How many tiles are, in part at least, above and below what is shown."""
+    above = sum(len(b.ids) for b in blocks if not b.is_header and b.top < top)
+    below = sum(len(b.ids) for b in blocks if not b.is_header and b.top + b.height > top + room)
+    return " … " + ", ".join(f"{count} more {where}" for count, where in ((above, "above"), (below, "below"))
+                             if count)
+
+
+def empty_words(scene: Scene, ui: Ui) -> str:
+    """Why there is no tile."""
+    if not scene.run.actors:
+        return "no actor yet"
+    return "no actor passes the filter; Esc takes it away" if ui.filter else "all have settled; C shows them"
+
+
+def draw_title(scene: Scene, ui: Ui, width: int) -> list:
+    """The first row: which run this is and how it stands."""
+    run = scene.run
+    style = {"running": "bold green", "stale": "bold red"}.get(scene.state, "bold")
+    word = "draining" if run.draining and scene.state == "running" else scene.state
+    word = "cancelling" if run.cancelled and scene.state == "running" else word
+    until = run.finished_at or scene.until
+    spans = [(f" {run.run_id[:8]} {clean_text(run.name or '-')}", "bold"), (f"  {word}", style),
+             (f"  {render_duration(until - run.opened_at)}" if run.opened_at else "", ""),
+             (f"  {run.mode}", "dim"),
+             (f"  made by {clean_text(scene.origin)}, only read here" if scene.origin else "", "dim"),
+             (f"  filter: {clean_text(ui.filter)}" if ui.filter else "", "yellow"),
+             ("  settled ones hidden" if ui.hides_settled else "", "yellow")]
+    return fit_spans(spans, width)
+
+
+def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
+    """The row of what needs the operator; it begins with what has the focus."""
+    if not scene.needs:
+        return fit_spans([(" nothing needs you", "dim")], width)
+    here = next((n for n, need in enumerate(scene.needs) if need.actor == ui.focus and need.actor), 0)
+    order = scene.needs[here:] + scene.needs[:here]
+    spans = [(f" needs you: {len(scene.needs)} ", "bold reverse yellow")]
+    for n, need in enumerate(order):
+        colour = NEEDS[need.kind].colour
+        focused = need.actor == ui.focus and need.actor
+        advice = advise(need, scene.run.run_id[:13])
+        words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{advice}: {need.text}"
+        spans += [("  ", ""), (f"{need.kind} " if need.actor else "", f"bold {colour}"),
+                  (words if not n else clip_cells(words, max(20, width // 2)), "bold" if focused else "")]
+    return fit_spans(spans, width)
+
+
+def count_states(run: RunState) -> list[tuple[str, str]]:
+    """How many actors stand how, each with its style: in words, settled ones by their glyphs."""
+    counts: dict[str, int] = {}
+    styles = {}
+    for actor in run.actors.values():
+        _, word, style = shown_state(actor)
+        counts[word] = counts.get(word, 0) + 1
+        styles[word] = style
+    order = ["Running", *STATUSES, *dict.fromkeys(word for word, _ in reversed(STATE_STYLES.values()))]
+    return [(f"{STATUSES[word].glyph} {counts[word]}" if word in STATUSES else f"{counts[word]} {word}",
+             styles[word].replace("bold", "")) for word in dict.fromkeys(order) if word in counts]
+
+
+def join_parts(parts: list[list[tuple[str, str]]], width: int) -> list:
+    """Parts side by side; those that find no room are left out."""
+    spans: list = []
+    for part in parts:
+        more = [("  ", "")] * bool(spans) + part
+        if sum(count_cells(text) for text, _ in spans + more) > width - 1:
+            continue
+        spans += more
+    return fit_spans([(" ", ""), *spans], width)
+
+
+def draw_status(scene: Scene, width: int) -> list:
+    """The status bar: counts, workers, money, what is pending, the provider's state."""
+    run = scene.run
+    root = next((name for name in run.layers if not run.actors[name].parent), "")
+    spent = sum(cost_of(a) or 0.0 for a in run.actors.values())
+    budget = run.layers[root].budget_usd if root else None
+    money = [(render_usd(spent) + (f" of {render_usd(budget)} " if budget else ""), "bold")]
+    parts = [money + draw_bar(spent, budget, 10 if width >= 100 else 5 if width >= 60 else 0)]
+    asks = len(run.approvals)
+    parts += [[(f"{asks} pending", "bold yellow")]] if asks else []
+    if root:
+        spawned = sum(1 for a in run.actors.values() if a.role == "worker")
+        parts.append([(f"{spawned} worker{'s' * (spawned != 1)} spawned", "")])
+    parts += [[pair] for pair in count_states(run)]
+    for hold in holds_of(run):
+        left = f" {render_duration(hold['until_unix'] - scene.now)}" if hold["until"] else ""
+        parts.append([(f"{hold['agent']}: {HOLDS[hold['kind']].words}{left}", "yellow")])
+    if not run.holds and scene.state == "running":
+        agents = dict.fromkeys(a.agent for a in run.actors.values() if STATES[a.state].live)
+        parts += [[(f"{', '.join(agents)} ok", "dim")]] if agents else []
+    return join_parts(parts, width)
+
+
+def draw_foot(scene: Scene, ui: Ui, width: int) -> list:
+    """The last row: what was just said, else the keys that matter here."""
+    if ui.message:
+        return fit_spans([(f" {clean_text(ui.message)}", "bold red" if ui.is_bad else "bold green")], width)
+    spans: list = []
+    for key in scene.keys:
+        more = [(f" {key.shown.split()[0]}", "bold"), (f" {key.short} ", "dim")]
+        fits = sum(count_cells(text) for text, _ in spans + more) <= width
+        if key.short and ui.views[-1] in key.where and fits:
+            spans += more
+    return fit_spans(spans, width)
+
+
+def draw_rule(title: str, width: int, style: str = "dim") -> list:
+    """A line across, with a title in it."""
+    title = f" {clip_cells(clean_text(title), max(0, width - 4))} " if title else ""
+    return fit_spans([("─", style), (title, "bold"), ("─" * max(0, width - 1 - count_cells(title)), style)],
+                     width)
+
+
+def wrap_log(log: Iterable[tuple[str, str]], width: int,
+             most: Mapping[str, int] = {}) -> Iterator[list[tuple[str, str]]]:
+    """Each entry of a log as rows of (text, colour), of some marks so many at `most`."""
+    room = max(2, width - 3)
+    for mark, text in log:
+        colour = LOG_MARKS[mark][0]
+        rows = wrap_cells(text[:most[mark] * width] if mark in most else text, room)
+        if mark in most and len(rows) > most[mark]:
+            rows = [*rows[:most[mark] - 1], clip_cells(rows[most[mark] - 1] + " " + rows[most[mark]], room)]
+        yield [((f" {mark} " if not n else "   ") + row, colour) for n, row in enumerate(rows)]
+
+
+def draw_log(scene: Scene, ui: Ui, width: int, height: int,
+             most: Mapping[str, int] = {}) -> tuple[list, int]:
+    """(rows of the end of the log, or of what stands `back` rows before it; how far back that is)."""
+    kept: list = []
+    wanted = height + ui.back
+    for rows in wrap_log(reversed(scene.log), width, most):
+        kept[:0] = rows
+        if len(kept) >= wanted:
+            break
+    back = min(ui.back, max(0, len(kept) - height))
+    end = len(kept) - back
+    words = ui.search.lower()
+    rows = [fit_spans([(text, f"{colour} reverse" if words and words in text.lower() else colour)], width)
+            for text, colour in kept[max(0, end - height):end]]
+    if not rows and height:
+        rows = [fit_spans([("   nothing was said yet", "dim")], width)]
+    return rows + [[(" " * width, "")] for _ in range(height - len(rows))], back
+
+
+def find_in_log(log: tuple, words: str, width: int, height: int, back: int, step: int) -> int | None:
+    """How far back the next entry with `words` is, up (1) or down (-1) from where the log is shown now."""
+    rows = [row for entry in wrap_log(log, width) for row in entry]
+    hits = [len(rows) - n for n, (text, _) in enumerate(rows) if words.lower() in text.lower()]
+    here = back + height // 2
+    found = [h for h in hits if (h > here if step > 0 else h < here)]
+    if not found:
+        return None
+    return max(0, (min(found) if step > 0 else max(found)) - height // 2)
+
+
+def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """Tiles, and below them what the focused actor says."""
+    pane = max(4, height // 3) if height + 4 >= 18 else 0
+    compact = ui.compact or height + 4 < COMPACT_BELOW or width < CARD_WIDTH
+    blocks = lay_out(scene.run, ui, max(1, width // CARD_WIDTH), compact)
+    needed = blocks[-1].top + blocks[-1].height if blocks else 1
+    pane = max(pane, height - needed - 1) if pane else 0       # tiles leave what they do not need
+    frame = draw_tiles(scene, ui, width, height - pane, utf8, compact)
+    actor = scene.run.actors.get(frame.ui.focus)
+    rows, ui = frame.rows, frame.ui
+    if pane:
+        lines, back = draw_log(scene, ui, width, pane - 1, PANE_ROWS)
+        title = f"{shown_mark(actor, utf8)} {actor.id}" if actor else ""
+        rows = [*rows, draw_rule(title + (f"  {back} rows back" if back else ""), width), *lines]
+        ui = ui._replace(back=back)
+    return Frame(rows, ui, frame.spots)
+
+
+def describe_actor(scene: Scene, actor: Actor, utf8: bool) -> list[list[tuple[str, str]]]:
+    """What the detail view says of an actor, one list of spans a row."""
+    run, (glyph, word, style) = scene.run, shown_state(actor)
+    usage = actor.usage.plus(actor.hand_usage)
+    place, closed = actor.place or {}, actor.closed or {}
+    path = PATH_ARROW.join(clean_text(name) for name in path_of(run, actor.id))
+    done = [f"{actor.hands} hand{'s' * (actor.hands != 1)}"]
+    done += [f"{count} {what}" for count, what in (
+        (actor.pauses, "paused"), (actor.reprompts, "reprompted"), (actor.asked, "asked"),
+        (actor.approved, "approved"), (actor.rejected, "rejected")) if count]
+    done += [shown_counts(scene, actor)] if shown_counts(scene, actor) else []
+    cells = [("who", f"{path}  {actor.role}"),
+             ("agent", f"{actor.agent}  {clean_text(actor.model or '')}  session {actor.session_id or '-'}"),
+             ("task", " ".join(clean_text(actor.prompt_preview).split())),
+             ("where", clean_text(closed.get("path") or place.get("path") or actor.directory)),
+             ("branch", clean_text(place.get("branch") or "")),
+             ("tokens", f"{render_tokens(sum(usage))}: in {render_tokens(usage.input)}, out "
+                        f"{render_tokens(usage.output)}, cache read {render_tokens(usage.cache_read)}, "
+                        f"written {render_tokens(usage.cache_creation)}"),
+             ("cost", render_usd(cost_of(actor))), ("did", ", ".join(done)),
+             ("why", clean_text((public_reason(actor.reason) or {}).get("message") or "")),
+             ("kept", clean_text(closed.get("kept") or "")), ("saved", closed.get("rescue_ref") or "")]
+    head = [(f" {shown_mark(actor, utf8)} {clean_text(actor.id)}", "bold"), (f"  {word} {glyph}", style),
+            (f"  {shown_age(scene, actor)}", "")]
+    return [head, *([(f" {name:7}", "dim"), (text, "")] for name, text in cells if text)]
+
+
+def describe_changes(changes: dict | None, most: int) -> list[list[tuple[str, str]]]:
+    """What an actor changed, as `git diff --shortstat` says it, then its files, `most` of them."""
+    if changes is None:
+        return [[(" changes ", "dim"), ("looking …", "dim")]]
+    if changes["files"] is None:
+        return [[(" changes ", "dim"), (clean_text(changes["note"]), "")]]
+    files = changes["files"] + [{"path": path, "new": True} for path in changes.get("new") or ()]
+    known = changes["files"]
+    added, removed = (sum(f[key] or 0 for f in known) for key in ("added", "removed"))
+    parts = [f"{len(known)} file{'s' * (len(known) != 1)} changed, {added} insertions(+), {removed} "
+             "deletions(-)"] if known else []
+    parts += [f"{len(files) - len(known)} not added"] if len(files) > len(known) else []
+    title = ", ".join(parts) or "none"
+    rows = [[(" changes ", "dim"), (title, "bold"), (f"  {clean_text(changes['note'])}", "dim")]]
+    for f in files[:most]:
+        lines = "binary" if f.get("added") is None else f"+{f['added']} -{f['removed']}"
+        counts = "new" if f.get("new") else lines
+        rows.append([(f"         {counts:12}", "green"), (clean_text(f["path"]), "")])
+    return rows + ([[(f"         … and {len(files) - most} more", "dim")]] if len(files) > most else [])
+
+
+def body_detail(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """Everything about one actor, and its log below."""
+    actor = scene.run.actors.get(ui.focus)
+    if actor is None:
+        return body_floor(scene, ui, width, height, utf8)
+    facts = describe_actor(scene, actor, utf8)
+    most = max(1, height * 2 // 3 - len(facts) - 1)
+    facts += describe_changes(scene.changes, min(most, 12))
+    facts = facts[:max(1, height - 4)]
+    rows = [fit_spans(spans, width) for spans in facts]
+    lines, back = draw_log(scene, ui, width, height - len(rows) - 1)
+    return Frame([*rows, draw_rule(log_title(scene, ui, back), width), *lines], ui._replace(back=back))
+
+
+def log_title(scene: Scene, ui: Ui, back: int) -> str:
+    """What stands above a log."""
+    cut = f"  its first {render_bytes(scene.log_cut)} are not shown" if scene.log_cut else ""
+    return "log" + (f"  {back} rows back" if back else "") + (f"  /{ui.search}" if ui.search else "") + cut
+
+
+def body_log(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """The log of one actor, on the whole screen."""
+    lines, back = draw_log(scene, ui, width, height - 1)
+    return Frame([draw_rule(f"{ui.focus}: {log_title(scene, ui, back)}", width), *lines],
+                 ui._replace(back=back))
+
+
+def draw_list(rows: list[list], ui: Ui, width: int, height: int, kind: str, empty: str,
+              first: int = 0) -> Frame:
+    """Rows of spans of which one is picked, scrolled so that it is in sight; `first` rows stay on top."""
+    head, items = rows[:first], rows[first:]
+    pick = min(max(ui.pick, 0), max(0, len(items) - 1))
+    room = max(1, height - first)
+    top = min(max(0, pick - room // 2), max(0, len(items) - room))
+    shown = [fit_spans(spans, width) for spans in head]
+    spots = []
+    for n, spans in enumerate(items[top:top + room], top):
+        spots.append((len(shown), 0, 1, width, kind, n))
+        shown.append(fit_spans([(t, f"{s} reverse".strip() if n == pick else s) for t, s in spans], width,
+                               "reverse" if n == pick else ""))
+    if not items:
+        shown.append(fit_spans([(f" {empty}", "dim")], width))
+    shown += [[(" " * width, "")] for _ in range(height - len(shown))]
+    return Frame(shown[:height], ui._replace(pick=pick), tuple(spots))
+
+
+def left_of(asked: dict, now: float) -> str:
+    """How long a request still waits, in words; empty: for ever."""
+    import datetime
+
+    if not asked["expires_at"]:
+        return ""
+    return render_duration(datetime.datetime.fromisoformat(asked["expires_at"]).timestamp() - now) + " left"
+
+
+def body_approvals(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """The requests that wait: who asks, of what category, the time left, for what."""
+    rows = [[(f" {clean_text(PATH_ARROW.join(a['actor_path']))}", "bold"), (f"  {a['category']}", "cyan"),
+             (f"  {left_of(a, scene.now)}".rstrip(), "yellow"),
+             (f"  {clean_text(' '.join(str(a['summary']).split()))}", "")] for a in scene.asks]
+    frame = draw_list(rows, ui, width, height - 1, "ask", "nothing waits for you")
+    return Frame([draw_rule("approvals", width), *frame.rows], frame.ui,
+                 tuple((y + 1, *rest) for y, *rest in frame.spots))
+
+
+PLAN_SECTIONS = (
+    # key, label, style
+    ("rationale", "RATIONALE", ""), ("resources", "RESOURCES", ""), ("risks", "RISKS", "yellow"),
+    ("rollback", "ROLLBACK", ""),
+)
+
+
+def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
+    """The modal of one request, its plan in sections."""
+    asked = next((a for a in scene.asks if a["request_id"] == ui.request), None)
+    inner = width - 4
+    if asked is None:
+        return frame_box("answered", [[("This request waits no more. Esc goes back.", "")]], width)
+    title = "[PRE-FLIGHT PLAN]" if asked["kind"] == "plan" else "[IN-FLIGHT ACTION]"
+    facts = [asked["category"], asked["tool_name"] or "", "" if asked["cost_estimate"] is None else
+             f"costs {render_usd(asked['cost_estimate'])}", left_of(asked, scene.now)]
+    rows = [[(clean_text(PATH_ARROW.join(asked["actor_path"])), "bold"),
+             (f"  {clean_text('  '.join(filter(None, facts)))}", "dim")], []]
+    rows += [[(line, "bold")] for line in wrap_text(str(asked["summary"]), inner)]
+    for key, label, style in PLAN_SECTIONS:
+        value = (asked["plan"] or {}).get(key)
+        values = value if isinstance(value, list) else [value] if value else []
+        rows += [[], [(label, f"bold {style}".strip())]] if values else []
+        for text in values:
+            lines = wrap_text(str(text), max(2, inner - 2))
+            rows += [[(("- " if not n and isinstance(value, list) else "  ") + line, style)]
+                     for n, line in enumerate(lines)]
+    room = max(1, height - 4)
+    top = min(ui.back, max(0, len(rows) - room))
+    more = [[("… j reads on", "dim")]] if len(rows) - top > room else []
+    keys = [("y", "bold"), (" yes  ", ""), ("n", "bold"), (" no, and why  ", ""), ("e", "bold"),
+            (" edit  ", ""), ("Esc", "bold"), (" later", "")]
+    return frame_box(title, [*rows[top:top + room - len(more)], *more, [], keys], width)
+
+
+def frame_box(title: str, rows: list[list], width: int, style: str = "cyan") -> list:
+    """Rows of spans in a frame of `width` cells."""
+    inner = width - 4
+    head = f" {clip_cells(title, inner)} "
+    top = [("╭", style), (head, "bold"), ("─" * (width - 2 - count_cells(head)), style), ("╮", style)]
+    return [top, *([("│ ", style), *fit_spans(spans, inner), (" │", style)] for spans in rows),
+            [("╰" + "─" * (width - 2) + "╯", style)]]
+
+
+def draw_box(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
+    """The text box; its cursor is the reversed cell."""
+    box = ui.box or Box("")
+    inner = width - 4
+    before = box.text[:box.at]
+    rows: list = []
+    line, seen = before.count("\n"), 0
+    for n, text in enumerate(box.text.split("\n")):
+        text = "".join(c if c.isprintable() else " " for c in text)
+        here = box.at - seen if n == line else -1
+        seen += len(text) + 1
+        for start, piece in split_cells(text, inner - 1):
+            if start <= here < start + max(1, len(piece)) or here == len(text) == start + len(piece):
+                at = here - start
+                rows.append([(piece[:at], ""), (piece[at:at + 1] or " ", "reverse"), (piece[at + 1:], "")])
+                cursor = len(rows)
+            else:
+                rows.append([(piece, "")])
+    room = max(1, height - 4)
+    top = max(0, min(cursor - 1, len(rows) - 1) - room + 1)
+    keys = [("Enter" if box.one_line else "F2", "bold"), (" sends  ", "dim"), ("Esc", "bold"),
+            (" goes back", "dim")]
+    if not box.one_line:
+        keys = [*keys[:2], ("Enter", "bold"), (" new line  ", "dim"), *keys[2:]]
+    return frame_box(clean_text(box.title), [*rows[top:top + room], [], keys], width)
+
+
+def split_cells(text: str, width: int) -> list[tuple[int, str]]:
+    """(where it begins, piece) of a text that is cut at `width` cells, anywhere."""
+    pieces, start, used = [], 0, 0
+    for n, c in enumerate(text):
+        size = count_cells(c)
+        if used + size > width and n > start:
+            pieces.append((start, text[start:n]))
+            start, used = n, 0
+        used += size
+    return [*pieces, (start, text[start:])]
+
+
+def draw_confirm(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
+    """The question before something that cannot be taken back."""
+    what, about = ui.question
+    whom = f"Cancel {clean_text(about)}?" if about else "Cancel the whole run, every agent of it?"
+    keys = [("y", "bold"), (" yes  ", ""), ("r", "bold"), (" yes, with a reason  ", ""), ("n", "bold"),
+            (" no", "")]
+    rows = [[(whom, "bold")], [("Its work so far is kept.", "dim")], [], keys]
+    return frame_box("sure?", rows, width, "red")
+
+
+def body_runs(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """The runs there are, newest first."""
+    rows = []
+    for entry in scene.runs:
+        style = {"running": "bold green", "stale": "red"}.get(entry["state"], "")
+        age = render_duration(scene.now - entry["started_unix"]) if entry["started_unix"] else "-"
+        here = "▸" if entry["run_id"] == scene.run.run_id else " "
+        rows.append([(f" {here} {entry['run_id'][:13]}", ""), (f"  {pad_cells(entry['state'], 9)}", style),
+                     (f"{age:>7} ago  ", "dim"), (clean_text(entry["name"] or "-"), "bold")])
+    frame = draw_list(rows, ui, width, height - 1, "run", "there are no runs")
+    return Frame([draw_rule("runs", width), *frame.rows], frame.ui,
+                 tuple((y + 1, *rest) for y, *rest in frame.spots))
+
+
+POLICY_COLUMNS = (
+    # name, cells, what Space offers; none: any text
+    ("action", 13, ACTIONS), ("actor", 20, ()), ("category", 10, (None, *CATEGORIES)),
+    ("tool_name", 18, ()), ("cost_over", 9, ()),
+)
+
+
+def body_policy(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """The rules about approvals, to be changed: the first that matches decides."""
+    head = [("    ", "")] + [(pad_cells(name, size) + " ", "bold") for name, size, _ in POLICY_COLUMNS]
+    pick = min(max(ui.pick, 0), max(0, len(ui.rules) - 1))
+    rows: list = [head]
+    for n, rule in enumerate(ui.rules):
+        spans = [(f" {n:>2} ", "")]
+        for column, (name, size, _) in enumerate(POLICY_COLUMNS):
+            value = rule["action"] if name == "action" else rule["match"].get(name)
+            text = pad_cells("any" if value is None else clean_text(f"{value}"), size)
+            style = "bold" if value is not None else "dim"
+            here = n == pick and column == ui.column
+            spans += [(text, f"{style} underline" if here else style), (" ", "")]
+        rows.append(spans)
+    default = scene.run.facts.get("approval_policy", "block")
+    changed = [*ui.rules] != public_rules(scene.run.policy)
+    frame = draw_list(rows, ui, width, height - 2, "rule", "no rules; n makes one", first=1)
+    title = "approval rules" + ("  changed: s saves them" if changed else "")
+    return Frame([draw_rule(title, width), *frame.rows,
+                  fit_spans([(f"  -  {default}  whatever no rule matches", "dim")], width)], frame.ui,
+                 tuple((y + 1, *rest) for y, *rest in frame.spots))
+
+
+def body_help(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """Every key, by the view in which it counts; first that from which the help was opened."""
+    rows: list = []
+    beneath = ui.views[-2] if len(ui.views) > 1 else "floor"
+    for view in dict.fromkeys((beneath, *VIEW_KINDS)):
+        title = VIEW_KINDS[view][0]
+        keys = [key for key in scene.keys if view in key.where]
+        rows += [[]] * bool(rows) + [[(f" {title}", "bold cyan")]] if keys else []
+        for key in keys:
+            lines = wrap_cells(key.help, max(10, width - 21))
+            rows += [[(f"   {key.shown:15}" if not n else " " * 18, "bold"), (f" {line}", "")]
+                     for n, line in enumerate(lines)]
+    top = min(ui.pick, max(0, len(rows) - height))
+    shown = [fit_spans(spans, width) for spans in rows[top:top + height]]
+    if len(rows) > top + height:
+        shown[-1] = fit_spans([(f" … {len(rows) - top - height + 1} more lines: j, Ctrl-D", "dim")], width)
+    shown += [[(" " * width, "")] for _ in range(height - len(shown))]
+    return Frame(shown, ui._replace(pick=top))
+
+
+VIEW_KINDS = {
+    # view        title of its keys      whole screen   what draws it
+    "floor":     ("the floor",           True,          body_floor),
+    "detail":    ("one actor",           True,          body_detail),
+    "log":       ("a whole log",         True,          body_log),
+    "approvals": ("approvals",           True,          body_approvals),
+    "ask":       ("one request",         False,         draw_ask),
+    "policy":    ("approval rules",      True,          body_policy),
+    "runs":      ("runs",                True,          body_runs),
+    "confirm":   ("a question",          False,         draw_confirm),
+    "box":       ("a text",              False,         draw_box),
+    "help":      ("this help",           True,          body_help),
+}
+CHROME_ROWS = 4            # title, needs, status bar, foot
+
+
+def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = True) -> Frame:
+    """The whole screen."""
+    base = next(view for view in reversed(ui.views) if VIEW_KINDS[view][1])
+    chrome = CHROME_ROWS if height >= 8 else 1 if height >= 3 else 0
+    frame = VIEW_KINDS[base][2](scene, ui, width, max(1, height - chrome), utf8)
+    rows, ui = frame.rows[:max(1, height - chrome)], frame.ui
+    above = [draw_title(scene, ui, width), draw_needs(scene, ui, width)] if chrome > 1 else []
+    rows = [*above, *rows, *([draw_status(scene, width)] if chrome > 1 else []),
+            *([draw_foot(scene, ui, width)] if chrome else [])]
+    for view in ui.views[ui.views.index(base) + 1:]:
+        size = min(width, 100 if width > 110 else width - 4 if width > 60 else width)
+        over = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 2), utf8)[:height]
+        left, start = (width - size) // 2, max(0, (height - len(over)) // 2)
+        for n, row in enumerate(over):
+            rows[start + n] = fit_spans([(" " * left, ""), *row], width)
+    if not utf8:
+        rows = [[(to_ascii(text), style) for text, style in row] for row in rows]
+    return Frame(rows, ui, tuple((y + len(above), *rest) for y, *rest in frame.spots))
+
+
+def frame_lines(frame: Frame, colour: bool) -> list[str]:
+    """A frame as lines of text, with colours where they are wanted."""
+    if not colour:
+        return ["".join(text for text, _ in row).rstrip() for row in frame.rows]
+    return ["".join(f"\x1b[{';'.join(COLOURS[word] for word in style.split())}m{text}\x1b[0m" if style
+                    else text for text, style in row).rstrip() for row in frame.rows]
+
+
+SVG_COLOURS = {"white": "#dddddd", "cyan": "#56b6c2", "green": "#98c379", "magenta": "#c678dd",
+               "yellow": "#e5c07b", "red": "#e06c75", "blue": "#61afef"}
+SVG_CELL, SVG_LINE = 8.4, 18               # of a cell, pixels
+
+
+def render_svg(frame: Frame) -> str:
+    """A frame as a picture."""
+    import html
+
+    width = sum(count_cells(text) for text, _ in frame.rows[0]) if frame.rows else 0
+    size = f"{width * SVG_CELL + 16:.0f} {len(frame.rows) * SVG_LINE + 16}"
+    wide, tall = size.split()
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{tall}" viewBox="0 0 {size}">',
+             f'<rect width="{wide}" height="{tall}" rx="6" fill="#1e2127"/>',
+             '<g font-family="ui-monospace,Menlo,Consolas,\'DejaVu Sans Mono\',monospace" font-size="14" '
+             'xml:space="preserve">']
+    for n, row in enumerate(frame.rows):
+        column = 0
+        for text, style in row:
+            cells, words = count_cells(text), style.split()
+            fill = next((SVG_COLOURS[w] for w in words if w in SVG_COLOURS), "#dddddd")
+            fill = "#7f848e" if "dim" in words else fill
+            x, y = 8 + column * SVG_CELL, 8 + n * SVG_LINE
+            if "reverse" in words:
+                parts.append(f'<rect x="{x:.1f}" y="{y}" width="{cells * SVG_CELL:.1f}" height="{SVG_LINE}" '
+                             f'fill="{fill}"/>')
+                fill = "#1e2127"
+            if text.strip():
+                bold = ' font-weight="bold"' if "bold" in words else ""
+                parts.append(f'<text x="{x:.1f}" y="{y + 14}" textLength="{cells * SVG_CELL:.1f}" '
+                             f'fill="{fill}"{bold}>{html.escape(text)}</text>')
+            column += cells
+    return "\n".join([*parts, "</g></svg>"]) + "\n"
+
+
+# ======================================================================================
+# FLOOR: curses; keys to actions, a frame to the screen                            [cli]
+# ======================================================================================
+# The floor shows a run and carries its operator's keys to the dispatcher.  It reads the
+# journal and the logs as every other reader does, and so shows runs of any kind; it acts
+# over the control socket alone.  What is on the screen is a frame of VIEWS.
+# To add a key: one key_ handler, one row in KEYS; help and the last row are made from that.
+
+TICK_EVERY_S = 0.25
+LOOK_EVERY_S = 1.0         # at the lock: whether a dispatcher lives
+LOOK_LONG_S = 5.0          # at when each log grew, at which agents live
+LOG_WINDOW, LOG_DEEP = 256 << 10, 8 << 20  # bytes of the end of a log that are read: in a pane, in a view
+LOG_ENTRIES = 5000         # of a log that are kept
+LOG_WORDS = 16 << 10       # characters of one entry
+TAIL_BYTES = 16 << 10      # of a log that are looked at for what was said last
+RUNS_PICKED = 200
+
+
+class Lookout(NamedTuple):
+    """What the floor is given by the command that opens it."""
+
+    runs_dir: str
+    state: Callable            # (run folder) -> running, complete, stale or aborted
+    look: Callable             # (run folder) -> an Overview, of a run without a journal
+
+
+class RunFeed:
+    """A run as its journal tells it, read as it grows."""
+
+    def __init__(self, run_dir: str, lookout: Lookout) -> None:
+        self.run_dir, self.lookout = run_dir, lookout
+        self.follower = Follower(run_dir)
+        self.run = self.follower.run
+        self.origin = ""
+        self.state = lookout.state(run_dir)
+        self.heard: dict[str, float] = {}
+        self.alone: int | None = None          # agents that live without a dispatcher
+        self.looked_at = -LOOK_LONG_S
+
+    def read(self) -> bool:
+        """Fold what is new; whether there was something.  Raises JournalError."""
+        import gc
+
+        gc.disable()                           # a long journal makes many records, and no garbage
+        try:
+            return sum(1 for _ in self.follower.news()) > 0
+        finally:
+            gc.enable()
+
+    def look(self) -> bool:
+        """Look at what no event tells: whether a dispatcher lives, when logs grew; whether that changed."""
+        before = self.state, self.alone
+        self.state = self.lookout.state(self.run_dir)
+        if before[0] == self.state and time.monotonic() - self.looked_at < LOOK_LONG_S:
+            return False
+        self.looked_at = time.monotonic()
+        living = [a for a in self.run.actors.values() if a.state in ("running", "stopping", "frozen")]
+        self.alone = None
+        if self.state in ("stale", "aborted"):
+            self.alone = sum(1 for a in living if a.handle and is_hand_alive(a.handle))
+        for actor in living:
+            with contextlib.suppress(OSError):
+                self.heard[actor.id] = os.stat(self.log_path(actor.id)).st_mtime
+        return before != (self.state, self.alone)
+
+    def log_path(self, actor: str) -> str:
+        """Where an actor's log is."""
+        return os.path.join(self.run_dir, "tasks", os.path.basename(actor), "stdout.log")
+
+    def asks(self) -> tuple:
+        """The requests that wait, their texts in full."""
+        return tuple(show_approval(self.run_dir, self.run, asked) for asked in self.run.approvals.values())
+
+
+class RecordFeed:
+    """A run without a journal, as its records tell it: of another tool, or a journal that was lost."""
+
+    alone: int | None = None
+
+    def __init__(self, run_dir: str, lookout: Lookout) -> None:
+        self.run_dir, self.lookout = run_dir, lookout
+        self.heard: dict[str, float] = {}
+        self.state, self.looked_at = "", 0.0
+        self.run, self.origin, self.logs = RunState(), "", {}
+        self.load()
+
+    def load(self) -> None:
+        """Read the records."""
+        seen = self.lookout.look(self.run_dir)
+        self.origin = "another tool" if seen.foreign else ""
+        self.state, self.looked_at = seen.head["state"], time.monotonic()
+        self.run = fold(events_of_records(seen.head, seen.actors))
+        self.logs = {a["task_id"]: a["log_path"] for a in seen.actors}
+
+    def read(self) -> bool:
+        """Look again now and then, while the run goes on: that costs a look at every process."""
+        if self.state != "running" or time.monotonic() - self.looked_at < LOOK_LONG_S:
+            return False
+        self.load()
+        return True
+
+    def look(self) -> bool:
+        """Nothing but the records is looked at."""
+        return False
+
+    def log_path(self, actor: str) -> str:
+        """Where an actor's log is."""
+        return self.logs.get(actor) or os.path.join(self.run_dir, "tasks", os.path.basename(actor),
+                                                    "stdout.log")
+
+    def asks(self) -> tuple:
+        """Such a run cannot be asked what waits."""
+        return ()
+
+
+def unix_time(text: Any) -> float | None:
+    """The moment that a record names, unix seconds; None for anything else."""
+    import datetime
+
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def events_of_records(head: dict, records: list[dict]) -> list[dict]:
+    """The journal that a run with such TaskRecords might have had, as far as they tell; for showing only."""
+    lead = next((r["task_id"] for r in records if r["role"] == "lead"), "")
+    names = {r["task_id"] for r in records}
+    rows: list[tuple] = []                     # (moment, rank among those of one moment, kind, facts)
+    moments = [m for r in records for key in ("started_at", "ended_at") if (m := unix_time(r[key]))]
+    first, last = min(moments, default=0.0), max(moments, default=0.0)
+    for r in sorted(records, key=lambda r: r["role"] not in LEADERS):
+        name, parent = r["task_id"], r["parent_task_id"] if r["parent_task_id"] in names else None
+        leads = r["role"] in LEADERS
+        own = {"budget_usd": None, "max_workers": 0} if leads else {}
+        rows.append((first, 0, "actor_added", {
+            "actor": name, "role": r["role"], "agent": r["agent"] or "", "model": r["model"] or "",
+            "directory": r["worktree_path"] or "", "use_worktree": False, "timeout_s": 0.0,
+            "branch": r["branch"], "parent": parent, "layer": name if leads else parent or lead, **own}))
+        begun = unix_time(r["started_at"]) or (last if r["status"] or r.get("state") == "Running" else None)
+        if begun is None:
+            continue
+        dealt = {"actor": name, "hand": 1, "session_id": r["claude_session_id"] or "", "how": "prompt",
+                 "log_at": 0, "message_id": ""}
+        rows += [(begun, 1, "hand_dealt", dealt), (begun, 2, "hand_started", {"actor": name, "hand": 1,
+                                                                              "handle": None})]
+        usage = list(r["token_usage"].values())
+        if r["status"]:
+            status = r["status"] if r["status"] in STATUSES else "Failed"
+            ended = max(begun, unix_time(r["ended_at"]) or last)
+            told = {"code": r["exit_code"], "lived_s": 0.0, "usage": usage, "cost_usd": r["cost_usd"],
+                    "status": status, "reason": r["failure_reason"], "final": r["final_message_preview"]}
+            rows += [(ended, 3, "hand_ended", {"actor": name, **told}),
+                     (ended, 4, "closed", {"actor": name, "path": r["worktree_path"]})]
+        else:
+            told = {"usage": usage, "cost_usd": r["cost_usd"] or 0.0}
+            rows.append((begun, 3, "usage", {"actor": name, **told}))
+    opened = {"format": JOURNAL_FORMAT, "run_id": head["run_id"], "name": head["name"] or "",
+              "mode": head["mode"] or "", "max_parallel": UNBOUNDED}
+    rows = [(first, 0, "run_opened", opened), *sorted(rows, key=lambda row: row[:2])]
+    if head["state"] == "complete":
+        rows.append((last, 5, "run_finished", {"ended_at": last}))
+    return [{"seq": n, "at": at, "kind": kind, **facts} for n, (at, _, kind, facts) in enumerate(rows, 1)]
+
+
+def open_feed(run_dir: str, lookout: Lookout) -> RunFeed | RecordFeed:
+    """What tells of a run.  Raises EnvironmentFault or JournalError."""
+    check_readable(run_dir)
+    journal = os.path.exists(os.path.join(run_dir, "journal.jsonl"))
+    records = is_foreign(run_dir) or not journal and os.path.exists(os.path.join(run_dir, "summary.json"))
+    feed = RecordFeed(run_dir, lookout) if records else RunFeed(run_dir, lookout)
+    feed.read()
+    feed.look()
+    return feed
+
+
+class LogFeed:
+    """The end of one actor's log, formatted, and what is added to it."""
+
+    def __init__(self, path: str, form: str, window: int) -> None:
+        from collections import deque
+
+        self.path, self.form, self.window = path, form, window
+        self.entries: Any = deque(maxlen=LOG_ENTRIES)
+        self.cut = self.find_start()
+        self.tail = Tail(path, self.cut)
+
+    def find_start(self) -> int:
+        """Where the first whole line of the window begins; the window grows until it has one."""
+        try:
+            with open(self.path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                while self.window < size:
+                    f.seek(size - self.window)
+                    part = f.readline()
+                    if f.tell() < size:
+                        return size - self.window + len(part)
+                    self.window *= 4
+        except OSError:
+            pass
+        return 0
+
+    def read(self) -> bool:
+        """Take in what is new; whether there was something."""
+        try:
+            if self.tail.fd is not None and os.fstat(self.tail.fd).st_size < self.tail.at:
+                self.tail.close()              # somebody wrote it anew
+                self.cut, self.tail = 0, Tail(self.path, 0)
+                self.entries.clear()
+            lines = []
+            while more := self.tail.read(1 << 20):
+                lines += more
+        except OSError:
+            return False
+        for line in lines:
+            self.entries.extend((mark, text[:LOG_WORDS]) for mark, text in render_log_line(line, self.form))
+        return bool(lines)
+
+    def close(self) -> None:
+        """Give up the descriptor."""
+        self.tail.close()
+
+
+def read_words(path: str, form: str) -> str:
+    """What an agent said last, in a few words, from the end of its log."""
+    lines = read_end(path, TAIL_BYTES)
+    lines = lines if isinstance(lines, bytes) else lines.encode()
+    for line in reversed(lines.split(b"\n")[-20:]):
+        shown = [text for mark, text in render_log_line(line, form) if text] if line.startswith(b"{") else []
+        if shown:
+            return clip_cells(shown[-1][:400], 200)
+    return ""
+
+
+class Phone:
+    """The floor's line to a dispatcher: it asks, and hears the answers later."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self.sock: Any = None
+        self.lines = Lines(WIRE_LINE)
+        self.asked: dict[int, str] = {}        # number of a question: what is said when it is answered
+        self.number = 0
+        self.tried_at = 0.0
+
+    def connect(self) -> bool:
+        """Whether a dispatcher listens; while there is none it is tried every other second."""
+        import socket
+
+        if self.sock is not None:
+            return True
+        if time.monotonic() - self.tried_at < 2.0:
+            return False
+        self.tried_at = time.monotonic()
+        if not is_locked(self.run_dir):
+            return False
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.connect((read_sockets(self.run_dir) or {}).get("control") or os.path.join(self.run_dir,
+                                                                                           "control.sock"))
+            sock.sendall(b'{"op": "hello", "client_version": "%b"}\n' % VERSION.encode())
+        except OSError:
+            sock.close()
+            return False
+        self.sock, self.lines = sock, Lines(WIRE_LINE)
+        return True
+
+    def ask(self, words: str, op: str, **fields: Any) -> bool:
+        """Ask for an operation; `words` are said once it is done.  False: nobody listens."""
+        self.tried_at = 0.0
+        if not self.connect():
+            return False
+        self.number += 1
+        message = {"op": op, "id": self.number, **{k: v for k, v in fields.items() if v is not None}}
+        try:
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.close()
+            return False
+        self.asked[self.number] = words
+        return True
+
+    def hear(self) -> Iterator[tuple[str, bool]]:
+        """(what is to be said, whether it went wrong) of each answer that has come."""
+        try:
+            data = self.sock.recv(1 << 18) if self.sock else None
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data == b"":
+            self.close()
+            if self.asked:
+                self.asked.clear()
+                yield "the dispatcher ended before it answered", True
+            return
+        for line in self.lines.feed(data) if data else ():
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                answer = json.loads(line)
+                words = self.asked.pop(answer.get("id"), None)
+                if words is not None:
+                    good = answer["event"] not in ("op_failed", "op_unknown", "op_unknown_state")
+                    how = f" ({answer['delivery']})" if answer.get("delivery") else ""
+                    yield (words + how) if good else answer.get("error") or answer["event"], not good
+
+    def close(self) -> None:
+        """Hang up."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+
+async def ask_changes(place: dict | None, closed: dict | None) -> dict:
+    """What an actor changed since it began: {files, new, note}; without files the note says why."""
+    if not place or not place.get("base") and not place.get("path"):
+        return {"files": None, "note": "it has no worktree of its own"}
+    git, path, base = Git(os.environ, 0o077), place.get("path") or "", place.get("base") or "HEAD"
+    ref = (closed or {}).get("rescue_ref") or (f"refs/heads/{place['branch']}" if place.get("branch") else "")
+    try:
+        if os.path.isdir(path):
+            code, out, err = await git.run(path, "diff", "--numstat", "-z", "--no-renames", "--no-ext-diff",
+                                           "--no-textconv", base, "--")
+            if code:
+                return {"files": None, "note": err}
+            _, new, _ = await git.run(path, "ls-files", "-z", "--others", "--exclude-standard")
+            names = new.decode("utf-8", "replace").split("\0")[:-1]
+            return {"files": read_numstat(out), "new": names, "note": ""}
+        if ref and place.get("repo"):
+            return {"files": await git.count_changes(place["repo"], base, ref), "note": short_branch(ref)}
+    except (GitError, OSError) as e:
+        return {"files": None, "note": str(e)}
+    return {"files": None, "note": "its worktree is gone"}
+
+
+def short_branch(ref: str) -> str:
+    """A ref as people name it."""
+    return ref.removeprefix("refs/heads/")
+
+
+class GitWatch:
+    """Asks git what an actor changed, in a thread of its own, one question at a time."""
+
+    def __init__(self) -> None:
+        self.thread: Any = None
+        self.about, self.found, self.asked_at = "", None, 0.0
+
+    def look(self, actor: Actor | None, every_s: float = 5.0) -> dict | None:
+        """What is known of an actor's changes; it is asked for anew when that is old."""
+        import threading
+
+        name = actor.id if actor else ""
+        if self.about != name:
+            self.about, self.found, self.asked_at = name, None, 0.0
+        idle = self.thread is None or not self.thread.is_alive()
+        old = time.monotonic() - self.asked_at > every_s and not (self.found and actor and actor.closed)
+        if actor and idle and (self.asked_at == 0.0 or old):
+            self.asked_at = time.monotonic()
+            self.thread = threading.Thread(target=self.ask, args=(name, actor.place, actor.closed),
+                                           daemon=True)
+            self.thread.start()
+        return self.found
+
+    def ask(self, name: str, place: dict | None, closed: dict | None) -> None:
+        """Ask git (in the thread)."""
+        try:
+            found = asyncio.run(ask_changes(place, closed))
+        except Exception as e:  # boundary: a repository in a strange state must not end the floor
+            found = {"files": None, "note": f"{type(e).__name__}: {e}"}
+        if self.about == name:
+            self.found = found
+
+
+def pick_run(runs_dir: str, lookout: Lookout) -> tuple:
+    """The newest runs, for the picker; none of them is folded."""
+    entries = []
+    for run_id in list_runs(runs_dir)[:RUNS_PICKED]:
+        run_dir = os.path.join(runs_dir, run_id)
+        meta = read_json(os.path.join(run_dir, "meta.json"))
+        meta = meta if isinstance(meta, dict) else {}
+        entries.append({"run_id": run_id, "name": meta.get("manifest_name") or "", "mode": meta.get("mode") or
+                        "", "state": lookout.state(run_dir), "started_unix": minted_at(run_id)})
+    return tuple(entries)
+
+
+class Floor:
+    """One operator's view of a run: what it is fed by, where the operator looks, what is said back."""
+
+    def __init__(self, run_dir: str, lookout: Lookout) -> None:
+        self.lookout, self.ui, self.left = lookout, Ui(), False
+        self.feed: Any = None
+        self.watcher = GitWatch()
+        self.log: LogFeed | None = None
+        self.log_of = ("", 0)
+        self.frame = Frame([], self.ui)
+        self.runs: tuple = ()
+        self.words: dict[str, tuple] = {}      # actor: (size of its log, what it said last)
+        self.looked_at = 0.0
+        self.said_at = 0.0
+        self.size = (80, 24)
+        self.utf8 = True
+        self.phone = Phone(run_dir)
+        self.open(run_dir)
+
+    def open(self, run_dir: str) -> None:
+        """Show a run.  Raises what open_feed raises."""
+        self.feed = open_feed(run_dir, self.lookout)
+        self.phone.close()
+        self.phone = Phone(run_dir)
+        self.words, self.log_of = {}, ("", 0)
+        first = next(iter(self.needs()), None)
+        self.ui = self.ui._replace(views=("floor",), folded=frozenset(), top=0, back=0, pick=0, filter="",
+                                   focus=first.actor if first else "", header=False)
+
+    @property
+    def run(self) -> RunState:
+        """The run that is shown."""
+        return self.feed.run
+
+    @property
+    def view(self) -> str:
+        """The view that gets the keys."""
+        return self.ui.views[-1]
+
+    def needs(self) -> list[Need]:
+        """What of the run needs its operator."""
+        if isinstance(self.feed, RecordFeed):
+            return []
+        alone = self.feed.alone if self.feed.state == "stale" else None
+        return attention(self.run, time.time(), self.feed.heard, alone)
+
+    def focused(self) -> Actor | None:
+        """The actor that has the focus."""
+        return self.run.actors.get(self.ui.focus)
+
+    def say(self, words: str, is_bad: bool = False) -> None:
+        """Say something in the last row."""
+        self.ui, self.said_at = self.ui._replace(message=words, is_bad=is_bad), time.monotonic()
+
+    def show(self, **changes: Any) -> None:
+        """Look elsewhere."""
+        self.ui = self.ui._replace(**changes)
+
+    def push(self, view: str, **changes: Any) -> None:
+        """Open a view over those that are open."""
+        self.show(views=(*(v for v in self.ui.views if v != view), view), **changes)
+
+    def back(self) -> None:
+        """Close the view that gets the keys."""
+        if len(self.ui.views) > 1:
+            self.show(views=self.ui.views[:-1], back=0, pick=0, search="")
+
+    def ask(self, words: str, op: str, **fields: Any) -> None:
+        """Ask the dispatcher for something; where none lives, say what can be done."""
+        if self.phone.ask(words, op, **fields):
+            return self.say(f"asked the dispatcher: {op.replace('_', ' ')} …")
+        run_id = self.run.run_id
+        if self.feed.state == "complete":
+            self.say("this run has settled: nothing can be done to it any more", True)
+        elif isinstance(self.feed, RecordFeed):
+            self.say("this run is only read here; use the tool that made it", True)
+        else:
+            self.say(f"its dispatcher died: pitboss resume {run_id[:13]} goes on, pitboss cancel "
+                     f"{run_id[:13]} ends it", True)
+
+    def tick(self) -> bool:
+        """Take in what happened; whether the screen may have changed."""
+        changed = self.feed.read()
+        for words, is_bad in self.phone.hear():
+            self.say(words, is_bad)
+            changed = True
+        now = time.monotonic()
+        if now - self.looked_at >= LOOK_EVERY_S:
+            self.looked_at = now
+            self.phone.connect()
+            living = self.feed.state == "running" and self.run.finished_at is None
+            changed = self.feed.look() or living or changed
+            if self.ui.message and now - self.said_at > 10:
+                self.show(message="", is_bad=False)
+                changed = True
+        return self.follow_log() or self.follow_words() or changed
+
+    def follow_log(self) -> bool:
+        """Read what the focused actor printed; whether there is something new to show."""
+        actor = self.focused()
+        deep = self.ui.back > 0 or any(v in ("detail", "log") for v in self.ui.views)
+        wanted = (self.ui.focus, LOG_DEEP if deep else LOG_WINDOW)
+        if actor is None:
+            return False
+        fresh = wanted[0] != self.log_of[0] or wanted[1] > self.log_of[1]
+        if fresh:
+            if self.log:
+                self.log.close()
+            self.log = LogFeed(self.feed.log_path(actor.id), actor.format, wanted[1])
+            self.log_of = wanted
+        before = len(self.log.entries)
+        new = self.log.read()
+        if new and self.ui.back:               # what is looked at stays where it is
+            added = len(self.log.entries) - before
+            rows = sum(len(r) for r in wrap_log([*self.log.entries][-added:], self.size[0])) if added else 0
+            self.show(back=self.ui.back + (0 if fresh else rows))
+        return new or fresh
+
+    def follow_words(self) -> bool:
+        """Read what those in sight said last, where that is shown."""
+        changed = False
+        for _, _, height, _, kind, name in self.frame.spots:
+            actor = self.run.actors.get(name)
+            if kind != "actor" or height != 1 or actor is None or self.size[0] < 60:
+                continue
+            if actor.status:
+                words = (actor.reason or {}).get("message") or preview(actor.final) or ""
+                size = -1
+            else:
+                path = self.feed.log_path(name)
+                size = measure_file(path)
+                if self.words.get(name, (None,))[0] == size:
+                    continue
+                words = read_words(path, actor.format)
+            new = (size, clean_text(" ".join(words.split())))
+            changed = changed or self.words.get(name) != new
+            self.words[name] = new
+        return changed
+
+    def scene(self) -> Scene:
+        """All that is known, for the frame."""
+        actor = self.focused()
+        views = self.ui.views
+        asking = any(v in ("approvals", "ask") for v in views)
+        changes = self.watcher.look(actor) if "detail" in views else None
+        log = self.log if self.log and self.log_of[0] == self.ui.focus else None
+        now = time.time()
+        alive = self.feed.state == "running" or self.feed.alone
+        return Scene(self.run, self.feed.state, now, now if alive else self.run.last_at, tuple(self.needs()),
+                     self.feed.asks() if asking else (), {k: w for k, (_, w) in self.words.items()},
+                     tuple(log.entries) if log else (), log.cut if log else 0, changes, self.runs,
+                     KEYS, self.feed.origin)
+
+    def draw(self) -> Frame:
+        """The frame that is to be on the screen."""
+        self.frame = render_floor(self.scene(), self.ui, *self.size, self.utf8)
+        self.ui = self.frame.ui
+        return self.frame
+
+    def press(self, key: str) -> None:
+        """Do what a key means in the view that gets it."""
+        row = KEY_INDEX.get((self.view, key))
+        if self.ui.message and key != "resize":
+            self.show(message="", is_bad=False)
+        if row:
+            row.run(self, key)
+        elif self.view == "box":
+            self.show(box=edit_box(self.ui.box, key))
+
+    def close(self) -> None:
+        """Give up what is open."""
+        self.phone.close()
+        if self.log:
+            self.log.close()
+        if self.watcher.thread:
+            self.watcher.thread.join(1.0)
+
+
+def measure_file(path: str) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def edit_box(box: Box, key: str) -> Box:
+    """A text box after a key; one that means nothing there changes nothing."""
+    text, at = box.text, box.at
+    start = text.rfind("\n", 0, at) + 1
+    end = text.find("\n", at)
+    end = len(text) if end < 0 else end
+    if key == "backspace":
+        return box._replace(text=text[:max(0, at - 1)] + text[at:], at=max(0, at - 1))
+    if key == "delete":
+        return box._replace(text=text[:at] + text[at + 1:])
+    if key == "ctrl-u":
+        return box._replace(text=text[:start] + text[at:], at=start)
+    if key in ("up", "down"):
+        line = text[:start - 1].rfind("\n") + 1 if key == "up" else end + 1
+        if start == 0 and key == "up" or end == len(text) and key == "down":
+            return box._replace(at=0 if key == "up" else len(text))
+        stop = text.find("\n", line)
+        return box._replace(at=min(line + at - start, len(text) if stop < 0 else stop))
+    moves = {"left": max(0, at - 1), "right": min(len(text), at + 1), "home": start, "end": end}
+    if key in moves:
+        return box._replace(at=moves[key])
+    new = "\n" if key == "enter" else "    " if key == "tab" else key if len(key) == 1 else ""
+    return box._replace(text=text[:at] + new + text[at:], at=at + len(new))
+
+
+# ---- what keys do: (Floor, name of the key)
+
+def tiles_of(floor: Floor) -> list[Block]:
+    """The rows of tiles as they are on the screen now."""
+    width, height = floor.size
+    compact = floor.ui.compact or height < COMPACT_BELOW or width < CARD_WIDTH
+    return lay_out(floor.run, floor.ui, max(1, width // CARD_WIDTH), compact)
+
+
+STEPS_OF_KEYS = {"h": (-1, 0), "left": (-1, 0), "l": (1, 0), "right": (1, 0), "j": (0, 1), "down": (0, 1),
+                 "k": (0, -1), "up": (0, -1)}
+
+
+def key_move(floor: Floor, key: str) -> None:
+    """The tile beside this one."""
+    floor.ui = move_focus(tiles_of(floor), floor.ui, *STEPS_OF_KEYS[key])._replace(back=0)
+
+
+def key_ends(floor: Floor, key: str) -> None:
+    """The first or the last tile."""
+    blocks = tiles_of(floor)
+    if blocks:
+        block = blocks[0 if key in ("g", "home") else -1]
+        floor.show(focus=block.ids[0 if key in ("g", "home") else -1], header=block.is_header, back=0)
+
+
+SCROLLS = {"k": 1, "up": 1, "j": -1, "down": -1, "K": 5, "J": -5, "wheel-up": 5, "wheel-down": -5}
+
+
+def scroll_rows(floor: Floor, key: str) -> int:
+    """By how many rows a key scrolls, up counted positive."""
+    half = max(1, (floor.size[1] - CHROME_ROWS) // 2)
+    return {"ctrl-u": half, "pgup": half, "ctrl-d": -half, "pgdn": -half, "g": 1 << 30, "home": 1 << 30,
+            "G": -(1 << 30), "end": -(1 << 30), **SCROLLS}[key]
+
+
+def key_scroll(floor: Floor, key: str) -> None:
+    """Move in a log; at its end it follows what is printed."""
+    floor.show(back=max(0, floor.ui.back + scroll_rows(floor, key)))
+
+
+def key_pick(floor: Floor, key: str) -> None:
+    """Move in a list, or in the help."""
+    floor.show(pick=max(0, min(floor.ui.pick - scroll_rows(floor, key), 1 << 20)))
+
+
+def key_read_on(floor: Floor, key: str) -> None:
+    """Move in the text of a request."""
+    floor.show(back=max(0, floor.ui.back - scroll_rows(floor, key)))
+
+
+def key_need(floor: Floor, key: str) -> None:
+    """Go to what needs the operator next."""
+    need = next_need(floor.scene(), floor.ui, -1 if key == "backtab" else 1)
+    if need is None:
+        return floor.say("nothing needs you")
+    if not need.actor:
+        advice = advise(need, floor.run.run_id[:13])
+        return floor.say(f"{advice}: {need.text}")
+    actor = floor.run.actors[need.actor]
+    ui = floor.ui._replace(focus=actor.id, header=False, back=0, folded=floor.ui.folded - {actor.layer})
+    if not is_shown(actor, ui):
+        ui = ui._replace(filter="", hides_settled=False)
+    floor.ui = ui
+
+
+def key_open(floor: Floor, key: str) -> None:
+    """Open the actor that has the focus, or fold its group."""
+    if floor.ui.header:
+        return key_fold(floor, key)
+    if floor.focused():
+        floor.push("detail", back=0)
+
+
+def key_fold(floor: Floor, key: str) -> None:
+    """Fold or unfold the group that has the focus."""
+    actor = floor.focused()
+    if actor is None or actor.layer not in floor.run.actors or not floor.run.actors[actor.layer].parent:
+        return floor.say("only the group of a sub-lead can be folded")
+    floor.show(folded=floor.ui.folded ^ {actor.layer}, focus=actor.layer, header=True)
+
+
+def key_back(floor: Floor, key: str) -> None:
+    """Leave this view; on the floor, take the filter away."""
+    if floor.view == "floor":
+        floor.show(filter="")
+    floor.back()
+
+
+def key_leave(floor: Floor, key: str) -> None:
+    """Leave the floor; the run goes on."""
+    floor.left = True
+
+
+def key_help(floor: Floor, key: str) -> None:
+    """Show every key."""
+    floor.push("help", pick=0)
+
+
+def key_settled(floor: Floor, key: str) -> None:
+    """Hide those that have settled, or show them again."""
+    floor.show(hides_settled=not floor.ui.hides_settled)
+
+
+def key_compact(floor: Floor, key: str) -> None:
+    """One line an actor, or tiles again."""
+    floor.show(compact=not floor.ui.compact)
+
+
+def key_filter(floor: Floor, key: str) -> None:
+    """Show only actors whose name, state, model, agent or role has some words in it."""
+    ask_text(floor, Box("show only actors with", floor.ui.filter, len(floor.ui.filter), "filter",
+                        one_line=True))
+
+
+def key_search(floor: Floor, key: str) -> None:
+    """Look for words in the log."""
+    ask_text(floor, Box("look in the log for", floor.ui.search, len(floor.ui.search), "search",
+                        one_line=True))
+
+
+def key_next(floor: Floor, key: str) -> None:
+    """The next place, upwards or downwards, with the words that were looked for."""
+    if not floor.ui.search:
+        return key_search(floor, key)
+    log = tuple(floor.log.entries) if floor.log else ()
+    width, height = floor.size
+    back = find_in_log(log, floor.ui.search, width, height - CHROME_ROWS - 1, floor.ui.back, 1 if key == "n"
+                       else -1)
+    if back is None:
+        return floor.say(f"no other {floor.ui.search} {'above' if key == 'n' else 'below'}")
+    floor.show(back=back)
+
+
+def key_log(floor: Floor, key: str) -> None:
+    """The log of the focused actor on the whole screen."""
+    if floor.focused():
+        floor.push("log", back=0)
+
+
+def ask_text(floor: Floor, box: Box) -> None:
+    """Let the operator type something."""
+    floor.push("box", box=box)
+
+
+def acted_on(floor: Floor) -> str:
+    """The actor that an operation is about; empty, and said so: there is none."""
+    if floor.focused():
+        return floor.ui.focus
+    floor.say("no actor has the focus", True)
+    return ""
+
+
+def key_pause(floor: Floor, key: str) -> None:
+    """Let the actor rest: its process is ended, its session kept."""
+    if name := acted_on(floor):
+        floor.ask(f"{name} is paused", "pause_worker", task_id=name, mode="cancel")
+
+
+def key_freeze(floor: Floor, key: str) -> None:
+    """Stop the actor where it stands (SIGSTOP)."""
+    if name := acted_on(floor):
+        floor.ask(f"{name} is frozen", "pause_worker", task_id=name, mode="freeze")
+
+
+def key_continue(floor: Floor, key: str) -> None:
+    """Let a paused or frozen actor go on."""
+    if name := acted_on(floor):
+        floor.ask(f"{name} goes on", "continue_worker", task_id=name)
+
+
+def key_reprompt(floor: Floor, key: str) -> None:
+    """Interrupt the actor and tell it something else."""
+    if name := acted_on(floor):
+        ask_text(floor, Box(f"tell {name}", then="reprompt", about=name))
+
+
+def key_cancel(floor: Floor, key: str) -> None:
+    """Cancel the actor, after a question."""
+    if name := acted_on(floor):
+        floor.push("confirm", question=("cancel", name))
+
+
+def key_cancel_run(floor: Floor, key: str) -> None:
+    """Cancel the whole run, after a question."""
+    floor.push("confirm", question=("cancel", ""))
+
+
+def key_sure(floor: Floor, key: str) -> None:
+    """Do what was asked about."""
+    what, about = floor.ui.question
+    floor.back()
+    SENDS[what](floor, about, "")
+
+
+def key_sure_because(floor: Floor, key: str) -> None:
+    """Do what was asked about, with a reason that its lead and the records are told."""
+    what, about = floor.ui.question
+    floor.back()
+    ask_text(floor, Box(f"why is {about or 'the run'} cancelled?", then=what, about=about))
+
+
+def key_approvals(floor: Floor, key: str) -> None:
+    """The requests that wait; one of the focused actor is picked."""
+    waiting = [*floor.run.approvals.values()]
+    pick = next((n for n, asked in enumerate(waiting) if asked.actor == floor.ui.focus), 0)
+    floor.push("approvals", pick=pick)
+
+
+def picked_ask(floor: Floor) -> str:
+    """The id of the request that an answer is for; empty: there is none."""
+    if floor.view == "ask":
+        return floor.ui.request
+    waiting = [*floor.run.approvals]
+    return waiting[min(floor.ui.pick, len(waiting) - 1)] if waiting else ""
+
+
+def key_read_ask(floor: Floor, key: str) -> None:
+    """Read the picked request in full."""
+    if request := picked_ask(floor):
+        floor.push("ask", request=request, back=0)
+
+
+def key_approve(floor: Floor, key: str) -> None:
+    """Say yes to the request."""
+    if request := picked_ask(floor):
+        leave_ask(floor)
+        floor.ask("approved", "approve", request_id=request, approved=True)
+
+
+def key_reject(floor: Floor, key: str) -> None:
+    """Say no to the request, with a reason."""
+    if request := picked_ask(floor):
+        ask_text(floor, Box("why not?", then="reject", about=request))
+
+
+def key_edit_ask(floor: Floor, key: str) -> None:
+    """Say yes to something else than was asked for."""
+    if request := picked_ask(floor):
+        asked = next((a for a in floor.feed.asks() if a["request_id"] == request), None)
+        text = str(asked["summary"]) if asked else ""
+        ask_text(floor, Box("approve this instead", text, len(text), "edit", request))
+
+
+def leave_ask(floor: Floor) -> None:
+    """Close the modal of a request that was answered."""
+    if floor.view == "ask":
+        floor.back()
+
+
+def key_runs(floor: Floor, key: str) -> None:
+    """Pick another run."""
+    floor.runs = pick_run(floor.lookout.runs_dir, floor.lookout)
+    here = [n for n, entry in enumerate(floor.runs) if entry["run_id"] == floor.run.run_id]
+    floor.push("runs", pick=here[0] if here else 0)
+
+
+def key_open_run(floor: Floor, key: str) -> None:
+    """Show the picked run."""
+    if floor.runs:
+        entry = floor.runs[min(floor.ui.pick, len(floor.runs) - 1)]
+        try:
+            floor.open(os.path.join(floor.lookout.runs_dir, entry["run_id"]))
+        except PitbossError as e:
+            floor.say(str(e), True)
+
+
+def key_policy(floor: Floor, key: str) -> None:
+    """Show and change the rules that answer requests."""
+    floor.push("policy", pick=0, column=0, rules=tuple(public_rules(floor.run.policy)))
+
+
+def picked_rule(floor: Floor) -> int:
+    """The row of the rule that is changed; -1: there is none."""
+    return min(floor.ui.pick, len(floor.ui.rules) - 1)
+
+
+def change_rule(floor: Floor, value: Any) -> None:
+    """Put a value into the chosen cell of the chosen rule; None: any."""
+    name, row = POLICY_COLUMNS[floor.ui.column][0], picked_rule(floor)
+    rule = floor.ui.rules[row]
+    if name == "action":
+        new = {**rule, "action": value}
+    else:
+        match = {k: v for k, v in {**rule["match"], name: value}.items() if v is not None}
+        new = {**rule, "match": match}
+    floor.show(rules=(*floor.ui.rules[:row], new, *floor.ui.rules[row + 1:]))
+
+
+def rule_value(floor: Floor) -> Any:
+    """What stands in the chosen cell."""
+    name, rule = POLICY_COLUMNS[floor.ui.column][0], floor.ui.rules[picked_rule(floor)]
+    return rule["action"] if name == "action" else rule["match"].get(name)
+
+
+def key_cycle(floor: Floor, key: str) -> None:
+    """The next value of the chosen cell."""
+    if picked_rule(floor) < 0:
+        return
+    name, _, offered = POLICY_COLUMNS[floor.ui.column]
+    choices = [*offered] or [None, *(floor.run.actors if name == "actor" else ())]
+    if len(choices) < 2:
+        return key_edit_rule(floor, key)
+    value = rule_value(floor)
+    change_rule(floor, choices[(choices.index(value) + 1) % len(choices) if value in choices else 0])
+
+
+def key_edit_rule(floor: Floor, key: str) -> None:
+    """Type a value for the chosen cell; empty means any."""
+    if picked_rule(floor) < 0:
+        return
+    if POLICY_COLUMNS[floor.ui.column][2]:
+        return key_cycle(floor, key)
+    value = rule_value(floor)
+    text = "" if value is None else f"{value}"
+    ask_text(floor, Box(f"{POLICY_COLUMNS[floor.ui.column][0]} (empty: any)", text, len(text), "rule",
+                        one_line=True))
+
+
+def key_column(floor: Floor, key: str) -> None:
+    """The cell beside this one."""
+    step_by = STEPS_OF_KEYS[key][0]
+    floor.show(column=min(max(floor.ui.column + step_by, 0), len(POLICY_COLUMNS) - 1))
+
+
+def key_new_rule(floor: Floor, key: str) -> None:
+    """A new rule below the chosen one."""
+    row = picked_rule(floor) + 1
+    new = {"match": {}, "action": "block"}
+    floor.show(rules=(*floor.ui.rules[:row], new, *floor.ui.rules[row:]), pick=row, column=0)
+
+
+def key_drop_rule(floor: Floor, key: str) -> None:
+    """Delete the chosen rule."""
+    row = picked_rule(floor)
+    if row >= 0:
+        floor.show(rules=(*floor.ui.rules[:row], *floor.ui.rules[row + 1:]))
+
+
+def key_shift_rule(floor: Floor, key: str) -> None:
+    """Move the chosen rule: the first that matches decides."""
+    row, rules = picked_rule(floor), [*floor.ui.rules]
+    to = row + (1 if key == "J" else -1)
+    if 0 <= row and 0 <= to < len(rules):
+        rules[row], rules[to] = rules[to], rules[row]
+        floor.show(rules=tuple(rules), pick=to)
+
+
+def key_save_rules(floor: Floor, key: str) -> None:
+    """Put these rules in the place of the run's."""
+    rules = floor.ui.rules
+    words = f"{len(rules)} rules are in force" if len(rules) != 1 else "1 rule is in force"
+    floor.ask(words, "update_policy", rules=[*rules])
+
+
+def key_click(floor: Floor, key: str) -> None:
+    """Open what was clicked on: an actor, a group, a row of a list."""
+    _, row, column = key.split(":")
+    for y, x, height, width, kind, name in floor.frame.spots:
+        if y <= int(row) < y + height and x <= int(column) < x + width:
+            return CLICKS[kind](floor, name)
+
+
+def click_actor(floor: Floor, name: str) -> None:
+    """Open an actor."""
+    floor.push("detail", focus=name, header=False, back=0)
+
+
+def click_group(floor: Floor, name: str) -> None:
+    """Fold a group, or unfold it."""
+    floor.show(focus=name, header=True)
+    key_fold(floor, "click")
+
+
+def click_row(floor: Floor, row: int) -> None:
+    """Pick a row of a list."""
+    floor.show(pick=row)
+
+
+CLICKS = {"actor": click_actor, "group": click_group, "ask": click_row, "run": click_row, "rule": click_row}
+
+
+def send_filter(floor: Floor, about: str, text: str) -> None:
+    """Use a filter."""
+    floor.show(filter=text.strip(), top=0)
+
+
+def send_search(floor: Floor, about: str, text: str) -> None:
+    """Look for words in the log, upwards from its end."""
+    floor.show(search=text.strip(), back=0)
+    if text.strip():
+        key_next(floor, "n")
+
+
+def send_reprompt(floor: Floor, about: str, text: str) -> None:
+    """Tell an actor something else."""
+    if not text.strip():
+        return floor.say("nothing was typed, and nothing is told", True)
+    floor.ask(f"{about} was told", "reprompt_worker", task_id=about, prompt=text)
+
+
+def send_cancel(floor: Floor, about: str, text: str) -> None:
+    """Cancel an actor, or with no name the run."""
+    reason = text.strip() or None
+    if about:
+        return floor.ask(f"{about} is being cancelled", "cancel_worker", task_id=about, reason=reason)
+    floor.ask("the run is being cancelled", "cancel_run", reason=reason)
+
+
+def send_reject(floor: Floor, about: str, text: str) -> None:
+    """Reject a request."""
+    leave_ask(floor)
+    floor.ask("rejected", "approve", request_id=about, approved=False, reason=text.strip() or None)
+
+
+def send_edit(floor: Floor, about: str, text: str) -> None:
+    """Approve something else than was asked for."""
+    leave_ask(floor)
+    floor.ask("approved, changed", "approve", request_id=about, approved=True, edited_summary=text)
+
+
+def send_rule(floor: Floor, about: str, text: str) -> None:
+    """Put what was typed into a rule."""
+    text, name = text.strip(), POLICY_COLUMNS[floor.ui.column][0]
+    if name == "cost_over" and text:
+        try:
+            return change_rule(floor, float(text))
+        except ValueError:
+            return floor.say(f"found {show_value(text)}; allowed: a number of USD, or nothing for any", True)
+    change_rule(floor, text or None)
+
+
+SENDS = {
+    # what is done with a text or an answer: (Floor, whom it is about, the text)
+    "filter": send_filter, "search": send_search, "reprompt": send_reprompt, "cancel": send_cancel,
+    "reject": send_reject, "edit": send_edit, "rule": send_rule,
+}
+
+
+def key_send(floor: Floor, key: str) -> None:
+    """Use what was typed."""
+    box = floor.ui.box
+    if box is None:
+        return
+    if key == "enter" and not box.one_line:
+        return floor.show(box=edit_box(box, key))
+    floor.show(views=floor.ui.views[:-1], box=None)
+    SENDS[box.then](floor, box.about, box.text)
+
+
+def key_drop_text(floor: Floor, key: str) -> None:
+    """Go back without using what was typed."""
+    floor.show(views=floor.ui.views[:-1], box=None)
+
+
+class FloorKey(NamedTuple):
+    """One key, or some that mean alike: what it does, and in which views."""
+
+    keys: tuple
+    shown: str                 # in the help
+    short: str                 # in the last row; empty: it is not there
+    help: str
+    where: tuple               # keys of VIEW_KINDS
+    run: Callable
+
+
+_FLOOR, _LOGS, _LISTS = ("floor",), ("detail", "log"), ("approvals", "runs", "policy")
+_ACTS = ("floor", "detail", "log")
+_PLAIN = ("floor", "detail", "log", "approvals", "ask", "runs", "policy")
+
+KEYS = (
+    #        keys                     shown          short      help, where, handler
+    FloorKey(("tab",), "Tab", "what needs you", "go to what needs you next (Shift-Tab: back)", _FLOOR,
+             key_need),
+    FloorKey(("backtab",), "Shift-Tab", "", "the same, backwards", _FLOOR, key_need),
+    FloorKey(("?",), "?", "help", "this help", _PLAIN, key_help),
+    FloorKey(("?", "q"), "q", "back", "leave the help", ("help",), key_back),
+    FloorKey(tuple(STEPS_OF_KEYS), "hjkl arrows", "", "move to the tile beside this one", _FLOOR, key_move),
+    FloorKey(("g", "G", "home", "end"), "g G", "", "the first, the last tile", _FLOOR, key_ends),
+    FloorKey(("enter",), "Enter", "open", "open the actor; on the header of a group: fold it", _FLOOR,
+             key_open),
+    FloorKey((" ",), "Space", "", "fold or unfold the group of a sub-lead", _FLOOR, key_fold),
+    FloorKey(("J", "K", "ctrl-d", "ctrl-u", "pgdn", "pgup", "wheel-up", "wheel-down"), "J K ^D ^U", "",
+             "scroll what the actor says, below the tiles (wheel: 5 rows)", _FLOOR, key_scroll),
+    FloorKey(("k", "up", "j", "down", "J", "K", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
+              "wheel-up", "wheel-down"), "j k J K ^D ^U", "", "scroll the log by 1, 5, half a screen; g, G: "
+             "its begin, its end (wheel: 5 rows)", _LOGS, key_scroll),
+    FloorKey(("a",), "a", "approvals", "the requests for approval that wait", _ACTS, key_approvals),
+    FloorKey(("y",), "y", "yes", "approve the request", ("approvals", "ask"), key_approve),
+    FloorKey(("n",), "n", "no", "reject it; you are asked for a reason", ("approvals", "ask"), key_reject),
+    FloorKey(("e",), "e", "edit", "approve something else: you change the summary", ("approvals", "ask"),
+             key_edit_ask),
+    FloorKey(("enter",), "Enter", "read", "read the request in full, its plan too", ("approvals",),
+             key_read_ask),
+    FloorKey(("j", "k", "down", "up", "J", "K", "ctrl-d", "ctrl-u", "pgdn", "pgup", "wheel-up",
+              "wheel-down"), "j k", "", "read on", ("ask",), key_read_on),
+    FloorKey(("r",), "r", "reprompt", "interrupt the actor and tell it something else", _ACTS, key_reprompt),
+    FloorKey(("p",), "p", "pause", "pause the actor: its process ends, its session is kept", _ACTS,
+             key_pause),
+    FloorKey(("f",), "f", "freeze", "freeze the actor where it stands (SIGSTOP)", _ACTS, key_freeze),
+    FloorKey(("c",), "c", "continue", "let a paused or frozen actor go on", _ACTS, key_continue),
+    FloorKey(("x",), "x", "cancel", "cancel the actor; you are asked first", _ACTS, key_cancel),
+    FloorKey(("X",), "X", "", "cancel the whole run; you are asked first", _ACTS, key_cancel_run),
+    FloorKey(("P",), "P", "", "the rules that answer requests without you", _ACTS, key_policy),
+    FloorKey(("o",), "o", "", "another run", _ACTS, key_runs),
+    FloorKey(("L",), "L", "", "the whole log of the actor", ("floor", "detail"), key_log),
+    FloorKey(("/",), "/", "", "show only some actors: by name, state, model, agent or role; Esc shows all",
+             _FLOOR, key_filter),
+    FloorKey(("C",), "C", "", "hide the settled ones, or show them again", _FLOOR, key_settled),
+    FloorKey(("v",), "v", "", "one line an actor, or tiles", _FLOOR, key_compact),
+    FloorKey(("/",), "/", "search", "look for words in the log", _LOGS, key_search),
+    FloorKey(("n", "N"), "n N", "", "the next place with them, upwards, downwards", _LOGS, key_next),
+    FloorKey(("j", "k", "down", "up", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
+              "wheel-up", "wheel-down"), "j k g G ^D ^U", "", "move in the list", (*_LISTS, "help"),
+             key_pick),
+    FloorKey(("enter",), "Enter", "open", "show the picked run", ("runs",), key_open_run),
+    FloorKey(("h", "left", "l", "right"), "h l", "", "the cell beside this one", ("policy",), key_column),
+    FloorKey((" ",), "Space", "change", "the next value of the cell", ("policy",), key_cycle),
+    FloorKey(("enter",), "Enter", "type", "type a value; empty means any", ("policy",), key_edit_rule),
+    FloorKey(("n",), "n", "new", "a new rule", ("policy",), key_new_rule),
+    FloorKey(("d",), "d", "delete", "delete the rule", ("policy",), key_drop_rule),
+    FloorKey(("J", "K"), "J K", "", "move the rule down, up: the first that matches decides", ("policy",),
+             key_shift_rule),
+    FloorKey(("s", "f2"), "s F2", "save", "put these rules in force", ("policy",), key_save_rules),
+    FloorKey(("y",), "y", "yes", "do it", ("confirm",), key_sure),
+    FloorKey(("r",), "r", "yes, because", "do it, and say why", ("confirm",), key_sure_because),
+    FloorKey(("n", "q"), "n", "no", "leave it", ("confirm",), key_back),
+    FloorKey(("f2", "ctrl-enter"), "F2 Ctrl-Enter", "send", "use the text", ("box",), key_send),
+    FloorKey(("enter",), "Enter", "", "a new line; where one line is asked for, use it", ("box",), key_send),
+    FloorKey(("esc",), "Esc", "back", "go back; the text is forgotten", ("box",), key_drop_text),
+    FloorKey(("esc", "right-click"), "Esc", "back", "go back (right click, too); on the floor: no filter",
+             ("floor", "detail", "log", "approvals", "ask", "runs", "policy", "confirm", "help"), key_back),
+    FloorKey(("click",), "click", "", "open an actor, fold a group, pick a row", (*_PLAIN, "help"),
+             key_click),
+    FloorKey(("q",), "q Ctrl-C", "leave", "leave the floor; the run goes on", _PLAIN, key_leave),
+)
+KEY_INDEX = {(view, key): row for row in reversed(KEYS) for view in row.where for key in row.keys}
+
+
+# ---- the terminal
+
+CURSES_KEYS = {
+    # name in curses: name here
+    "KEY_UP": "up", "KEY_DOWN": "down", "KEY_LEFT": "left", "KEY_RIGHT": "right", "KEY_HOME": "home",
+    "KEY_END": "end", "KEY_NPAGE": "pgdn", "KEY_PPAGE": "pgup", "KEY_ENTER": "enter", "KEY_F2": "f2",
+    "KEY_BACKSPACE": "backspace", "KEY_DC": "delete", "KEY_BTAB": "backtab", "KEY_RESIZE": "resize",
+}
+CONTROL_KEYS = {"\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backspace",
+                "\x04": "ctrl-d", "\x15": "ctrl-u", "\x0c": "resize", "\x1b": "esc"}
+# Ctrl-Enter, as terminals tell it that can: in xterm's and in kitty's way
+CTRL_ENTER = ("[13;5u", "[27;5;13~")
+CURSES_COLOURS = ("white", "cyan", "green", "magenta", "yellow", "red", "blue")
+STYLE_WORDS = {"bold": "A_BOLD", "dim": "A_DIM", "reverse": "A_REVERSE", "underline": "A_UNDERLINE"}
+
+
+class LeftBySignal(Exception):
+    """TERM or HUP came: the terminal is to be restored before the process ends by it."""
+
+
+class Screen:
+    """A terminal in the hands of curses: what changed of a frame is drawn, keys are told by name."""
+
+    def __init__(self, curses: Any, window: Any, colour: bool) -> None:
+        self.curses, self.window = curses, window
+        self.drawn: list = []
+        self.styles: dict[str, int] = {}
+        self.silent = 0            # times that the terminal was said to have a key and had none
+        self.names = {getattr(curses, k): name for k, name in CURSES_KEYS.items() if hasattr(curses, k)}
+        self.pairs: dict[str, int] = {}
+        if colour and curses.has_colors():
+            curses.start_color()
+            curses.use_default_colors()
+            for n, name in enumerate(CURSES_COLOURS, 1):
+                curses.init_pair(n, getattr(curses, f"COLOR_{name.upper()}"), -1)
+                self.pairs[name] = curses.color_pair(n)
+
+    def size(self) -> tuple[int, int]:
+        """(columns, rows)."""
+        rows, columns = self.window.getmaxyx()
+        return columns, rows
+
+    def style_of(self, style: str) -> int:
+        """A style of a span as curses has it."""
+        if style not in self.styles:
+            words = style.split()
+            self.styles[style] = functools.reduce(
+                lambda a, b: a | b, (self.pairs.get(w, 0) or getattr(self.curses, STYLE_WORDS.get(w, ""), 0)
+                                     for w in words), 0)
+        return self.styles[style]
+
+    def draw(self, frame: Frame) -> None:
+        """Put a frame on the screen."""
+        for y, row in enumerate(frame.rows):
+            if y < len(self.drawn) and self.drawn[y] == row:
+                continue
+            with contextlib.suppress(self.curses.error):       # the last cell of all cannot be written
+                self.window.move(y, 0)
+                for text, style in row:
+                    self.window.addstr(text, self.style_of(style))
+        self.drawn = frame.rows
+        self.window.refresh()
+
+    def forget(self) -> None:
+        """Draw everything anew next time."""
+        self.drawn = []
+        self.window.erase()
+        self.window.redrawwin()
+
+    def keys(self) -> Iterator[str]:
+        """The names of the keys that were pressed.  Raises LeftBySignal when the terminal is gone."""
+        while (key := self.read()) is not None:
+            self.silent = 0
+            name = key if isinstance(key, str) else self.names.get(key, "")
+            if name == "\x1b":
+                name = self.read_escape()
+            elif isinstance(key, int) and key == self.curses.KEY_MOUSE:
+                name = self.read_mouse()
+            yield CONTROL_KEYS.get(name, name)
+
+    def read(self) -> str | int | None:
+        """One key as curses gives it; None: there is none."""
+        try:
+            return self.window.get_wch()
+        except self.curses.error:
+            return None
+
+    def read_escape(self) -> str:
+        """What follows an escape that curses knows no key for."""
+        first = self.read()
+        if first is None:
+            return "esc"
+        if first not in ("[", "O"):
+            if isinstance(first, str):
+                self.curses.unget_wch(first)
+            return "esc"
+        words = first
+        while len(words) < 32 and isinstance(more := self.read(), str):
+            words += more
+            if more.isalpha() or more == "~":
+                break
+        return "ctrl-enter" if words in CTRL_ENTER else ""
+
+    def read_mouse(self) -> str:
+        """A click or a turn of the wheel."""
+        try:
+            _, column, row, _, state = self.curses.getmouse()
+        except self.curses.error:
+            return ""
+        presses = {"BUTTON1": f"click:{row}:{column}", "BUTTON3": "right-click", "BUTTON4": "wheel-up",
+                   "BUTTON5": "wheel-down"}
+        return next((name for button, name in presses.items()
+                     if state & (getattr(self.curses, f"{button}_PRESSED", 0)
+                                 | getattr(self.curses, f"{button}_CLICKED", 0))), "")
+
+
+def import_curses() -> Any:
+    """The curses of the standard library.  Raises InvalidInput where this Python was built without it."""
+    try:
+        import curses
+    except ImportError:
+        raise InvalidInput("this Python was built without curses, which the floor needs",
+                           hint="pitboss floor screenshot, or pitboss status, or another Python") from None
+    return curses
+
+
+def is_utf8() -> bool:
+    """Whether the locale is one of UTF-8."""
+    import locale
+
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_ALL, "")
+    return locale.nl_langinfo(locale.CODESET).upper().replace("-", "") == "UTF8"
+
+
+@contextlib.contextmanager
+def open_screen(env: Mapping[str, str]) -> Iterator[Screen]:
+    """The terminal, taken and given back however this ends.  Raises InvalidInput where it is none."""
+    import signal
+
+    curses = import_curses()
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise InvalidInput("the floor needs a terminal, for keys and for what it shows",
+                           hint="pitboss floor screenshot prints one frame, pitboss watch one line a change")
+    try:
+        curses.setupterm()
+    except curses.error:
+        raise InvalidInput(f"this system does not know the terminal {show_value(env.get('TERM', ''))}",
+                           hint="TERM=xterm pitboss floor") from None
+
+    def leave(number: int, stack: Any) -> None:
+        raise LeftBySignal(number)
+
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, leave) for number in signals}
+    window = None
+    try:
+        window = curses.initscr()
+        curses.noecho()
+        curses.cbreak()
+        curses.nonl()
+        with contextlib.suppress(curses.error, AttributeError):
+            curses.set_escdelay(25)
+        with contextlib.suppress(curses.error):
+            curses.curs_set(0)
+        window.keypad(True)
+        window.nodelay(True)
+        curses.mouseinterval(0)
+        curses.mousemask(curses.ALL_MOUSE_EVENTS)
+        yield Screen(curses, window, not env.get("NO_COLOR"))
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)      # nothing interrupts this
+        if window is not None:
+            with contextlib.suppress(curses.error):
+                curses.mousemask(0)
+                curses.curs_set(1)
+            with contextlib.suppress(curses.error):
+                curses.endwin()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wait_for_key(screen: Screen, phone: Phone, seconds: float) -> None:
+    """Wait until a key or an answer comes, or time has passed.  Raises LeftBySignal: the terminal is gone."""
+    import select
+    import signal
+
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    if phone.sock is not None:
+        poll.register(phone.sock, select.POLLIN)
+    for fd, what in poll.poll(max(0.0, seconds) * 1000):
+        if fd == 0:
+            screen.silent += 1
+            if what & (select.POLLHUP | select.POLLERR | select.POLLNVAL) or screen.silent > 50:
+                raise LeftBySignal(signal.SIGHUP)
+
+
+def serve_floor(floor: Floor, env: Mapping[str, str]) -> None:
+    """Show the floor until its operator leaves it; the terminal is restored whatever ends it."""
+    import signal
+
+    floor.utf8 = is_utf8()
+    try:
+        with open_screen(env) as screen:
+            stale, next_tick = True, 0.0
+            while not floor.left:
+                if time.monotonic() >= next_tick:
+                    stale, next_tick = tick_floor(floor) or stale, time.monotonic() + TICK_EVERY_S
+                if stale:
+                    floor.size = screen.size()
+                    screen.draw(floor.draw())
+                wait_for_key(screen, floor.phone, next_tick - time.monotonic())
+                stale = press_keys(floor, screen)
+                for words, is_bad in floor.phone.hear():
+                    floor.say(words, is_bad)
+                    stale = True
+    except KeyboardInterrupt:
+        pass
+    except LeftBySignal as e:
+        signal.signal(e.args[0], signal.SIG_DFL)
+        os.kill(os.getpid(), e.args[0])
+    finally:
+        floor.close()
+
+
+def tick_floor(floor: Floor) -> bool:
+    """Take in what happened; what cannot be read is said, and the floor stays as it was."""
+    try:
+        return floor.tick()
+    except PitbossError as e:
+        fresh = floor.ui.message != str(e)
+        floor.say(str(e), True)
+        return fresh
+
+
+def press_keys(floor: Floor, screen: Screen) -> bool:
+    """Do what the keys that were pressed mean; whether there were any."""
+    pressed = False
+    for key in screen.keys():
+        pressed = True
+        if key == "resize":
+            screen.curses.update_lines_cols()
+            screen.forget()
+        name = "click" if key.startswith("click:") else key
+        floor.size = screen.size()
+        row = KEY_INDEX.get((floor.view, name))
+        if name == "click" and row:
+            row.run(floor, key)
+        else:
+            floor.press(name)
+        if row and floor.view != "box":
+            floor.follow_log()
+    return pressed
 
 
 # ======================================================================================
@@ -21686,6 +23997,59 @@ def cmd_list(options: Any) -> str:
     return "ok"
 
 
+def newest_run(runs_dir: str) -> str:
+    """The folder of the newest run.  Raises NotFound."""
+    found = list_runs(runs_dir)
+    if not found:
+        raise NotFound(f"no runs in {runs_dir}", hint="pitboss demo deals one that costs nothing")
+    return os.path.join(runs_dir, found[0])
+
+
+def cmd_floor(options: Any) -> str:
+    """Watch a run and act on it in the terminal; or print one frame, or the runs."""
+    word = options.run if options.run in FLOOR_WORDS else ""
+    named = options.other if word else options.run
+    if options.other is not None and (not word or word == "list"):
+        raise InvalidInput(f"floor: unknown argument {show_value(options.other)}",
+                           hint="pitboss floor --help")
+    if options.which is not None:
+        if named is not None:
+            raise InvalidInput("floor: a run is given twice, as RUN and with --run")
+        named = options.which
+    if word == "list":
+        options.active = False
+        return cmd_list(options)
+    for flag, what in (("--cols", options.cols), ("--rows", options.rows)):
+        if what is not None and not 1 <= what <= 1000:
+            raise InvalidInput(f"floor: {flag}: found {what}; allowed: 1 to 1000")
+    runs_dir = runs_folder(os.environ, options.runs_dir)
+    run_dir = newest_run(runs_dir) if named is None else find_run(runs_dir, named)
+    floor = Floor(run_dir, Lookout(os.path.dirname(run_dir), run_state, look_at_run))
+    if word == "screenshot":
+        return take_screenshot(floor, options)
+    serve_floor(floor, os.environ)
+    return "ok"
+
+
+FLOOR_WORDS = ("list", "screenshot")
+
+
+def take_screenshot(floor: Floor, options: Any) -> str:
+    """Print one frame of the floor."""
+    floor.size = (options.cols or 120, options.rows or 30)
+    floor.feed.look()
+    floor.draw()                   # which tells who is in sight
+    floor.follow_log()
+    floor.follow_words()
+    frame = floor.draw()
+    floor.close()
+    if options.svg:
+        print(render_svg(frame), end="")
+    else:
+        print("\n".join(frame_lines(frame, want_colour(sys.stdout))))
+    return "ok"
+
+
 def cmd_attach(options: Any) -> str:
     """Follow one actor's log until it settles; Ctrl-C leaves it."""
     run_dir = find_run(runs_folder(os.environ, options.runs_dir), options.run)
@@ -22243,6 +24607,7 @@ class Name(NamedTuple):
 NAMES = {n.name: n for n in (
     Name("pitboss", ()),
     Name("pit", ("pit",)),
+    Name("pitboss-tui", ("floor",)),
 )}
 
 
@@ -23145,6 +25510,16 @@ COMMANDS = {c.name: c for c in (
         (("--lines",), {"type": int, "default": 20, "metavar": "N",
                         "help": "begin with the last N lines (20)"})),
         "follow one actor's log until it settles", "attach 0192f3 hello"),
+    Cli("floor", cmd_floor, "[RUN] [OTHER]", (
+        (("run",), {"metavar": "RUN", "nargs": "?", "help": "a run id, or the beginning of one (the newest); "
+                                                            "or the word list or screenshot"}),
+        (("other",), {"metavar": "OTHER", "nargs": "?", "help": "after screenshot: a run id"}),
+        (("--run",), {"dest": "which", "metavar": "RUN", "help": "the same as RUN"}),
+        (("--cols",), {"type": int, "metavar": "N", "help": "of a screenshot: its columns (120)"}),
+        (("--rows",), {"type": int, "metavar": "N", "help": "of a screenshot: its rows (30)"}),
+        (("--svg",), {"action": "store_true", "help": "of a screenshot: a picture"}), _JSON, _RUNS_DIR),
+        "watch a run and act on it; `floor screenshot` prints one frame",
+        "floor 0192f3"),
     Cli("diff", cmd_diff, "RUN OTHER", (
         _RUN, (("other",), {"metavar": "OTHER", "help": "another run id, or the beginning of one"}), _JSON,
         _RUNS_DIR),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -151,9 +152,9 @@ def test_a_killed_daemon_and_a_killed_tmux_server_lose_nothing(pit):
     os.kill(old, signal.SIGKILL)
     flag.touch()
     wait_for(lambda: pit.statuses()["repo-auth.1"] == "closed", 30, "the agent works without a daemon")
+    wait_for(lambda: len(pit.events("daemon_began")) == 2, 30, "the daemon that a hook started")
     pit.watch("done")
     assert pit.commits("pit/auth") == ["work 1", "work 2"] and prompts(pit, "auth") == 2
-    assert len(pit.events("daemon_began")) >= 2
 
     pit.epic("Pay", "$ sleep 300")
     pit.pit("add", "pay")
@@ -438,15 +439,51 @@ def test_a_pause_between_two_tickets(pit):
 
 @needs_tmux
 @pytest.mark.slow
-def test_a_prompt_that_is_not_taken_up_in_time(pit):
-    pit.epic("Auth", "$ leave Which?\n$ write a.txt 1\n$ commit late")
+def test_a_prompt_that_is_never_taken_up(pit):
+    deaf = pit.home.root / "deaf.py"
+    deaf.write_text(
+        "import json, os, subprocess, sys, time\n"
+        "hooks = json.load(open(sys.argv[sys.argv.index('--settings') + 1]))['hooks']\n"
+        "told = {'hook_event_name': 'SessionStart', 'source': 'startup', 'session_id': 's1', 'cwd': os.getcwd()}\n"
+        "subprocess.run(['sh', '-c', hooks['SessionStart'][0]['hooks'][0]['command']], input=json.dumps(told).encode())\n"
+        "time.sleep(300)\n")
+    fake_claude(pit, f"exec {sys.executable} -I -S {deaf} \"$@\"")
+    pit.epic("Auth", work(1))
     pit.pit("start", "--epics", "auth")
-    pit.watch("paused", 40)
-    agent = int(pit.tmux("display-message", "-p", "-t", pit.status("auth")["pane"], "#{pane_pid}"))
-    os.kill(agent, signal.SIGSTOP)
-    pit.pit("resume", "auth", "--message", "this one")
     pit.watch("paused", 60)
     assert pit.status("auth")["reason"].startswith("DELIVERY: ")
-    os.kill(agent, signal.SIGCONT)
-    pit.watch("done", 40)
-    assert pit.commits("pit/auth") == ["late"], "what was typed is there when it wakes up"
+    assert pit.pit("stop", "auth")["epics"]["auth"]["state"] == "done"
+    assert pit.statuses() == {"repo-auth.1": "open"}
+
+
+def test_session_folders_that_nobody_needs_are_removed(pit):
+    pit.pit("daemon", "start")
+    folder = str(pit.folder)
+    assert pit.pit("cleanup") == {"removed": [], "kept": [{"path": folder, "why": "has a living daemon"}]}
+    pit.pit("daemon", "stop")
+    assert pit.pit("cleanup", "--dry-run")["removed"] == [folder] and os.path.isdir(folder)
+    assert pit.pit("cleanup", cwd=pit.home.root)["removed"] == [folder] and not os.path.exists(folder)
+    assert pit.pit("cleanup") == {"removed": [], "kept": []}
+
+
+@pytest.mark.slow
+def test_a_message_goes_into_the_session_of_the_hand_before(pit):
+    pit.epic("Auth", "$ say Which file?\n$ exit 3")
+    pit.epic("Pay", "$ sleep 300")
+    pit.pit("start", "--epics", "auth,pay", "--headless")
+    pit.watch("paused", 50)
+    assert pit.status("auth")["reason"].startswith("AGENT_EXITED: Failed")
+    message = "$ write a.txt 1\n$ commit answered\n$ run pit ticket close repo-auth.1"
+    assert pit.pit("resume", "auth", "--message", message)["changed"]
+    pit.watch("done", 50, "--epics", "auth")
+    assert pit.commits("pit/auth") == ["answered"]
+    shown = json.loads(pit.home.pitboss("status", pit.status("auth")["runId"], "--json", check=0).stdout)
+    assert len(shown["actors"]) == 2 and len({x["claude_session_id"] for x in shown["actors"]}) == 1
+    wait_for(lambda: [e for e in pit.events("prompted") if e["epic"] == "pay"], 30, "the hand")
+    assert pit.pit("pause", "pay")["changed"]
+    run = pit.status("pay")["runId"]
+    wait_for(lambda: json.loads(pit.home.pitboss("status", run, "--json").stdout)["actors"][0]["status"] == "Cancelled",
+             30, "the end of its hand")
+    assert pit.statuses()["repo-pay.1"] == "in_progress" and pit.status("pay")["reason"] == "MANUAL"
+    assert pit.pit("stop")["epics"]["pay"]["changed"] and pit.statuses()["repo-pay.1"] == "open"
+    assert json.loads(pit.home.pitboss("status", run, "--json").stdout)["state"] == "complete"

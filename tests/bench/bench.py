@@ -803,6 +803,143 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+# ---- 15. the floor
+
+class Shown:
+    """The floor of a run in a terminal of its own; what it writes is read at once."""
+
+    def __init__(self, home: Home, run: str, columns: int = 120, rows: int = 40) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.fd, self.text, self.began = ours, b"", time.perf_counter()
+        self.process = subprocess.Popen(home.argv("floor", run), stdin=theirs, stdout=theirs, stderr=theirs,
+                                        start_new_session=True, cwd=home.root,
+                                        env={**home.env, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"})
+        os.close(theirs)
+
+    def until(self, wanted: bytes, deadline_s: float = 60) -> float:
+        """Seconds until some text is written."""
+        began, seen = time.perf_counter(), b""
+        while wanted not in seen:
+            left = began + deadline_s - time.perf_counter()
+            assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {wanted!r}: {seen[-2000:]!r}"
+            seen += os.read(self.fd, 1 << 16)
+        return time.perf_counter() - began
+
+    def cpu_share(self, seconds_: float, act: Callable[[], None] = lambda: None) -> float:
+        """The share of a core that it takes while `act` is called four times a second."""
+        before, end = cpu_of(self.process.pid), time.monotonic() + seconds_
+        while (left := end - time.monotonic()) > 0:
+            act()
+            pause = time.monotonic() + min(0.25, left)
+            while (rest := pause - time.monotonic()) > 0:
+                if select.select([self.fd], [], [], rest)[0]:
+                    os.read(self.fd, 1 << 16)
+        return (cpu_of(self.process.pid) - before) / seconds_
+
+    def end(self) -> None:
+        self.process.terminate()
+        with contextlib.suppress(OSError):
+            while os.read(self.fd, 1 << 16):
+                pass
+        self.process.wait(10)
+        os.close(self.fd)
+
+
+class Made:
+    """A run folder with a journal that was written by hand; this process holds its lock."""
+
+    def __init__(self, home: Home, actors: int, events: int) -> None:
+        import fcntl
+
+        self.run_id = "01a20000-0000-7000-8000-%012x" % actors
+        self.folder = home.runs / self.run_id
+        (self.folder / "tasks").mkdir(parents=True)
+        (self.folder / "meta.json").write_text('{"manifest_name": "big", "mode": "hierarchical"}')
+        self.lock = open(self.folder / "lock", "w")
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.journal = open(self.folder / "journal.jsonl", "a")
+        self.at, self.seq = time.time() - 100, 0
+        self.names = ["boss", *(f"worker-{n}" for n in range(1, actors))]
+        self.logs = [self.folder / "tasks" / name / "stdout.log" for name in self.names]
+        self.write("run_opened", format=1, run_id=self.run_id, name="big", mode="hierarchical", max_parallel=1 << 20)
+        common = {"agent": "claude", "model": "claude-haiku-4-5", "directory": "/", "use_worktree": False,
+                  "timeout_s": 3600, "branch": None}
+        for n, name in enumerate(self.names):
+            own = ({"role": "worker", "parent": "boss", "layer": "boss", "estimate": 0.1} if n else
+                   {"role": "lead", "layer": "boss", "budget_usd": 100.0, "max_workers": 16})
+            self.write("actor_added", actor=name, **common, **own)
+            self.write("hand_dealt", actor=name, hand=1, session_id="s", how="prompt", log_at=0, message_id="m")
+            self.write("hand_started", actor=name, hand=1, handle={"executor": "local", "pid": 1, "start": "",
+                                                                   "boot": "", "ns": "", "marker": "m"})
+            self.logs[n].parent.mkdir()
+            self.say(n)
+        while self.seq < events:
+            self.write("usage", actor=self.names[self.seq % actors], usage=[self.seq, 1, 1, 1], cost_usd=0.01)
+        self.journal.flush()
+
+    def write(self, kind: str, **facts) -> None:
+        self.seq += 1
+        self.at += 0.0001
+        self.journal.write(json.dumps({"seq": self.seq, "at": self.at, "kind": kind, **facts}) + "\n")
+
+    def say(self, n: int) -> None:
+        with open(self.logs[n], "a") as f:
+            f.write('{"type":"assistant","message":{"content":[{"type":"text","text":"line %d"}]}}\n' % time.time_ns())
+
+    def print_some(self) -> None:
+        """What 16 agents do in a quarter of a second."""
+        for n in range(16):
+            for _ in range(5):
+                self.say(n)
+            self.write("usage", actor=self.names[n], usage=[self.seq, 1, 1, 1], cost_usd=0.01)
+        self.journal.flush()
+
+    def change(self, freeze: bool) -> None:
+        """The lead is frozen, or goes on."""
+        if freeze:
+            self.write("pause_decided", actor="boss", mode="freeze")
+        else:
+            self.write("continue_decided", actor="boss")
+        self.journal.flush()
+
+
+def measure_floor(size: Size) -> list[Figure]:
+    """CPU and latency of the floor; its first frame of a long run."""
+    figures = []
+    with fresh_home() as home:
+        long, few = Made(home, size.runs, size.events), Made(home, 300, 1000)
+        firsts = []
+        for _ in range(size.rounds):
+            shown = Shown(home, long.run_id)
+            firsts.append(shown.until(b"worker-1"))
+            shown.end()
+        figures.append(Figure(f"first frame: {size.runs} actors, {size.events} events", statistics.median(firsts), "s"))
+        shown = Shown(home, few.run_id)
+        shown.until(b"worker-1")
+        shown.cpu_share(2)
+        figures.append(Figure("300 actors at rest", 100 * shown.cpu_share(size.idle_s), "% of a core"))
+        figures.append(Figure("300 actors, 16 of them print", 100 * shown.cpu_share(size.idle_s, few.print_some), "% of a core"))
+        os.write(shown.fd, b"v")
+        figures.append(Figure("the same, one line an actor", 100 * shown.cpu_share(size.idle_s, few.print_some), "% of a core"))
+        os.write(shown.fd, b"v")
+        shown.cpu_share(1)
+        delays = []
+        for n in range(40):
+            few.change(n % 2 == 0)
+            delays.append(shown.until(b"Running" if n % 2 else b"Frozen"))
+            shown.cpu_share(0.01 + 0.013 * n)
+        figures += [Figure(f"an event to the screen, {name}", sorted(delays)[int(len(delays) * part)] * 1e3, "ms")
+                    for name, part in (("p50", 0.5), ("p95", 0.95))]
+        shown.end()
+    return figures
+
+
 # ---- the table
 
 ROWS = {
@@ -820,6 +957,7 @@ ROWS = {
     "store": measure_store,
     "replay": measure_replay,
     "control": measure_control,
+    "floor": measure_floor,
 }
 
 

@@ -1,0 +1,312 @@
+"""The floor as frames of cells: pure, from made-up runs; each picture in tests/data/floor was read by a person.
+
+A picture is never written by a test. `python3 tests/test_views.py NAME` prints one, to be read and then put there.
+"""
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import pitboss  # noqa: E402
+from pitboss import Scene, Ui, cell_width, render_floor  # noqa: E402
+
+PICTURES = Path(__file__).resolve().parent / "data" / "floor"
+START = 1_800_000_000.0
+RUN_ID = "0192f3a0-1111-7222-8333-444455556666"
+
+
+class Maker:
+    """Builds a run by events, one second apart."""
+
+    def __init__(self, mode: str = "hierarchical", **facts) -> None:
+        self.seq, self.at, self.run = 0, START, pitboss.RunState()
+        self("run_opened", format=1, run_id=RUN_ID, name="refactor", mode=mode, max_parallel=100, **facts)
+
+    def __call__(self, kind: str, **facts) -> "Maker":
+        self.seq, self.at = self.seq + 1, self.at + 1
+        pitboss.step(self.run, {"seq": self.seq, "at": self.at, "kind": kind, **facts})
+        return self
+
+    def actor(self, name: str, role: str = "worker", parent: str | None = "boss", model: str = "claude-sonnet-4-6",
+              running: bool = True, **facts) -> "Maker":
+        """An actor, whose first hand runs."""
+        leads = {"budget_usd": 20.0, "max_workers": 8, **facts} if role in pitboss.LEADERS else {"estimate": 0.5}
+        layer = "" if role == "task" else name if role in pitboss.LEADERS else parent
+        self("actor_added", actor=name, role=role, agent="claude", model=model, directory="/src/app", branch=None,
+             use_worktree=False, timeout_s=3600.0, parent=parent, layer=layer, prompt_preview=f"the task of {name}",
+             **({"estimate": leads["budget_usd"]} if role == "sublead" else {}), **leads)
+        if running:
+            self("hand_dealt", actor=name, hand=1, session_id=f"5e551017-{name}", how="prompt", log_at=0, message_id="m")
+            self("hand_started", actor=name, hand=1, handle={"executor": "local"})
+        return self
+
+    def used(self, name: str, tokens: int, usd: float) -> "Maker":
+        return self("usage", actor=name, usage=[tokens, tokens // 10, tokens * 3, 0], cost_usd=usd)
+
+    def ended(self, name: str, status: str, message: str = "", usd: float = 0.01) -> "Maker":
+        self("hand_ended", actor=name, code=0, lived_s=3.0, usage=[900, 80, 0, 0], cost_usd=usd, status=status,
+             final="done", reason={"kind": "unknown", "message": message} if message else None)
+        return self("closed", actor=name, path=None)
+
+    def asked(self, name: str, request: str = "5c1e", summary: str = "Delete the old cache", plan: str | None = None,
+              form: str = "action") -> "Maker":
+        return self("approval_asked", request_id=request, actor=name, form=form, plan=plan, summary=summary, call=request,
+                    category="plan" if form == "plan" else "tool_use", fallback="auto_reject", ttl_s=600.0)
+
+
+PLAN = {"summary": "Delete the old cache", "rationale": "It is large and nobody reads it.",
+        "resources": ["one worker", "two minutes"], "risks": ["a cold start", "somebody may want it back"],
+        "rollback": "restore it from the backup"}
+
+
+def tree() -> Maker:
+    """A lead with workers in every state, and a sub-lead with its own."""
+    make = Maker().actor("boss", "lead", None)
+    make.actor("worker-1", model="claude-haiku-4-5").actor("worker-2", model="claude-opus-4-8").actor("worker-3")
+    make.actor("worker-4").actor("worker-5").actor("worker-6", running=False)
+    make.actor("sub-1", "sublead", budget_usd=3.0, max_workers=4, read_down=True).actor("worker-7", parent="sub-1")
+    make.actor("worker-8", parent="sub-1", model="claude-haiku-4-5")
+    make.used("boss", 41_000, 1.2).used("worker-1", 900, 0.0123).used("worker-2", 1_234_567, 8.5).used("worker-7", 99, 0.2)
+    make("store_used", counters={"boss": [12, 0], "worker-1": [3, 1]})
+    make.ended("worker-3", "Success").ended("worker-4", "Failed", "the tests do not pass")
+    make("pause_decided", actor="worker-5", mode="freeze")
+    return make.asked("sub-1", plan="{}")
+
+
+def shown(asked: pitboss.Approval, make: Maker) -> dict:
+    """What show_approval makes of a request."""
+    return {"request_id": asked.id, "task_id": asked.actor, "summary": asked.summary, "plan": PLAN, "category": asked.category,
+            "kind": "plan" if asked.form == "plan" else "action", "tool_name": None, "cost_estimate": 0.5,
+            "actor_path": pitboss.path_of(make.run, asked.actor), "created_at": pitboss.render_time(asked.asked_at),
+            "expires_at": pitboss.render_time(asked.expires_at)}
+
+
+LOG = ((">", "I read the parser first."), ("*", 'Bash {"command": "python3 -m pytest -q tests/test_parser.py"}'),
+       ("<", "12 passed in 0.31s"), (">", "Now the names: 漢字 are wide, e\u0301 is one cell."),
+       ("!", "retry 1/10: overloaded 529"), ("v", "done ($0.42)"))
+CHANGES = {"files": [{"path": "src/parser.py", "added": 12, "removed": 3}, {"path": "logo.png", "added": None, "removed": None}],
+           "new": ["notes.txt"], "note": ""}
+RUNS = tuple({"run_id": f"0192f3a{n}-1111-7222-8333-444455556666", "name": name, "mode": "flat", "state": state,
+              "started_unix": START - 86400 * n} for n, (name, state) in
+             enumerate((("refactor", "running"), ("nightly", "complete"), ("docs", "stale"))))
+RULES = ({"match": {"actor": "boss*", "category": "tool_use"}, "action": "auto_approve"},
+         {"match": {"cost_over": 2.5}, "action": "block"})
+
+
+def scene(make: Maker, state: str = "running", after: float = 75.0, **more) -> Scene:
+    now = make.at + after
+    alone = 2 if state == "stale" else None
+    return Scene(make.run, state, now, now, tuple(pitboss.attention(make.run, now, {}, alone)),
+                 **{"keys": pitboss.KEYS, "log": LOG, "runs": RUNS, "changes": CHANGES,
+                    "asks": tuple(shown(a, make) for a in make.run.approvals.values()), **more})
+
+
+def crowd() -> Maker:
+    """A flat run of many tasks, all kinds of ends among them."""
+    make = Maker("flat")
+    for n in range(300):
+        make.actor(f"task-{n:03}", "task", None, running=n < 260)
+        if n < 240:
+            make.ended(f"task-{n:03}", [*pitboss.STATUSES][n % 40] if n % 40 < len(pitboss.STATUSES) else "Success")
+    return make
+
+
+def hostile() -> Maker:
+    """Names and words that would wreck a terminal."""
+    make = Maker("flat")
+    make.actor("plain", "task", None).actor("wide", "task", None, model="模型-\x1b[31m超大-pro")
+    return make.ended("plain", "Failed", "a\x1b[2J\x1b]0;owned\x07b\u202ec")
+
+
+# name: (the scene, where the operator looks, columns, rows, UTF-8)
+FRAMES = {
+    "tree_80x24": lambda: (scene(tree()), Ui(), 80, 24, True),
+    "tree_40x12": lambda: (scene(tree()), Ui(focus="worker-4"), 40, 12, True),
+    "tree_200x60": lambda: (scene(tree()), Ui(focus="worker-7"), 200, 60, True),
+    "tree_ascii": lambda: (scene(tree()), Ui(focus="worker-5"), 80, 24, False),
+    "tree_compact": lambda: (scene(tree(), words={"worker-2": "reads the lexer"}), Ui(compact=True, focus="worker-2"), 100, 24, True),
+    "tree_folded": lambda: (scene(tree()), Ui(focus="sub-1", header=True, folded=frozenset(["sub-1"])), 80, 24, True),
+    "tree_filtered": lambda: (scene(tree()), Ui(filter="haiku"), 80, 24, True),
+    "tree_stale": lambda: (scene(tree(), "stale"), Ui(hides_settled=True), 80, 24, True),
+    "crowd_80x24": lambda: (scene(crowd()), Ui(focus="task-100"), 80, 24, True),
+    "hostile": lambda: (scene(hostile()), Ui(focus="wide"), 80, 24, True),
+    "detail_80x24": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-1"), 80, 24, True),
+    "detail_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-4"), 40, 12, True),
+    "log_80x24": lambda: (scene(tree(), log=LOG * 9, log_cut=5_000_000), Ui(("floor", "log"), "worker-1", back=3, search="passed"), 80, 24, True),
+    "approvals_80x24": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals"), pick=1), 80, 24, True),
+    "ask_80x24": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e"), 80, 24, True),
+    "ask_40x12": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e", back=4), 40, 12, True),
+    "plan_80x24": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals", "ask"), request="77"), 80, 24, False),
+    "policy_80x24": lambda: (scene(tree()), Ui(("floor", "policy"), rules=RULES, pick=1, column=4), 80, 24, True),
+    "runs_80x24": lambda: (scene(tree()), Ui(("floor", "runs"), pick=1), 80, 24, True),
+    "confirm_80x24": lambda: (scene(tree()), Ui(("floor", "confirm"), "worker-1", question=("cancel", "worker-1")), 80, 24, True),
+    "box_80x24": lambda: (scene(tree()), Ui(("floor", "box"), "worker-1", box=pitboss.Box("tell worker-1", "use the old\n漢字 parser", 14)), 80, 24, True),
+    "help_80x24": lambda: (scene(tree()), Ui(("floor", "help")), 80, 24, True),
+}
+SIZES = [(80, 24), (40, 12), (200, 60), (20, 5), (1, 1), (9, 3), (80, 8), (300, 10)]
+
+
+def picture(name: str) -> str:
+    return "\n".join(pitboss.frame_lines(render_floor(*FRAMES[name]()), False)) + "\n"
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_is_as_its_picture(name):
+    assert picture(name) == (PICTURES / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_every_picture_is_looked_at_and_every_view_has_one():
+    assert {p.stem for p in PICTURES.glob("*.txt")} == set(FRAMES)
+    assert {view for make in FRAMES.values() for view in make()[1].views} == set(pitboss.VIEW_KINDS)
+
+
+@pytest.mark.parametrize("columns, rows", SIZES)
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_has_exactly_the_size_of_the_terminal(name, columns, rows):
+    what, ui, _, _, utf8 = FRAMES[name]()
+    frame = render_floor(what, ui, columns, rows, utf8)
+    assert len(frame.rows) == rows
+    for row in frame.rows:
+        assert sum(cell_width(text) for text, _ in row) == columns, row
+    for text, style in (span for row in frame.rows for span in row):
+        assert text.isprintable() and set(style.split()) <= pitboss.COLOURS.keys()
+        assert utf8 or text.isascii()
+
+
+def test_nothing_of_what_agents_say_reaches_the_terminal_raw():
+    text = "\n".join(pitboss.frame_lines(render_floor(*FRAMES["hostile"]()), True))
+    assert "owned" not in text and "\u202e" not in text
+    assert "\x1b" not in re.sub(r"\x1b\[[0-9;]+m", "", text) and "\x07" not in text
+
+
+def test_colours_of_leads_models_and_states():
+    frame = render_floor(*FRAMES["tree_200x60"]())
+    styles = {text.strip(): style for row in frame.rows for text, style in row}
+    assert "cyan" in styles["★ boss"] and styles["haiku-4-5"] == "green" and styles["opus-4-8"] == "magenta"
+    assert styles["sonnet-4-6"] == "blue" and styles["Frozen"] == "blue" and styles["Failed ✗"] == "red"
+    assert any("reverse" in style for row in frame.rows for text, style in row if text == " ▸ worker-7 ")
+
+
+def test_risks_have_the_colour_of_warnings():
+    rows = render_floor(*FRAMES["ask_80x24"]()).rows
+    styles = {text.strip(): style for row in rows for text, style in row}
+    assert "yellow" in styles["- a cold start"] and "yellow" in styles["RISKS"] and styles["- two minutes"] == ""
+
+
+# ------------------------------------------------------------------ focus
+
+def blocks_of(make: Maker, ui: Ui, columns: int = 3) -> list:
+    return pitboss.lay_out(make.run, ui, columns, False)
+
+
+@pytest.mark.parametrize("start, across, down, end", [
+    ("boss", 1, 0, "worker-1"), ("boss", -1, 0, "boss"), ("boss", 0, 1, "worker-3"), ("worker-2", 0, 1, "worker-5"),
+    ("worker-3", 0, -1, "boss"), ("worker-6", 0, 1, "sub-1/header"), ("worker-6", 1, 0, "sub-1/header"),
+    ("worker-8", 0, 5, "worker-8"), ("worker-8", 1, 0, "worker-8"), ("worker-2", 1, 0, "worker-3")])
+def test_moving_the_focus(start, across, down, end):
+    make = tree()
+    ui = Ui(focus=start)
+    moved = pitboss.move_focus(blocks_of(make, ui), ui, across, down)
+    assert moved.focus + ("/header" if moved.header else "") == end
+
+
+@pytest.mark.parametrize("ui, focus, header", [
+    (Ui(), "boss", False), (Ui(focus="gone"), "boss", False), (Ui(focus="worker-8", folded=frozenset(["sub-1"])), "sub-1", True),
+    (Ui(focus="worker-3", hides_settled=True), "boss", False), (Ui(focus="boss", header=True), "boss", False)])
+def test_a_focus_that_is_gone_goes_to_what_is_there(ui, focus, header):
+    make = tree()
+    settled = pitboss.settle_focus(make.run, blocks_of(make, ui), ui)
+    assert (settled.focus, settled.header) == (focus, header)
+
+
+def test_the_focus_is_always_in_sight():
+    make = crowd()
+    what, ui = scene(make), Ui()
+    for n in range(0, 300, 7):
+        frame = render_floor(what, ui._replace(focus=f"task-{n:03}"), 80, 24)
+        ui = frame.ui
+        assert any(name == f"task-{n:03}" for *_, kind, name in frame.spots if kind == "actor"), n
+
+
+def test_tab_goes_through_all_that_needs_the_operator_and_around():
+    what, ui, visited = scene(tree()), Ui(focus="worker-1"), []
+    for _ in range(len(what.needs) + 1):
+        need = pitboss.next_need(what, ui, 1)
+        visited.append(need.actor)
+        ui = ui._replace(focus=need.actor)
+    assert visited == ["sub-1", "worker-4", "sub-1"]
+    assert pitboss.next_need(what, Ui(focus="sub-1"), -1).actor == "worker-4"
+    assert pitboss.next_need(scene(Maker("flat")), Ui(), 1) is None
+
+
+def test_spots_are_where_their_tiles_are():
+    frame = render_floor(*FRAMES["tree_80x24"]())
+    lines = pitboss.frame_lines(frame, False)
+    for y, x, height, width, kind, name in frame.spots:
+        first = lines[y][x:x + width]
+        assert name in first, (first, kind, name)
+
+
+# ------------------------------------------------------------------ logs and texts
+
+@pytest.mark.parametrize("text, width, rows", [
+    ("", 10, [""]), ("short", 10, ["short"]), ("one two three", 8, ["one two", "three"]), ("abcdefghij", 4, ["abcd", "efgh", "ij"]),
+    ("漢字漢字", 5, ["漢字", "漢字"]), ("e\u0301e\u0301e\u0301", 2, ["e\u0301e\u0301", "e\u0301"])])
+def test_wrapping_counts_cells(text, width, rows):
+    assert pitboss.wrap_cells(text, width) == rows
+
+
+def test_wrapping_a_huge_line_takes_no_time_to_speak_of():
+    began = time.process_time()
+    for text in ("word " * 200_000, "漢字" * 200_000):
+        rows = pitboss.wrap_cells(text, 80)
+        assert all(cell_width(row) <= 80 for row in rows[:50]) and len(rows) > 9000
+    assert time.process_time() - began < 5
+
+
+def test_a_log_can_be_scrolled_to_its_begin_and_back():
+    what = scene(tree(), log=tuple((">", f"line {n}") for n in range(200)))
+    top = render_floor(what, Ui(("floor", "log"), "worker-1", back=10 ** 9), 80, 24)
+    assert any("line 0 " in line + " " for line in pitboss.frame_lines(top, False)) and top.ui.back == 200 - 19
+    end = render_floor(what, top.ui._replace(back=0), 80, 24)
+    assert any("line 199" in line for line in pitboss.frame_lines(end, False))
+
+
+def test_searching_goes_up_and_down_and_stops():
+    log = tuple((">", f"line {n}") for n in range(100))
+    back = pitboss.find_in_log(log, "line 50", 80, 19, 0, 1)
+    what = scene(tree(), log=log)
+    lines = pitboss.frame_lines(render_floor(what, Ui(("floor", "log"), "worker-1", back=back), 80, 24), False)
+    assert any("line 50" in line for line in lines)
+    assert pitboss.find_in_log(log, "line 50", 80, 19, back, 1) is None
+    assert pitboss.find_in_log(log, "nowhere", 80, 19, 0, 1) is None
+
+
+@pytest.mark.parametrize("text, at, key, after, where", [
+    ("ab", 1, "x", "axb", 2), ("ab", 1, "enter", "a\nb", 2), ("ab", 2, "backspace", "a", 1), ("ab", 0, "backspace", "ab", 0),
+    ("ab", 0, "delete", "b", 0), ("ab", 1, "left", "ab", 0), ("ab", 2, "right", "ab", 2), ("ab\ncd", 4, "home", "ab\ncd", 3),
+    ("ab\ncd", 0, "end", "ab\ncd", 2), ("ab\ncd", 4, "up", "ab\ncd", 1), ("ab\ncd", 1, "down", "ab\ncd", 4),
+    ("ab\ncd", 1, "up", "ab\ncd", 0), ("ab\ncd", 4, "down", "ab\ncd", 5), ("ab\ncd", 5, "ctrl-u", "ab\n", 3),
+    ("ab", 1, "f9", "ab", 1), ("ab", 1, "漢", "a漢b", 2)])
+def test_typing_in_a_box(text, at, key, after, where):
+    box = pitboss.edit_box(pitboss.Box("t", text, at), key)
+    assert (box.text, box.at) == (after, where)
+
+
+def test_a_picture_is_well_formed_and_holds_the_text():
+    import xml.etree.ElementTree as tree_of
+
+    frame = render_floor(*FRAMES["tree_80x24"]())
+    root = tree_of.fromstring(pitboss.render_svg(frame))
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert any("worker-1" in text for text in texts) and any("needs you" in text for text in texts)
+
+
+if __name__ == "__main__":
+    print(*(picture(name) for name in sys.argv[1:] or FRAMES), sep="=" * 80 + "\n", end="")
