@@ -13135,6 +13135,7 @@ LOG_ENTRIES = 5000         # of a log that are kept
 LOG_WORDS = 16 << 10       # characters of one entry
 TAIL_BYTES = 16 << 10      # of a log that are looked at for what was said last
 RUNS_PICKED = 200
+MAX_SILENT = 50            # times in a row that a terminal has something to read, and no key
 
 
 class Lookout(NamedTuple):
@@ -13329,9 +13330,10 @@ class LogFeed:
                 self.tail.close()              # somebody wrote it anew
                 self.cut, self.tail = 0, Tail(self.path, 0)
                 self.entries.clear()
-            lines = []
-            while more := self.tail.read(1 << 20):
-                lines += more
+            lines, at = [], -1
+            while self.tail.at != at:          # a long line takes several reads
+                at = self.tail.at
+                lines += self.tail.read(1 << 20)
         except OSError:
             return False
         for line in lines:
@@ -13600,7 +13602,8 @@ class Floor:
             if self.ui.message and now - self.said_at > 10:
                 self.show(message="", is_bad=False)
                 changed = True
-        return self.follow_log() or self.follow_words() or changed
+        printed, said = self.follow_log(), self.follow_words()
+        return printed or said or changed
 
     def follow_log(self) -> bool:
         """Read what the focused actor printed; whether there is something new to show."""
@@ -14439,19 +14442,18 @@ def open_screen(env: Mapping[str, str]) -> Iterator[Screen]:
 
 
 def wait_for_key(screen: Screen, phone: Phone, seconds: float) -> None:
-    """Wait until a key or an answer comes, or time has passed.  Raises LeftBySignal: the terminal is gone."""
+    """Wait until a key or an answer comes, or time has passed.  Raises LeftBySignal: the terminal is gone.
+
+    One that is gone can always be read, and never has a key.  (poll() knows no terminals on macOS.)
+    """
     import select
     import signal
 
-    poll = select.poll()
-    poll.register(0, select.POLLIN)
-    if phone.sock is not None:
-        poll.register(phone.sock, select.POLLIN)
-    for fd, what in poll.poll(max(0.0, seconds) * 1000):
-        if fd == 0:
-            screen.silent += 1
-            if what & (select.POLLHUP | select.POLLERR | select.POLLNVAL) or screen.silent > 50:
-                raise LeftBySignal(signal.SIGHUP)
+    watched = [0, *([phone.sock] if phone.sock is not None else ())]
+    if 0 in select.select(watched, [], [], max(0.0, seconds))[0]:
+        screen.silent += 1
+        if screen.silent > MAX_SILENT:
+            raise LeftBySignal(signal.SIGHUP)
 
 
 def serve_floor(floor: Floor, env: Mapping[str, str]) -> None:
