@@ -10329,8 +10329,13 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw, doors=doors, prices=prices)
     dispatcher.cancel_first = cancel
+    serving = dispatcher.serve()
     try:
-        asyncio.run(dispatcher.serve())
+        asyncio.run(serving)
+    except OSError as e:                   # no descriptor was left for an event loop
+        serving.close()
+        sys.unraisablehook = lambda unraisable: None       # of a loop that is not whole asyncio complains at length
+        raise fault_of(e, "running the hands") from None
     finally:
         os.close(taken.journal.fd)
         os.close(taken.lock)
