@@ -10334,7 +10334,7 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
         asyncio.run(serving)
     except OSError as e:                   # no descriptor was left for an event loop
         serving.close()
-        sys.unraisablehook = lambda unraisable: None       # of a loop that is not whole asyncio complains at length
+        sys.unraisablehook = lambda told: None     # of a loop that is not whole asyncio complains at length
         raise fault_of(e, "running the hands") from None
     finally:
         os.close(taken.journal.fd)
