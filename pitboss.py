@@ -10171,7 +10171,10 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
     Raises Refused when somebody else holds it, or hands of it may live where they cannot be seen.
     """
     check_whole(run_dir)
-    lock = take_lock(run_dir)
+    try:
+        lock = take_lock(run_dir)
+    except OSError as e:
+        raise fault_of(e, "taking over the run") from None
     try:
         meta = read_json(os.path.join(run_dir, "meta.json"))
         if not isinstance(meta, dict):
