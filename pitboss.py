@@ -10180,7 +10180,10 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
     Raises Refused when somebody else holds it, or hands of it may live where they cannot be seen.
     """
     check_whole(run_dir)
-    lock = take_lock(run_dir)
+    try:
+        lock = take_lock(run_dir)
+    except OSError as e:
+        raise fault_of(e, "taking over the run") from None
     try:
         meta = read_json(os.path.join(run_dir, "meta.json"))
         if not isinstance(meta, dict):
@@ -10339,8 +10342,13 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw, doors=doors, prices=prices)
     dispatcher.cancel_first = cancel
+    serving = dispatcher.serve()
     try:
-        asyncio.run(dispatcher.serve())
+        asyncio.run(serving)
+    except OSError as e:                   # no descriptor was left for an event loop
+        serving.close()
+        sys.unraisablehook = lambda told: None     # of a loop that is not whole asyncio complains at length
+        raise fault_of(e, "running the hands") from None
     finally:
         os.close(taken.journal.fd)
         os.close(taken.lock)
