@@ -1331,7 +1331,8 @@ def check_tool_rules(policy: tuple[ApprovalRule, ...], lead: dict) -> list[Probl
              or rule.category is None and rule.tool_name is not None]
     if not about or lead.get("permission_routing") == "path_b":
         return []
-    return [Problem(f"approval_policy[{about[0]}]", "without permission_routing = \"path_b\" in [lead] no tool "
+    return [Problem(f"approval_policy[{about[0]}]",
+                    "without permission_routing = \"path_b\" in [lead] no tool "
                     "asks before it runs: of the use of tools it sees only what a lead asks for with "
                     "request_approval", ("approval_policy", about[0]))]
 
