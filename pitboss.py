@@ -1364,7 +1364,7 @@ def may_name_actor(glob: str, ids: list[str]) -> bool:
 
 
 def check_unwatched(tables: dict, rules: Rules, policy: tuple[ApprovalRule, ...]) -> list[Problem]:
-    """A warning, for a run that nobody may be watching, about what waits for an operator; it names one place."""
+    """A warning, for a run that nobody may be watching, of what waits for an operator; it names one place."""
     asking = {"approval_policy": "block", "default_approval_policy": "block", "require_plan_approval": True,
               "permission_routing": "path_b"}
     places = [("approval_policy", n) for n, rule in enumerate(policy) if rule.action == "block"]
