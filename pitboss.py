@@ -12469,15 +12469,17 @@ def find_focus(blocks: list[Block], ui: Ui) -> tuple[int, int] | None:
 
 
 def settle_focus(run: RunState, blocks: list[Block], ui: Ui) -> Ui:
-    """The focus on something that is there: where its tile is gone, its group's header or the first tile."""
+    """The focus on what is there: its tile, else its group where that is folded, else the first tile."""
     if not blocks or find_focus(blocks, ui):
         return ui
     actor = run.actors.get(ui.focus)
-    for name, header in ((ui.focus, False), (actor.layer if actor else "", True)):
+    folded = actor.layer if actor and actor.layer in ui.folded else ""
+    for name, header in ((ui.focus, False), (folded, True)):
         there = ui._replace(focus=name, header=header)
         if find_focus(blocks, there):
             return there
-    return ui._replace(focus=blocks[0].ids[0], header=blocks[0].is_header)
+    first = next((block for block in blocks if not block.is_header), blocks[0])
+    return ui._replace(focus=first.ids[0], header=first.is_header)
 
 
 def move_focus(blocks: list[Block], ui: Ui, across: int, down: int) -> Ui:

@@ -584,3 +584,38 @@ def test_a_run_of_another_tool_is_shown(home):
     (folder / "meta.json").write_text(json.dumps({"manifest_name": "old"}))
     shown = home.pitboss("floor", "screenshot", check=0).stdout
     assert "▸ hello" in shown and "Success ✓" in shown and "1.2k" in shown and "only read here" in shown and "complete" in shown
+
+
+@pytest.mark.slow
+def test_a_tree_of_twenty_agents_in_the_hands_of_an_operator(stage, terminal):
+    """Freeze, pause, redirect, cancel with a reason and cancel the run, by keys alone: nothing is left, records are right."""
+    run = stage(lead="allow_subleads = true", workers=16)
+    lead = run.lead()
+    for _ in range(14):
+        lead.call("spawn_worker", prompt="$ say at work\n$ hang")
+    below = "\n".join('$ call spawn_worker {"prompt": "$ say deep\\n$ hang"}' for _ in range(4))
+    lead.call("spawn_sublead", prompt=f"{below}\n$ hang", model="claude-haiku-4-5", budget_usd=9, max_workers=4)
+    screen = terminal(columns=120, rows=40)
+    screen.floor()
+    screen.wait("18 workers spawned", "20 Running")
+    screen.type("/", "worker-18", "enter")
+    screen.wait("filter: worker-18", "┏ ▸ worker-18")
+    for key, wanted in (("f", "worker-18 is frozen"), ("c", "worker-18 goes on"), ("p", "worker-18 is paused"),
+                        ("c", "worker-18 goes on")):
+        screen.type(key)
+        screen.wait(wanted)
+    screen.type("r", "$ say redirected", "enter", "$ hang", "f2")
+    screen.wait(r"worker-18 was told \((input|resume)\)", "> redirected")
+    screen.type("x", "r", "enough of it", "f2")
+    screen.wait("worker-18 ━+ Cancelled ⊘")
+    screen.type("esc", "X", "r", "the wrong branch", "f2")
+    screen.wait("complete", "⊘ 20")
+    screen.type("q")
+    screen.wait("left 0")
+    records = run.settle(1)
+    assert len(records) == 20 and {r["status"] for r in records.values()} == {"Cancelled"}
+    one = records["worker-18"]
+    assert (one["pause_count"], one["reprompt_count"]) == (2, 1) and "enough of it" in one["failure_reason"]["message"]
+    assert "the wrong branch" in records["worker-3"]["failure_reason"]["message"]
+    assert any("enough of it" in str(e.get("told")) for e in run.events("stop_decided", actor="worker-18")), "its lead is told"
+    assert not processes_with(f"PITBOSS_RUN_ID={run.run.name}")

@@ -218,7 +218,7 @@ def test_moving_the_focus(start, across, down, end):
 
 @pytest.mark.parametrize("ui, focus, header", [
     (Ui(), "boss", False), (Ui(focus="gone"), "boss", False), (Ui(focus="worker-8", folded=frozenset(["sub-1"])), "sub-1", True),
-    (Ui(focus="worker-3", hides_settled=True), "boss", False), (Ui(focus="boss", header=True), "boss", False)])
+    (Ui(focus="worker-3", hides_settled=True), "boss", False), (Ui(filter="worker-8"), "worker-8", False), (Ui(focus="boss", header=True), "boss", False)])
 def test_a_focus_that_is_gone_goes_to_what_is_there(ui, focus, header):
     make = tree()
     settled = pitboss.settle_focus(make.run, blocks_of(make, ui), ui)
