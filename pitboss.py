@@ -17080,6 +17080,7 @@ def epic_folder(session: str, epic: str) -> str:
 # ---- tmux
 
 TMUX_CALL_S = 20.0             # one command; it takes 2 ms on a quiet machine
+STATUS_S = 0.3                 # from a process's end to its exit status, on a busy machine
 TMUX_AGAIN = 5                 # tries where a server that is just ending is in the way
 WINDOW_SIZE = (200, 50)        # columns and rows of an epic's window
 PANE_GAP = " // "              # no path that was made absolute holds it
@@ -17185,6 +17186,7 @@ class Tmux:
         self.key = hashlib.sha256(real).hexdigest()[:12]
         self.env = {k: v for k, v in env.items() if k not in ("TMUX", "TMUX_PANE")}
         self.table = ProcessTable()
+        self.asked_again: set[int] = set()      # processes that died without a status, by their pid
 
     async def run(self, *words: str, input: bytes | None = None) -> str:
         """The output of one command, or of several with ";" between.  Raises TmuxFailed and its kinds."""
@@ -17213,7 +17215,20 @@ class Tmux:
             return None
 
     async def panes(self) -> dict[str, Pane]:
-        """The agents' panes, by epic, wherever people moved their windows.  Raises TmuxGone."""
+        """The agents' panes, by epic, wherever people moved their windows.  Raises TmuxGone.
+
+        A pane can be dead a moment before its exit status is known: then tmux is asked again, once a process.
+        """
+        found = await self.list_panes()
+        unsure = {p.pid for p in found.values() if p.is_dead and p.status is None} - self.asked_again
+        if unsure:
+            self.asked_again |= unsure
+            await asyncio.sleep(STATUS_S)
+            found = await self.list_panes()
+        return found
+
+    async def list_panes(self) -> dict[str, Pane]:
+        """The same, as tmux tells it now."""
         out = await self.run("list-panes", "-a", "-F", PANE_FORMAT)
         found = [pair for line in out.splitlines() if (pair := parse_pane(line))]
         return {pane.epic: pane for key, pane in found if key == self.key and pane.epic}

@@ -470,7 +470,8 @@ def test_a_conversation_is_cleared_whatever_stands_in_the_box(demo):
 def test_a_clearing_that_is_never_confirmed_is_told_and_a_fresh_agent_begins_anew(desk, monkeypatch):  # noqa: F811
     monkeypatch.setattr(pitboss, "CLEAR_S", 0.6)
     row, prepared = desk.prepare()
-    pane = shell(desk, "e.1", "exec cat >/dev/null")
+    pane = shell(desk, "e.1", "trap '' INT; exec cat >/dev/null")
+    wait_for(lambda: desk.do(desk.tmux.pane(pane.pane_id)).command == "cat", 10)
     assert desk.do(pitboss.clear_context(desk.tmux, row, pane.pane_id, desk.told("cleared"))) is False
     desk.do(desk.tmux.respawn(pane.pane_id, str(desk.repo), prepared.argv, prepared.env))
     assert desk.wait("started")["cwd"] == str(desk.repo)
