@@ -17088,9 +17088,7 @@ def parse_pane(line: str) -> tuple[str, Pane] | None:
 
 def tmux_error(err: str) -> TmuxFailed:
     """What tmux said on its standard error output, as an error."""
-    gone = ("no server running", "error connecting", "server exited", "lost server", "server version",
-            "no current client")
-    if err.startswith(gone[:4]):
+    if err.startswith(("no server running", "error connecting", "server exited", "lost server")):
         return TmuxGone(f"tmux: {err}")
     return PaneGone(f"tmux: {err}") if err.startswith("can't find") else TmuxFailed(f"tmux: {err}")
 
@@ -17185,6 +17183,13 @@ class Tmux:
                 return pane
         raise PaneGone(f"pane {pane_id} is gone")
 
+    async def living(self, pane_id: str) -> Pane:
+        """The same, of an agent that has not ended.  Raises PaneGone."""
+        pane = await self.pane(pane_id)
+        if pane.is_dead:
+            raise PaneGone(f"the agent in pane {pane_id} has ended")
+        return pane
+
     async def session_of(self, name: str) -> str | None:
         """The id of the session of exactly that name; None where there is none."""
         with contextlib.suppress(TmuxGone):
@@ -17267,15 +17272,19 @@ class Tmux:
         return f"pit-{self.key}:{epic}:1"
 
     async def paste(self, pane_id: str, text: str) -> None:
-        """Paste a text of any size, as one bracketed paste, whatever mode a person left the pane in."""
-        await self.pane(pane_id)
+        """Paste a text of any size, as one bracketed paste, whatever mode a person left the pane in.
+
+        The server itself looks whether the pane is dead: tmux 3.3a crashes on a paste into one (measured).
+        """
+        await self.living(pane_id)
         if not clean_paste(text):
             return                     # tmux makes no buffer of nothing
         name = f"pit-{os.urandom(6).hex()}"
         await self.run("load-buffer", "-b", name, "-", input=clean_paste(text).encode())
         try:
             await self.run("copy-mode", "-q", "-t", pane_id, ";",
-                           "paste-buffer", "-d", "-p", "-r", "-b", name, "-t", pane_id)
+                           "if-shell", "-F", "-t", pane_id, "#{pane_dead}", f"delete-buffer -b {name}",
+                           f"paste-buffer -d -p -r -b {name} -t {pane_id}")
         except TmuxFailed:
             with contextlib.suppress(TmuxFailed):
                 await self.run("delete-buffer", "-b", name)
@@ -17283,13 +17292,15 @@ class Tmux:
 
     async def press(self, pane_id: str, *keys: str) -> None:
         """Press keys by tmux's names (Enter, Escape, C-c)."""
-        await self.pane(pane_id)
+        await self.living(pane_id)
+        if not keys:
+            return
         await self.run("copy-mode", "-q", "-t", pane_id, ";",
                        "send-keys", "-t", pane_id, *map(quote_end, keys))
 
     async def type(self, pane_id: str, text: str) -> None:
         """Type a short text key by key, as a command of the agent must be."""
-        await self.pane(pane_id)
+        await self.living(pane_id)
         await self.run("copy-mode", "-q", "-t", pane_id, ";",
                        "send-keys", "-t", pane_id, "-l", "--", quote_end(text))
 
@@ -17663,7 +17674,9 @@ class TuiAgent(NamedTuple):
     # `cleared` tell that
     home: str
     interrupt: tuple           # keys that interrupt a turn
-    empties: tuple             # keys that empty its input line, harmless when it is empty
+    # keys that empty its input line, harmless when it is empty; C-c ends an opencode with nothing in it
+    empties: tuple
+    working: str = ""          # pattern of its screen during a turn, where its title does not tell
     dialogs: tuple = ()        # (pattern of a screen before the first event, what it means)
 
 
@@ -17678,9 +17691,9 @@ CLAUDE_DIALOGS = (
 
 TUI_AGENTS = {a.name: a for a in (
     TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", "", ("Escape",), ("C-c",),
-             CLAUDE_DIALOGS),
+             dialogs=CLAUDE_DIALOGS),
     TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "Ask anything",
-             ("Escape", "Escape"), ("C-u", "BSpace") * 3),
+             ("Escape", "Escape"), (), r"esc (again to )?interrupt"),
     TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", "", ("Escape",), ("C-c",)),
 )}
 
@@ -17757,7 +17770,8 @@ PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is 
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
 CLEAR_ENTERS = 3
-ESCAPE_S = 1.5             # from an interrupt to the next try, while the title still tells of a turn
+ESCAPE_S = 1.5             # from an interrupt to the next try, while a turn still shows
+QUIET_LOOKS = 5            # in a row, each PASTE_S after the one before
 HOOKS_S = 60.0             # how long the hooks of an agent's user may take after the end of a turn
 CLEAR_S = 10.0             # from a command that clears to its event
 
@@ -17825,11 +17839,13 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
         await tmux.press(pane_id, *row.empties)
         await asyncio.sleep(PASTE_S)
     await tmux.type(pane_id, row.clear)
-    for _ in range(CLEAR_ENTERS):
-        await asyncio.sleep(PASTE_S)
+    await asyncio.sleep(PASTE_S)
+    if row.home:                       # a second Enter could send what a start page kept from its last prompt
         await tmux.press(pane_id, "Enter")
-        patience_s = CLEAR_S / CLEAR_ENTERS
-        if await (wait_home(tmux, row, pane_id, patience_s) if row.home else cleared(patience_s)):
+        return await wait_home(tmux, row, pane_id, CLEAR_S)
+    for _ in range(CLEAR_ENTERS):
+        await tmux.press(pane_id, "Enter")
+        if await cleared(CLEAR_S / CLEAR_ENTERS):
             return True
     return False
 
@@ -17848,18 +17864,18 @@ async def wait_home(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float) -> 
     return True
 
 
-async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 5.0) -> bool:
-    """Interrupt what an agent does; whether its title then tells of no turn.
+async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float = 12.0) -> bool:
+    """Interrupt what an agent does; whether it then shows no turn for a while.
 
     claude tells of an interrupted turn by no event.  Escape on an idle one does no harm, but twice it opens a
-    dialog: so it is pressed again only while the title tells of a turn.
+    dialog: so the keys are pressed again only while a turn shows, which may be a moment after its prompt.
     """
     deadline = time.monotonic() + seconds
     pressed_at, quiet = -math.inf, 0
-    while quiet < 2:                   # a turn that has just begun may not show in the title yet
+    while quiet < QUIET_LOOKS:
         if time.monotonic() > deadline:
             return False
-        busy = is_busy((await tmux.pane(pane_id)).title)
+        busy = await shows_turn(tmux, row, pane_id)
         if pressed_at < 0 or busy and time.monotonic() - pressed_at > ESCAPE_S:
             for key in row.interrupt:
                 await tmux.press(pane_id, key)
@@ -17868,6 +17884,13 @@ async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float
         quiet = 0 if busy else quiet + 1
         await asyncio.sleep(PASTE_S)
     return True
+
+
+async def shows_turn(tmux: Tmux, row: TuiAgent, pane_id: str) -> bool:
+    """Whether a turn goes on, as the title or else the screen of an agent shows."""
+    if is_busy((await tmux.pane(pane_id)).title):
+        return True
+    return bool(row.working) and bool(re.search(row.working, await tmux.capture(pane_id, WINDOW_SIZE[1])))
 
 
 # ======================================================================================

@@ -185,6 +185,26 @@ def test_a_window_stays_when_its_agent_ends_and_can_have_a_new_one(desk):  # noq
     assert killed.status is None
 
 
+def test_an_agent_that_has_ended_is_told_nothing_and_the_server_lives(desk, monkeypatch):  # noqa: F811
+    """A paste into a dead pane ends the server of tmux 3.3a, and with it every window of its user."""
+    pane = shell(desk, "e", "exit 3")
+    wait_for(lambda: desk.do(desk.tmux.pane(pane.pane_id)).is_dead, 10)
+    server = desk.do(desk.tmux.server_pid())
+    for call in (desk.tmux.paste(pane.pane_id, "x"), desk.tmux.press(pane.pane_id, "Enter"),
+                 desk.tmux.type(pane.pane_id, "x")):
+        with pytest.raises(pitboss.PaneGone, match="has ended"):
+            desk.do(call)
+
+    async def alive(self, pane_id: str):
+        return pane
+
+    monkeypatch.setattr(pitboss.Tmux, "living", alive)       # it ended just after it was looked at
+    desk.do(desk.tmux.paste(pane.pane_id, "x"))
+    desk.do(desk.tmux.press(pane.pane_id, "Enter"))
+    desk.do(desk.tmux.type(pane.pane_id, "x"))
+    assert desk.do(desk.tmux.server_pid()) == server and not desk.raw("list-buffers")
+
+
 @pytest.mark.parametrize("argv, cwd, words", [
     (["no-such-program-x"], "", "no-such-program-x"), (["true"], "/no/such/folder", "/no/such/folder")])
 def test_what_cannot_be_started_says_so_in_its_window(desk, argv, cwd, words):  # noqa: F811
@@ -316,6 +336,49 @@ def test_a_prompt_is_sent_once_to_an_agent_that_hangs_for_a_while(demo):
     assert [p[:5] for p in prompts_told(desk)] == ["after", "next"]
 
 
+def test_keys_arrive_though_a_person_scrolls(demo):
+    desk, _, pane = demo
+    desk.do(desk.tmux.type(pane.pane_id, "half a "))
+    for press in (lambda: desk.do(desk.tmux.type(pane.pane_id, "word;")), lambda: desk.do(desk.tmux.press(pane.pane_id, "Enter"))):
+        desk.raw("copy-mode", "-t", pane.pane_id, check=True)
+        press()
+    assert desk.wait("prompt")["prompt"] == "half a word;"
+
+
+CAREFREE = """import os, sys, tty
+tty.setraw(0)
+os.write(1, b"\\x1b[?2004h")
+seen = b""
+while True:
+    with open(sys.argv[1] + ".new", "wb") as f:
+        f.write(seen)
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    seen += os.read(0, 4096)
+"""
+
+
+def test_enter_is_pressed_again_only_while_nothing_tells_of_the_prompt(desk, monkeypatch):  # noqa: F811
+    """A terminal that overlooks the first two: three in all, and the text is pasted once."""
+    monkeypatch.setattr(pitboss, "ENTERS_S", (0.3, 0.3, 10.0))
+    out = desk.root / "seen"
+    pane = desk.do(desk.tmux.open_window("pit", "e.1", str(desk.repo), [PYTHON, "-c", CAREFREE, str(out)], desk.env))
+    wait_for(out.exists, 10)
+
+    def when(enters: int):
+        async def submitted(seconds: float) -> bool:
+            try:
+                return wait_for(lambda: out.exists() and out.read_bytes().count(b"\r") >= enters, seconds)
+            except AssertionError:
+                return False
+
+        return submitted
+
+    for enters, total in ((3, 3), (4, 4)):
+        assert desk.do(pitboss.deliver(desk.tmux, pane.pane_id, "two\nlines", when(enters)))
+        assert out.read_bytes().count(b"\r") == total
+    assert out.read_bytes() == (b"\x1b[200~two\nlines\x1b[201~" + b"\r" * 3 + b"\x1b[200~two\nlines\x1b[201~\r")
+
+
 def test_a_prompt_that_nobody_takes_is_told(desk, monkeypatch):  # noqa: F811
     monkeypatch.setattr(pitboss, "ENTERS_S", (0.2, 0.2, 0.4))
     pane = shell(desk, "e.1", "exec sleep 60")
@@ -423,6 +486,47 @@ def test_a_turn_is_interrupted_without_an_event_and_an_idle_agent_is_not_harmed(
     assert desk.do(pitboss.interrupt_turn(desk.tmux, row, pane.pane_id)) is True
     assert desk.deliver(pane, "next\n$ say still here")
     assert desk.wait("turn_ended")["last"] == "still here"
+
+
+STUBBORN = """import os, sys, tty
+tty.setraw(0)
+os.write(1, "\\x1b]2;⠂ at work\\x07".encode())
+seen = b""
+while seen.count(b"\\x1b") < 2:
+    seen += os.read(0, 99)
+os.write(1, "\\x1b]2;✳ idle\\x07".encode())
+while True:
+    seen += os.read(0, 99)
+    open(sys.argv[1], "wb").write(seen)
+"""
+
+
+def test_an_interrupt_is_repeated_while_a_turn_shows_and_no_longer(desk, monkeypatch):  # noqa: F811
+    """A third Escape would open a dialog."""
+    monkeypatch.setattr(pitboss, "ESCAPE_S", 0.3)
+    out = desk.root / "seen"
+    pane = desk.do(desk.tmux.open_window("pit", "e.1", str(desk.repo), [PYTHON, "-c", STUBBORN, str(out)], desk.env))
+    wait_for(lambda: pitboss.is_busy(desk.do(desk.tmux.pane(pane.pane_id)).title), 10)
+    row = pitboss.TUI_AGENTS["claude-code"]
+    assert desk.do(pitboss.interrupt_turn(desk.tmux, row, pane.pane_id)) is True
+    desk.do(desk.tmux.press(pane.pane_id, "z"))
+    wait_for(lambda: out.exists() and out.read_bytes().endswith(b"z"), 10)
+    assert out.read_bytes() == b"\x1b\x1bz"
+
+
+def test_a_turn_shows_on_the_screen_of_an_agent_whose_title_tells_nothing(desk):  # noqa: F811
+    pane = shell(desk, "e.1", "echo '  esc interrupt '; read x; clear; exec sleep 60")
+    row = pitboss.TUI_AGENTS["opencode"]
+    wait_for(lambda: desk.do(pitboss.shows_turn(desk.tmux, row, pane.pane_id)), 10)
+    assert not desk.do(pitboss.shows_turn(desk.tmux, pitboss.TUI_AGENTS["demo"], pane.pane_id))
+    desk.do(desk.tmux.press(pane.pane_id, "Enter"))
+    wait_for(lambda: not desk.do(pitboss.shows_turn(desk.tmux, row, pane.pane_id)), 10)
+
+
+@pytest.mark.parametrize("title, busy", [
+    ("⠂ Claude Code", True), ("⠐ Reading files", True), ("✳ Claude Code", False), ("OC | a title", False), ("", False)])
+def test_a_title_tells_of_a_turn(title, busy):
+    assert pitboss.is_busy(title) is busy
 
 
 def test_what_the_scripted_agent_tells(demo):

@@ -9,14 +9,13 @@ import asyncio
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import pitboss
-from tools import PYTHON, make_repo, wait_for
+from tools import make_repo, wait_for
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="no tmux on PATH")
 PINNED: dict = {}
@@ -159,7 +158,3 @@ def hook_run(session: str, epic: str, raw: bytes, socket_path: str, agent: str =
     began = time.monotonic()
     done = subprocess.run(argv, input=raw, capture_output=True, timeout=20, **options)
     return done, time.monotonic() - began
-
-
-def is_linux() -> bool:
-    return sys.platform == "linux" and bool(PYTHON)
