@@ -1178,7 +1178,9 @@ def read_manifest(data: bytes, label: str, *, stem: str, env: Mapping[str, str],
     notifications, bad, older = resolve_notifications(tables, doc, env)
     policy = resolve_policy(tables["approval_policy"])
     unwatched = check_unwatched(tables, rules, policy) if mode == "hierarchical" else []
-    more += check_policy(policy, tasks) if mode == "hierarchical" else []
+    if mode == "hierarchical" and tasks:
+        more += check_policy(policy, tasks) + check_tool_rules(policy, tables["lead"][0])
+        more += check_patience(tasks[-1], tables, rules.subleads)
     more += [Problem(name, f"is for {own} runs only; beside {header_of(MODES[mode])} it has no "
                            "effect", (name,))
              for name, own in TABLE_MODES.items() if name in doc and own != mode]
@@ -1315,7 +1317,39 @@ def check_policy(policy: tuple[ApprovalRule, ...], tasks: list[Task]) -> list[Pr
         if rule.tool_name is not None and rule.category in ("plan", "cost"):
             warnings.append(Problem(f"{path}.match.tool_name", f"a request of category {rule.category} names "
                                     "no tool, so the rule matches nothing", (*where, "match", "tool_name")))
+        elif rule.tool_name is not None and "(" in rule.tool_name:
+            warnings.append(Problem(f"{path}.match.tool_name", f"found {show_value(rule.tool_name)}, which "
+                                    "matches no tool that asks: it is compared with the tool's name alone, "
+                                    f"{show_value(rule.tool_name.partition('(')[0])}, never with arguments",
+                                    (*where, "match", "tool_name")))
     return warnings
+
+
+def check_tool_rules(policy: tuple[ApprovalRule, ...], lead: dict) -> list[Problem]:
+    """A warning, once, for rules about the use of tools where no tool asks before it runs."""
+    about = [n for n, rule in enumerate(policy) if rule.category == "tool_use"
+             or rule.category is None and rule.tool_name is not None]
+    if not about or lead.get("permission_routing") == "path_b":
+        return []
+    return [Problem(f"approval_policy[{about[0]}]",
+                    "without permission_routing = \"path_b\" in [lead] no tool "
+                    "asks before it runs: of the use of tools it sees only what a lead asks for with "
+                    "request_approval", ("approval_policy", about[0]))]
+
+
+def check_patience(lead: Task, tables: dict, subleads: dict) -> list[Problem]:
+    """A warning for each lead that is stopped, and its workers with it, when one of those may still run."""
+    given = [(table, "lead_timeout_secs") for table in ("run", "lead")
+             if "lead_timeout_secs" in tables[table][1]]
+    inner = (tables["lead"][0].get("sublead_defaults") or {}).get("lead_timeout_secs")
+    leads = [("the lead", lead.timeout_s, given[0] if given else ("lead",))]
+    if "allow_subleads" in subleads and subleads["sublead_defaults"].get("lead_timeout_secs"):
+        leads.append(("a sub-lead", subleads["sublead_defaults"]["lead_timeout_secs"],
+                      (*(["lead"] if inner else []), "sublead_defaults", "lead_timeout_secs")))
+    return [Problem(render_place(where), f"{who} has {limit_s} s, and one worker {lead.worker_timeout_s} s: "
+                    "when a lead's time is over, its workers are ended too; give it a lead_timeout_secs for "
+                    "all that they do, and for merging", where)
+            for who, limit_s, where in leads if limit_s <= lead.worker_timeout_s]
 
 
 def may_name_actor(glob: str, ids: list[str]) -> bool:
@@ -1330,20 +1364,16 @@ def may_name_actor(glob: str, ids: list[str]) -> bool:
 
 
 def check_unwatched(tables: dict, rules: Rules, policy: tuple[ApprovalRule, ...]) -> list[Problem]:
-    """Warnings, for a run that nobody may be watching, about what waits for an operator."""
-    late = "there is no terminal; what it blocks waits for an operator (pitboss approvals), or until its " \
-           "time is over"
-    warnings = [Problem(f"approval_policy[{n}]", late, ("approval_policy", n))
-                for n, rule in enumerate(policy) if rule.action == "block"]
-    if policy or rules.approval_policy != "block":
-        return warnings
+    """A warning, for a run that nobody may be watching, about what waits for an operator; it names one place."""
     asking = {"approval_policy": "block", "default_approval_policy": "block", "require_plan_approval": True,
               "permission_routing": "path_b"}
-    return warnings + [Problem(f"{table}.{name}", "there is no terminal, and no [[approval_policy]] answers; "
-                               "requests wait for an operator (pitboss approvals), or until their time is "
-                               "over",
-                               (table, name)) for table in ("run", "lead") for name, value in asking.items()
-                       if tables[table][1].get(name) == value]
+    places = [("approval_policy", n) for n, rule in enumerate(policy) if rule.action == "block"]
+    if not policy and rules.approval_policy == "block":
+        places += [(table, name) for table in ("run", "lead") for name, value in asking.items()
+                   if tables[table][1].get(name) == value]
+    return [Problem(render_place(where), "there is no terminal; a request waits for an operator (pitboss "
+                    "approvals), or until its time is over; of no harm where somebody looks, for example "
+                    "with pitboss watch --until attention", where) for where in places[:1]]
 
 
 def resolve_house(tables: dict) -> tuple[dict, list[Problem]]:
@@ -10180,7 +10210,10 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
     Raises Refused when somebody else holds it, or hands of it may live where they cannot be seen.
     """
     check_whole(run_dir)
-    lock = take_lock(run_dir)
+    try:
+        lock = take_lock(run_dir)
+    except OSError as e:
+        raise fault_of(e, "taking over the run") from None
     try:
         meta = read_json(os.path.join(run_dir, "meta.json"))
         if not isinstance(meta, dict):
@@ -10339,8 +10372,13 @@ def deal_run(run_dir: str, env: Mapping[str, str], umask: int, notice: Callable,
     dispatcher = Dispatcher(run_dir, taken.manifest, taken.journal, taken.run, env=env, umask=umask,
                             notice=notice, draw=draw, doors=doors, prices=prices)
     dispatcher.cancel_first = cancel
+    serving = dispatcher.serve()
     try:
-        asyncio.run(dispatcher.serve())
+        asyncio.run(serving)
+    except OSError as e:                   # no descriptor was left for an event loop
+        serving.close()
+        sys.unraisablehook = lambda told: None     # of a loop that is not whole asyncio complains at length
+        raise fault_of(e, "running the hands") from None
     finally:
         os.close(taken.journal.fd)
         os.close(taken.lock)
@@ -13135,6 +13173,7 @@ LOG_ENTRIES = 5000         # of a log that are kept
 LOG_WORDS = 16 << 10       # characters of one entry
 TAIL_BYTES = 16 << 10      # of a log that are looked at for what was said last
 RUNS_PICKED = 200
+MAX_SILENT = 50            # times in a row that a terminal has something to read, and no key
 
 
 class Lookout(NamedTuple):
@@ -13329,9 +13368,10 @@ class LogFeed:
                 self.tail.close()              # somebody wrote it anew
                 self.cut, self.tail = 0, Tail(self.path, 0)
                 self.entries.clear()
-            lines = []
-            while more := self.tail.read(1 << 20):
-                lines += more
+            lines, at = [], -1
+            while self.tail.at != at:          # a long line takes several reads
+                at = self.tail.at
+                lines += self.tail.read(1 << 20)
         except OSError:
             return False
         for line in lines:
@@ -13600,7 +13640,8 @@ class Floor:
             if self.ui.message and now - self.said_at > 10:
                 self.show(message="", is_bad=False)
                 changed = True
-        return self.follow_log() or self.follow_words() or changed
+        printed, said = self.follow_log(), self.follow_words()
+        return printed or said or changed
 
     def follow_log(self) -> bool:
         """Read what the focused actor printed; whether there is something new to show."""
@@ -14439,19 +14480,18 @@ def open_screen(env: Mapping[str, str]) -> Iterator[Screen]:
 
 
 def wait_for_key(screen: Screen, phone: Phone, seconds: float) -> None:
-    """Wait until a key or an answer comes, or time has passed.  Raises LeftBySignal: the terminal is gone."""
+    """Wait until a key or an answer comes, or time has passed.  Raises LeftBySignal: the terminal is gone.
+
+    One that is gone can always be read, and never has a key.  (poll() knows no terminals on macOS.)
+    """
     import select
     import signal
 
-    poll = select.poll()
-    poll.register(0, select.POLLIN)
-    if phone.sock is not None:
-        poll.register(phone.sock, select.POLLIN)
-    for fd, what in poll.poll(max(0.0, seconds) * 1000):
-        if fd == 0:
-            screen.silent += 1
-            if what & (select.POLLHUP | select.POLLERR | select.POLLNVAL) or screen.silent > 50:
-                raise LeftBySignal(signal.SIGHUP)
+    watched = [0, *([phone.sock] if phone.sock is not None else ())]
+    if 0 in select.select(watched, [], [], max(0.0, seconds))[0]:
+        screen.silent += 1
+        if screen.silent > MAX_SILENT:
+            raise LeftBySignal(signal.SIGHUP)
 
 
 def serve_floor(floor: Floor, env: Mapping[str, str]) -> None:

@@ -724,6 +724,16 @@ def test_a_broken_line_in_the_middle_is_named(dead):
     assert "journal.jsonl" in said and re.search(r"\b3\b", said), said
 
 
+def test_a_lock_that_cannot_be_opened_is_the_environments_fault(dead):
+    crew, run_dir = dead
+    (run_dir / "lock").unlink()
+    (run_dir / "lock").mkdir()
+    assert refusal(crew, run_dir).startswith(f"pitboss: taking over the run: Is a directory: {run_dir}/lock\n")
+    (run_dir / "lock").rmdir()
+    let_go(crew)
+    crew.home.pitboss("resume", run_dir.name, check=0)
+
+
 def test_a_run_folder_that_vanishes_ends_the_run_in_words(tmp_path):
     crew = make_waiting_crew(tmp_path, 2)
     dispatcher, run_dir = start_waiting(crew)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -374,6 +375,20 @@ def test_a_floor_whose_shell_is_killed_ends(stage, terminal):
     assert run.process.poll() is None
 
 
+def test_a_terminal_that_goes_without_a_signal_ends_the_floor(stage):
+    run = stage()
+    ours, theirs = pty.openpty()
+    env = {**run.home.env, "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    floor = subprocess.Popen(run.home.argv("floor"), stdin=theirs, stdout=theirs, stderr=theirs, env=env,
+                             start_new_session=True)     # in no session of that terminal: nobody sends it HUP
+    os.close(theirs)
+    shown = b""
+    while b"boss" not in shown:
+        shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert floor.wait(DEADLINE_S) == -signal.SIGHUP
+
+
 def test_a_bug_gives_the_terminal_back_too(stage, terminal, home):
     """A floor that breaks in the middle: the frame of a run whose events cannot be drawn."""
     run = stage()
@@ -418,7 +433,7 @@ def test_a_dispatcher_that_dies_is_told_of_and_the_floor_goes_on(stage, terminal
     screen.type("l", "p")
     screen.wait("pitboss resume [0-9a-f-]+ goes on, pitboss cancel")
     run.process = run.home.start("resume", run.run.name, stdout=run.log, stderr=run.log)
-    screen.wait("running", absent=("its dispatcher died",))
+    screen.wait("running", absent=("2 agents",))
     screen.type("f")
     screen.wait("worker-1 is frozen")
 
@@ -443,6 +458,8 @@ def test_two_floors_show_what_one_of_them_did(stage, terminal):
         screen.wait("▸ worker-1")
     one.type("l", "f")
     other.wait("Frozen")
+    other.type("v")
+    other.wait("  ▸ worker-1 +Frozen", absent=("╭",))
     other.type("l", "c")
     one.wait("▸ worker-1 ━+ Running")
 
@@ -466,6 +483,46 @@ def test_output_of_agents_cannot_write_to_the_terminal(stage, terminal):
     screen.type("l")
     screen.wait("! red|! .*red", "★ boss")
     assert screen.tmux("display-message", "-p", "#{pane_title}").strip() != "owned"
+
+
+# ------------------------------------------------------------------ logs
+
+def said(text: str) -> bytes:
+    return json.dumps({"type": "assistant", "message": {"content": [{"type": "text", "text": text}]}}).encode() + b"\n"
+
+
+def test_the_end_of_a_log_is_read_and_then_what_is_added(tmp_path):
+    path = tmp_path / "stdout.log"
+    path.write_bytes(b"".join(said(f"line {n}") for n in range(1000)))
+    log = pitboss.LogFeed(str(path), "claude", 2000)
+    assert log.read() and 0 < len(log.entries) < 30 and log.entries[-1] == (">", "line 999")
+    assert log.cut > 0 and path.read_bytes()[log.cut - 1:log.cut] == b"\n"
+    assert not log.read()
+    with open(path, "ab") as f:
+        f.write(said("one more")[:20])
+        f.flush()
+        assert not log.read(), "half a line"
+        f.write(said("one more")[20:])
+    assert log.read() and log.entries[-1] == (">", "one more")
+    path.write_bytes(said("anew"))
+    assert log.read() and [*log.entries] == [(">", "anew")]
+    log.close()
+
+
+def test_a_line_of_4_mb_is_shown_by_its_beginning(tmp_path):
+    path = tmp_path / "stdout.log"
+    path.write_bytes(said("short") + said("x" * (4 << 20)))
+    log = pitboss.LogFeed(str(path), "claude", pitboss.LOG_WINDOW)
+    assert log.read() and len(log.entries[-1][1]) == pitboss.LOG_WORDS
+    log.close()
+
+
+def test_a_log_that_is_not_there_yet(tmp_path):
+    log = pitboss.LogFeed(str(tmp_path / "stdout.log"), "claude", 2000)
+    assert not log.read()
+    (tmp_path / "stdout.log").write_bytes(said("here"))
+    assert log.read() and [*log.entries] == [(">", "here")]
+    log.close()
 
 
 # ------------------------------------------------------------------ the command line

@@ -245,6 +245,24 @@ sys.exit(pitboss.main(sys.argv[2:]))
 """
 
 
+NO_EVENT_LOOP = """import errno, os, socket, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import pitboss
+def socketpair(*args): raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+socket.socketpair = socketpair
+sys.exit(pitboss.main(sys.argv[2:]))
+"""
+
+
+def test_a_run_for_which_no_event_loop_can_be_made_can_be_resumed(home):
+    home.repo()
+    (home.root / "wrapped.py").write_text(NO_EVENT_LOOP)
+    done = subprocess.run([PYTHON, home.root / "wrapped.py", PITBOSS, "dispatch", home.manifest(MANIFEST)],
+                          env=home.env, text=True, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (5, "pitboss: running the hands: Too many open files\n")
+    home.pitboss("resume", home.run_dir().name, check=0)
+
+
 def test_a_tree_stays_when_git_cannot_be_started_to_look_at_it(home):
     """One of two that look at it at once; the other one's answer alone is no reason to remove it."""
     home.repo()

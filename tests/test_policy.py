@@ -84,7 +84,7 @@ def test_what_is_shown_of_rules_makes_the_same_rules():
 # ------------------------------------------------------------------ manifests
 
 def read(text: str, lead: str = "", run: str = "") -> pitboss.Manifest:
-    whole = (f'[run]\nmax_workers = 2\nbudget_usd = 1\n{run}\n[lead]\nid = "boss"\ndirectory = "."\nprompt = "x"\n'
+    whole = (f'[defaults]\ntimeout_secs = 60\n[run]\nmax_workers = 2\nbudget_usd = 1\nlead_timeout_secs = 600\n{run}\n[lead]\nid = "boss"\ndirectory = "."\nprompt = "x"\n'
              f'{lead}\n{text}')
     found = pitboss.read_manifest(whole.encode(), "m", stem="m", env={}, expand=str, agents=pitboss.AGENTS)
     assert found.problems == (), found.problems
@@ -113,6 +113,56 @@ def test_a_glob_that_may_name_somebody_is_not(actor):
     assert read(f'[[approval_policy]]\nmatch = {{ actor = "{actor}" }}\naction = "block"').warnings == ()
 
 
+@pytest.mark.parametrize("match, named", [
+    # a rule about tools, and what is said of the tool's name
+    ('tool_name = "Bash(*rm*)"', '"Bash", never with arguments'), ('tool_name = "Bash"', ""), ('tool_name = "mcp__x__*"', "")])
+def test_a_rule_about_the_arguments_of_a_tool_is_warned_of(match, named):
+    found = read(f'[[approval_policy]]\nmatch = {{ {match} }}\naction = "block"', 'permission_routing = "path_b"').warnings
+    assert [w.path for w in found] == ["approval_policy[0].match.tool_name"] * bool(named)
+    assert all(named in w.message for w in found)
+    assert not named or pitboss.why_not(rule(tool_name="Bash(*rm*)"), ask(tool="Bash")), "it matches nothing, indeed"
+
+
+@pytest.mark.parametrize("matches, places", [
+    (['tool_name = "Bash"'], ["approval_policy[0]"]), (['category = "tool_use"'], ["approval_policy[0]"]),
+    (['category = "plan"', 'category = "tool_use"', 'tool_name = "B*"'], ["approval_policy[1]"]),
+    (['category = "plan"'], []), (['cost_over = 1.0', 'actor = "boss"'], [])])
+def test_rules_about_tools_that_ask_nobody_are_warned_of_once(matches, places):
+    """With path_a a tool runs without a request; only what a lead asks for by itself is of that category."""
+    rules = "\n".join(f'[[approval_policy]]\nmatch = {{ {match} }}\naction = "block"' for match in matches)
+    found = read(rules).warnings
+    assert [w.path for w in found] == places
+    assert all("path_b" in w.message and "request_approval" in w.message for w in found)
+    assert read(rules, 'permission_routing = "path_b"').warnings == ()
+
+
+LEAD = '[lead]\nid = "boss"\ndirectory = "."\nprompt = "x"\nmax_workers = 1\nbudget_usd = 1\n'
+DEEP = "allow_subleads = true\n"
+
+
+@pytest.mark.parametrize("text, places", [
+    # manifest: where a lead has no more time than one worker
+    (LEAD, ["lead"]), (LEAD + "lead_timeout_secs = 3601", []), (LEAD + "lead_timeout_secs = 3600", ["lead.lead_timeout_secs"]),
+    ("[run]\nlead_timeout_secs = 60\n" + LEAD, ["run.lead_timeout_secs"]), (LEAD + "timeout_secs = 7200", ["lead"]),
+    ("[defaults]\ntimeout_secs = 50\n[run]\nlead_timeout_secs = 60\n" + LEAD, []),
+    (LEAD + "lead_timeout_secs = 7200\n" + DEEP + "sublead_defaults = { max_workers = 1, budget_usd = 0.5, lead_timeout_secs = 9 }",
+     ["lead.sublead_defaults.lead_timeout_secs"]),
+    (LEAD + "lead_timeout_secs = 7200\n" + DEEP + "sublead_defaults = { max_workers = 1, budget_usd = 0.5 }\n[sublead_defaults]\n"
+     "lead_timeout_secs = 9", ["sublead_defaults.lead_timeout_secs"]),
+    (LEAD + "lead_timeout_secs = 7200\n" + DEEP + "sublead_defaults = { max_workers = 1, budget_usd = 0.5 }", []),
+    ('[[task]]\nid = "a"\ndirectory = "."\nprompt = "x"', [])])
+def test_a_lead_that_cannot_outlive_a_worker_is_warned_of(text, places):
+    found = pitboss.read_manifest(text.encode(), "m", stem="m", env={}, expand=str, agents=pitboss.AGENTS)
+    assert found.problems == () and [w.path for w in found.warnings] == places
+    assert all(f"one worker {found.tasks[0].worker_timeout_s} s" in w.message for w in found.warnings)
+
+
+@pytest.mark.parametrize("wrong", ['timeout_secs = "long"', "lead_timeout_secs = 0", "timeout_secs = -1\nlead_timeout_secs = []"])
+def test_a_time_that_is_none_is_a_problem_and_no_traceback(wrong):
+    found = pitboss.read_manifest(f"{LEAD}{wrong}".encode(), "m", stem="m", env={}, expand=str, agents=pitboss.AGENTS)
+    assert len(found.problems) == wrong.count("=")
+
+
 def test_a_cost_of_nothing_is_not_everything():
     assert read('[[approval_policy]]\nmatch = { cost_over = 0 }\naction = "block"\n'
                 '[[approval_policy]]\naction = "block"').warnings == ()
@@ -124,10 +174,13 @@ UNWATCHED = [
     ('approval_policy = "block"', "", "", ["run.approval_policy"]),
     ('approval_policy = "auto_reject"\nrequire_plan_approval = true', "", "", []),
     ("require_plan_approval = true", "", "", ["run.require_plan_approval"]),
-    ("", 'default_approval_policy = "block"\npermission_routing = "path_b"', "",
-     ["lead.default_approval_policy", "lead.permission_routing"]),
+    ("", 'default_approval_policy = "block"\npermission_routing = "path_b"', "", ["lead.default_approval_policy"]),
+    ("", 'permission_routing = "path_b"', "", ["lead.permission_routing"]),
+    ("require_plan_approval = true", 'permission_routing = "path_b"', "", ["run.require_plan_approval"]),
     ("require_plan_approval = true", "", '[[approval_policy]]\naction = "auto_approve"', []),
     ('approval_policy = "auto_reject"', "", '[[approval_policy]]\naction = "block"', ["approval_policy[0]"]),
+    ("", "", '[[approval_policy]]\nmatch = { actor = "boss" }\naction = "auto_approve"\n[[approval_policy]]\n'
+             'match = { category = "plan" }\naction = "block"\n[[approval_policy]]\naction = "block"', ["approval_policy[1]"]),
 ]
 
 

@@ -11,7 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "chaos"))
 
 import deaths  # noqa: E402
-import figures  # noqa: E402
 import proof  # noqa: E402
 from trial import CannotRun, Outcome, Trial  # noqa: E402
 
@@ -62,17 +61,6 @@ def test_what_a_row_measured_is_said_written_down_and_the_exit_code(tmp_path, mo
     assert written["reached"] is reached and written["command"] == "make proof ROWS=R1 SCALE=0.5"
     kept = [path.name for path in tmp_path.glob("pp-*/R1/*")]
     assert kept == (["0001"] if measure is one_is_wrong else []), "a failed round can be looked at"
-
-
-def test_figures_are_kept_in_the_tables_order_and_a_miss_is_said(tmp_path):
-    path = tmp_path / "figures.json"
-    path.write_text('{"proof": [], "bench": []}')
-    for name, outcome in (("R3", Outcome("8 of 8", True)), ("R1", Outcome("6 of 7", False)), ("R3", None)):
-        result = proof.Result(proof.chosen_rows(name)[0], outcome, "no /proc", [], 1.0)
-        proof.keep_figures([proof.as_figure(result, 0.2, "2026-01-02T03:04:05+00:00")], path)
-    kept = figures.read_figures(path)["proof"]
-    assert [(row["row"], row["measured"]) for row in kept] == [("R1", "6 of 7 (missed)"), ("R3", "not here: no /proc")]
-    assert figures.render_figures("proof", {"proof": kept}).count("make proof ROWS=R") == 2
 
 
 def test_rows_are_chosen_by_name_in_the_tables_order():

@@ -803,7 +803,7 @@ def process_state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-# ---- 15. the floor
+# ---- 10. the floor
 
 class Shown:
     """The floor of a run in a terminal of its own; what it writes is read at once."""
@@ -914,12 +914,14 @@ def measure_floor(size: Size) -> list[Figure]:
     figures = []
     with fresh_home() as home:
         long, few = Made(home, size.runs, size.events), Made(home, 300, 1000)
-        firsts = []
+        firsts, costs = [], []
         for _ in range(size.rounds):
             shown = Shown(home, long.run_id)
             firsts.append(shown.until(b"worker-1"))
+            costs.append(cpu_of(shown.process.pid))
             shown.end()
         figures.append(Figure(f"first frame: {size.runs} actors, {size.events} events", statistics.median(firsts), "s"))
+        figures.append(Figure("the same, CPU", statistics.median(costs), "s"))
         shown = Shown(home, few.run_id)
         shown.until(b"worker-1")
         shown.cpu_share(2)

@@ -321,7 +321,6 @@ def plain_pythons(trial: Trial) -> Outcome:
     plays["-I -S"] = ({"PITBOSS_TEST_PYTHON": sys.executable}, "-I -S")
     plays["LC_ALL=C, HOME that cannot be written"] = ({"LC_ALL": "C", "LANG": "", "HOME": "/proc"}, "")
     rows = list(plays.items())
-    trial.lanes = max(1, trial.lanes // 2)
     good = trial.rounds(len(rows), lambda root, n: suite(root, trial.scale, *rows[n % len(rows)][1]))
     which = "" if trial.scale == 1 else ", of a part of the quick tests"
     return Outcome(f"{len(good)} of {len(rows)} green ({', '.join(plays)}){which}",

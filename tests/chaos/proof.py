@@ -26,7 +26,6 @@ from trial import CannotRun, Outcome, Trial, explain
 
 import deaths
 import disks
-import figures
 import leads
 import others
 import stops
@@ -134,20 +133,6 @@ def as_json(result: Result, scale: float, when: str) -> dict:
             "when": when, "took_s": round(result.took_s, 1), "ran": outcome is not None, "faults": result.faults}
 
 
-def as_figure(result: Result, scale: float, when: str) -> dict:
-    """A row as figures.py keeps it: texts; that a figure was missed stands in the text."""
-    row = as_json(result, scale, when)
-    missed = "" if result.reached() or result.outcome is None else " (missed)"
-    return {**{key: row[key] for key in ("row", "promise", "figure", "command")},
-            "measured": row["measured"] + missed, "scale": f"{scale:g}", "when": when[:10]}
-
-
-def keep_figures(rows: list[dict], path: Path = figures.FIGURES) -> None:
-    """Put rows into the file of figures, in the table's order."""
-    known = {row["row"]: row for row in [*figures.read_figures(path)["proof"], *rows]}
-    figures.put_rows("proof", [known[row.name] for row in ROWS if row.name in known], path)
-
-
 def chosen_rows(words: str) -> list[Row]:
     """The rows of these names, in the table's order; all without any.  Raises ValueError."""
     names = words.replace(",", " ").split()
@@ -157,11 +142,8 @@ def chosen_rows(words: str) -> list[Row]:
     return [row for row in ROWS if not names or row.name in names]
 
 
-def prove(rows: list[Row], scale: float, first: int, out: Path | None, keep: bool = False) -> int:
-    """Try the rows, print each one's line when it is done, and write it to `out`; 1 when one misses.
-
-    `keep`: the figures are kept for the README, too.
-    """
+def prove(rows: list[Row], scale: float, first: int, out: Path | None) -> int:
+    """Try the rows, print each one's line when it is done, and write it to `out`; 1 when one misses."""
     folder = Path(tempfile.mkdtemp(prefix="pp-"))      # short: sockets lie in it
     when, results = datetime.now(timezone.utc).isoformat(timespec="seconds"), []
     try:
@@ -170,8 +152,6 @@ def prove(rows: list[Row], scale: float, first: int, out: Path | None, keep: boo
             print(render(results[-1]), flush=True)
             if out:
                 out.write_text(json.dumps([as_json(r, scale, when) for r in results], indent=1) + "\n")
-            if keep:
-                keep_figures([as_figure(results[-1], scale, when)])
             if results[-1].reached() or results[-1].outcome is None:
                 shutil.rmtree(folder / row.name, ignore_errors=True)
     finally:
@@ -191,7 +171,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", default="", metavar="NAMES", help="only these, e.g. \"R1 R3\"")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the number of each row's first round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--figures", action="store_true", help="keep the figures for the README (tests/figures.py)")
     options = parser.parse_args(arguments)
     if sys.platform != "linux":
         parser.error("the verdicts come from /proc, which only Linux has")
@@ -203,7 +182,7 @@ def main(arguments: list[str]) -> int:
         parser.error(str(error))
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:      # a shell's `&` does that, and children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return prove(rows, options.scale, options.first, options.json, options.figures)
+    return prove(rows, options.scale, options.first, options.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def takes_room(name: str) -> Callable:
     def is_file(fd, *more) -> bool:
         return stat.S_ISREG(os.fstat(fd).st_mode)
 
-    return {"open": creates, "write": is_file}.get(name, lambda *args, **named: True)
+    return {"open": creates, "write": is_file, "pwrite": is_file}.get(name, lambda *args, **named: True)
 
 
 def is_of_disk(name: str) -> Callable:
@@ -40,18 +40,18 @@ def is_of_disk(name: str) -> Callable:
     def is_place(path, *more, **named) -> bool:
         return not str(path).startswith(("/proc/", "/dev/"))
 
-    return {"write": is_file, "fsync": is_file, "open": is_place}.get(name, lambda *args, **named: True)
+    return {"write": is_file, "pwrite": is_file, "fsync": is_file, "open": is_place}.get(name, lambda *args, **named: True)
 
 
 def always(name: str) -> Callable:
     return lambda *args, **named: True
 
 
-ROOM = ("open", "write", "fsync", "replace", "rename", "mkdir", "link", "symlink")
+ROOM = ("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir", "link", "symlink")
 CALLS = {       # errno: (calls of os that may fail so, which of them count, whether what opens other things does)
     "ENOSPC": (ROOM, takes_room, False),
     "EDQUOT": (ROOM, takes_room, False),
-    "EIO": (("open", "write", "fsync", "replace", "rename", "mkdir"), is_of_disk, False),
+    "EIO": (("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir"), is_of_disk, False),
     "EMFILE": (("open", "pipe", "posix_spawn", "pidfd_open", "scandir", "listdir"), always, True),
 }
 
