@@ -1364,7 +1364,7 @@ def may_name_actor(glob: str, ids: list[str]) -> bool:
 
 
 def check_unwatched(tables: dict, rules: Rules, policy: tuple[ApprovalRule, ...]) -> list[Problem]:
-    """A warning, for a run that nobody may be watching, about what waits for an operator; it names one place."""
+    """A warning, for a run that nobody may watch, about what waits for an operator; it names one place."""
     asking = {"approval_policy": "block", "default_approval_policy": "block", "require_plan_approval": True,
               "permission_routing": "path_b"}
     places = [("approval_policy", n) for n, rule in enumerate(policy) if rule.action == "block"]
@@ -18980,7 +18980,7 @@ class PitDaemon:
         except TrackerFailed as e:
             pause("TRACKER", e)
         except (TmuxGone, PaneGone) as e:
-            pause("WINDOW_GONE", e)
+            pause(*await self.explain_lost_pane(name, e))
         except GitError as e:
             pause("WORKTREE", e)
         except (OSError, PitbossError) as e:
@@ -18988,6 +18988,14 @@ class PitDaemon:
         except Exception as e:  # boundary: a bug in one epic's work must not end the others'
             self.tell_bug(e)
             pause("AGENT_START", f"a bug in pitboss: {type(e).__name__}: {e}; see daemon.log")
+
+    async def explain_lost_pane(self, name: str, error: PitbossError) -> tuple[str, str]:
+        """(reason, what is known): the agent in a pane has ended, or the pane is not there."""
+        with contextlib.suppress(TmuxFailed, KeyError):
+            pane = await find_pane(self, self.state.epics[name])
+            if pane is not None and pane.is_dead:
+                return "AGENT_EXITED", await self.last_words(pane)
+        return "WINDOW_GONE", str(error)
 
     def tell_bug(self, error: Exception) -> None:
         """Keep a traceback in daemon.log, which is standard error."""

@@ -109,6 +109,10 @@ def test_every_kind_of_pause_that_an_agent_causes_and_how_each_ends(pit):
     told = [e for e in pit.events("epic_resumed") if e["epic"] == "leave"]
     assert told[0]["message"] == "file l.txt"
 
+    assert pit.pit("resume", "exit")["changed"]
+    pit.watch("paused", 50, "--epics", "exit")
+    assert pit.status("exit")["reason"].startswith("AGENT_EXITED: status 7; ") and prompts(pit, "exit") == 2
+
     answer = pit.pit("stop")
     assert answer["epics"]["slow"] == {"state": "done", "reason": "STOPPED", "progress": "0/1", "changed": True}
     assert answer["epics"]["leave"]["changed"] is False
