@@ -18997,7 +18997,7 @@ class PitDaemon:
         except TrackerFailed as e:
             pause("TRACKER", e)
         except (TmuxGone, PaneGone) as e:
-            pause("WINDOW_GONE", e)
+            pause(*await self.explain_lost_pane(name, e))
         except GitError as e:
             pause("WORKTREE", e)
         except (OSError, PitbossError) as e:
@@ -19005,6 +19005,14 @@ class PitDaemon:
         except Exception as e:  # boundary: a bug in one epic's work must not end the others'
             self.tell_bug(e)
             pause("AGENT_START", f"a bug in pitboss: {type(e).__name__}: {e}; see daemon.log")
+
+    async def explain_lost_pane(self, name: str, error: PitbossError) -> tuple[str, str]:
+        """(reason, what is known): the agent in a pane has ended, or the pane is not there."""
+        with contextlib.suppress(TmuxFailed, KeyError):
+            pane = await find_pane(self, self.state.epics[name])
+            if pane is not None and pane.is_dead:
+                return "AGENT_EXITED", await self.last_words(pane)
+        return "WINDOW_GONE", str(error)
 
     def tell_bug(self, error: Exception) -> None:
         """Keep a traceback in daemon.log, which is standard error."""

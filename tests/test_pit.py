@@ -109,6 +109,10 @@ def test_every_kind_of_pause_that_an_agent_causes_and_how_each_ends(pit):
     told = [e for e in pit.events("epic_resumed") if e["epic"] == "leave"]
     assert told[0]["message"] == "file l.txt"
 
+    assert pit.pit("resume", "exit")["changed"]
+    pit.watch("paused", 50, "--epics", "exit")
+    assert pit.status("exit")["reason"].startswith("AGENT_EXITED: status 7; ") and prompts(pit, "exit") == 2
+
     answer = pit.pit("stop")
     assert answer["epics"]["slow"] == {"state": "done", "reason": "STOPPED", "progress": "0/1", "changed": True}
     assert answer["epics"]["leave"]["changed"] is False
@@ -487,3 +491,37 @@ def test_a_message_goes_into_the_session_of_the_hand_before(pit):
     assert pit.statuses()["repo-pay.1"] == "in_progress" and pit.status("pay")["reason"] == "MANUAL"
     assert pit.pit("stop")["epics"]["pay"]["changed"] and pit.statuses()["repo-pay.1"] == "open"
     assert json.loads(pit.home.pitboss("status", run, "--json").stdout)["state"] == "complete"
+
+
+OPENCODE = os.environ.get("PITBOSS_TEST_OPENCODE") or shutil.which("opencode") or ""
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(not os.access(OPENCODE, os.X_OK), reason="no opencode on PATH, and PITBOSS_TEST_OPENCODE names none")
+def test_the_real_opencode_works_through_an_epic(pit):
+    api = fake_api.start()
+    try:
+        folder = pit.home.root / "home/.config/opencode"
+        folder.mkdir(parents=True)
+        (folder / "opencode.json").write_text(json.dumps({"provider": {"standin": {
+            "npm": "@ai-sdk/anthropic", "options": {"baseURL": f"{api.url}/v1", "apiKey": KEY},
+            "models": {"m1": {"name": "m1", "cost": {"input": 1, "output": 5}}}}}}))
+        pit.env["PITBOSS_OPENCODE_BINARY"] = OPENCODE
+        step = {"tool": "bash", "input": {
+            "command": "echo x >{{TICKET_ID}}; git add -A; git commit -qm {{TICKET_ID}}; {{TICKET_CLOSE}}",
+            "description": "a step"}}
+        (pit.home.root / "prompt.txt").write_text("Do {{TICKET_ID}}.\nSCRIPT: " + json.dumps([step, {"text": "done"}]))
+        pit.configure(agent="auto", model="standin/m1", promptTemplate=str(pit.home.root / "prompt.txt"),
+                      initDelay=25000)
+        pit.epic("Auth", "one", "two")
+        assert pit.pit("start", "--epics", "auth")["epics"]["auth"]["agent"] == "opencode"
+        pit.watch("settled", 240)
+        epic = pit.status("auth")
+        assert epic["state"] == "done", f"{epic['reason']}\n{pit.screens()}"
+        assert pit.commits("pit/auth") == ["repo-auth.1", "repo-auth.2"]
+        assert len({t["sessionId"] for t in epic["tickets"]}) == 2 and epic["usage"]["output"] > 0
+        assert git(epic["worktree"], "status", "--porcelain") == ""
+    finally:
+        api.stop()

@@ -37,10 +37,11 @@ def daemons(pit: Pit) -> list[int]:
 @pytest.mark.parametrize("round_", range(ROUNDS))
 def test_a_daemon_killed_at_any_moment(pit, round_, headless):
     draw = random.Random(os.environ.get("PITBOSS_TEST_SEED", "pit") + f"{round_}{headless}")
-    log = pit.home.root / "worked.log"
+    log, gate = pit.home.root / "worked.log", pit.home.root / "gate"
+    first = f"$ run until test -e {gate}; do sleep 0.1; done\n"       # nothing is over before the first death
     names = ("auth", "pay")
     for name in names:
-        pit.epic(name.title(), *(f"$ run echo {name}.{n} >>{log}\n{work(n)}" for n in (1, 2)))
+        pit.epic(name.title(), *(f"{first}$ run echo {name}.{n} >>{log}\n{work(n)}" for n in (1, 2)))
     pit.pit("start", "--epics", ",".join(names), *(["--headless"] if headless else []))
     watch = pit.spawn("watch", "--until", "done", "--timeout", "200")
     kills, deadline = 0, time.monotonic() + 200
@@ -51,6 +52,7 @@ def test_a_daemon_killed_at_any_moment(pit, round_, headless):
             for pid in daemons(pit) if kills < 12 else ():
                 os.kill(pid, signal.SIGKILL)
                 kills += 1
+                gate.touch()
     out, err = watch.communicate(timeout=30)
     assert watch.returncode == 0, f"{kills} kills\n{out}\n{err}\n{pit.daemon_log()}\n{pit.status()}\n{pit.screens()}"
     assert kills, "no daemon was ever killed"
