@@ -21,6 +21,7 @@ from tmux_desk import Desk, desk, hook_run, needs_tmux, pin  # noqa: F401 (desk 
 from tools import PYTHON, git, processes_with, wait_for
 
 pytestmark = needs_tmux
+UNTOLD = None        # a pane's exit status that tmux 3.3a, once in many times on a busy machine, never tells
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -176,9 +177,11 @@ def test_a_server_that_is_gone_is_told_from_one_that_began_anew(desk):  # noqa: 
 def test_a_window_stays_when_its_agent_ends_and_can_have_a_new_one(desk):  # noqa: F811
     pane = shell(desk, "e", "seq 100; echo last words; exit 7")
     dead = wait_for(lambda: (p := desk.do(desk.tmux.panes())["e"]).is_dead and p, 10)
-    assert (dead.status, dead.pane_id, dead.path) == (7, pane.pane_id, "")
+    assert dead.status in (7, UNTOLD) and (dead.pane_id, dead.path) == (pane.pane_id, "")
     lines = desk.do(desk.tmux.capture(pane.pane_id, 4)).split("\n")
-    assert lines[:3] == ["99", "100", "last words"] and lines[3].startswith("Pane is dead")
+    if dead.status == 7:
+        assert lines.pop().startswith("Pane is dead")
+    assert lines[-3:] == ["99", "100", "last words"]
     again = desk.do(desk.tmux.respawn(pane.pane_id, str(desk.root), ["sh", "-c", "kill -9 $$"], desk.env))
     assert (again.pane_id, again.epic) == (pane.pane_id, "e") and again.pid != pane.pid
     killed = wait_for(lambda: (p := desk.do(desk.tmux.panes())["e"]).is_dead and p, 10)
@@ -211,7 +214,7 @@ def test_what_cannot_be_started_says_so_in_its_window(desk, argv, cwd, words):  
     """tmux itself would start in another folder without a word: the worst that can happen."""
     pane = desk.do(desk.tmux.open_window("pit", "e", cwd or str(desk.repo), argv, desk.env))
     dead = wait_for(lambda: (p := desk.do(desk.tmux.panes())["e"]).is_dead and p, 10)
-    assert dead.status == 126 and words in desk.do(desk.tmux.capture(pane.pane_id, 10))
+    assert dead.status in (126, UNTOLD) and words in desk.do(desk.tmux.capture(pane.pane_id, 10))
 
 
 @ON_LINUX
@@ -548,7 +551,7 @@ def test_what_the_scripted_agent_tells(demo):
     assert used["input"] > 0 and used["output"] > 0 and used["cost_usd"] is None
     desk.do(desk.tmux.press(pane.pane_id, "C-c", "C-c"))
     assert desk.wait("ended")["kind"] == "prompt_input_exit"
-    assert wait_for(lambda: (p := desk.do(desk.tmux.panes())["e.1"]).is_dead and p, 10).status == 0
+    assert wait_for(lambda: (p := desk.do(desk.tmux.panes())["e.1"]).is_dead and p, 10).status in (0, UNTOLD)
 
 
 def test_the_scripted_agent_works_on_the_ticket_that_a_prompt_names(demo):
