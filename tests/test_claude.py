@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -485,6 +486,21 @@ def test_only_the_tools_of_the_task_are_offered(crowd):
     assert run.record("two_tools")["final_message"] == "still runs"
     checked = place.home.pitboss("validate", place.home.root / "m.toml", check=0)
     assert "Bash(git log *)" in checked.stdout + checked.stderr, "a rule that limits nothing is a warning"
+
+
+SHORT_NAMES = ("haiku", "sonnet", "opus")
+for short in SHORT_NAMES:
+    crowd_task(f"named_{short}", prompt(say("hello")), model=short)
+
+
+@real
+@pytest.mark.parametrize("short", SHORT_NAMES)
+def test_claude_knows_its_models_by_their_short_names(crowd, short):
+    place, run = crowd
+    record = check_success(run, f"named_{short}")
+    (asked,) = {body["model"] for body in place.bodies(record["claude_session_id"])}
+    assert re.fullmatch(rf"claude-{short}-[0-9-]+", asked), asked
+    assert record["model"] == short and record["cost_usd"] > 0
 
 
 # ------------------------------------------------------------------ whose word counts
