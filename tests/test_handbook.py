@@ -86,14 +86,14 @@ def test_commands_and_flags_that_it_speaks_of_exist():
 
 def raised_texts() -> list[str]:
     """How each ToolRefusal that the code raises begins, with … for what is filled in."""
+    kinds = [n for n, k in vars(pitboss).items() if isinstance(k, type) and issubclass(k, pitboss.ToolRefusal)]
+    parts = re.split(r"(?m)^(?=(?:async )?def |class )", PITBOSS.read_text(encoding="utf-8"))
+    trees = [ast.parse(part) for part in parts if re.search(rf"\b({'|'.join(kinds)})\(", part)]
     found = []
-    calls = (n for n in ast.walk(ast.parse(PITBOSS.read_text(encoding="utf-8"))) if isinstance(n, ast.Call))
-    for call in calls:
-        name = getattr(call.func, "id", "")
-        kinds = getattr(pitboss, name, None)
-        if isinstance(kinds, type) and issubclass(kinds, pitboss.ToolRefusal) and call.args:
-            parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else [call.args[0]]
-            found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in parts))
+    for call in (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        if getattr(call.func, "id", "") in kinds and call.args:
+            text = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else [call.args[0]]
+            found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in text))
     return found
 
 

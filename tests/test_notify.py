@@ -664,6 +664,7 @@ def test_workers_that_a_good_lead_did_not_need_have_not_failed(home):
 IN_NET = "PITBOSS_TEST_OWN_NET"        # set in a network namespace where 8.8.4.4 is this machine
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(IN_NET in os.environ, reason="this is the inside of it")
 def test_the_sinks_of_a_manifest_in_a_network_of_their_own():
     """`unshare` gives a network in which this machine has a public address; the next test runs there."""

@@ -406,6 +406,7 @@ def test_a_long_difference_is_cut_and_says_so(home):
 
 @pytest.mark.real
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: install one, or name it in PITBOSS_TEST_CHROMIUM")
+@pytest.mark.slow
 def test_a_browser_shows_the_page_from_disk(tree, tmp_path):
     """Chromium draws it, complains of nothing, and runs nothing of what agents said."""
     home, run = tree
