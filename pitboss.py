@@ -17921,10 +17921,35 @@ async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable, home
         await asyncio.sleep(PASTE_S)
         if not empty or await leaves_home(tmux, pane_id, home):
             break                  # opencode draws its box before it takes a paste
+    return await enter_prompt(tmux, pane_id, submitted)
+
+
+async def enter_prompt(tmux: Tmux, pane_id: str, submitted: Callable) -> bool:
+    """Press Enter until the event of what stands in an agent's box has come; whether it came."""
     for seconds in ENTERS_S:
         await tmux.press(pane_id, "Enter")
         if await submitted(seconds):
             return True
+    return False
+
+
+async def is_taken_up(tmux: Tmux, row: TuiAgent, pane_id: str, submitted: Callable) -> bool:
+    """Whether an agent takes up what somebody who was killed meanwhile may have pasted; else its box is empty.
+
+    It stands in the box, or the agent has it and is slow to tell of it: until as much time has passed as a
+    prompt has that was just sent, sending it again could have it worked twice.
+    """
+    if row.home and not await leaves_home(tmux, pane_id, row.home):
+        return False               # nothing was pasted; an Enter could send what its start page kept
+    if await enter_prompt(tmux, pane_id, submitted):
+        return True
+    deadline = time.monotonic() + HOOKS_S
+    while is_busy((await tmux.pane(pane_id)).title) and time.monotonic() < deadline:
+        if await submitted(CONFIRM_S):
+            return True
+    if row.empties:
+        await tmux.press(pane_id, *row.empties)
+        await asyncio.sleep(PASTE_S)
     return False
 
 
@@ -18289,7 +18314,7 @@ def on_epic_picked(state: PitState, event: dict) -> None:
 
 
 def on_send_begun(state: PitState, event: dict) -> None:
-    """Something is about to be pasted."""
+    """Something is about to be pasted or typed."""
     epic = state.epics[event["epic"]]
     alter(state, epic.id, todo={**epic.todo, "begun": True})
 
@@ -19371,8 +19396,11 @@ class PitDaemon:
 
     async def effect_clear(self, epic: Epic) -> None:
         """Give its agent a fresh conversation: the event of it ends this."""
-        await asyncio.sleep(self.state.settings.get("clearDelay", 0) / 1000)
-        await DRIVERS[epic.headless].clear(self, self.epic(epic.id))
+        begun = bool(epic.todo.get("begun"))
+        if not begun:
+            await asyncio.sleep(self.state.settings.get("clearDelay", 0) / 1000)
+            self.record("send_begun", epic=epic.id)
+        await DRIVERS[epic.headless].clear(self, self.epic(epic.id), begun)
 
     async def effect_interrupt(self, epic: Epic) -> None:
         """Interrupt its agent's turn."""
@@ -19893,7 +19921,7 @@ class Driver(NamedTuple):
     open: Callable             # (daemon, epic, (folder, branch)): start it, then record epic_opened
     greet: Callable            # wait until it told that it began, or pause
     send: Callable             # (daemon, epic, text, begun) -> False when it was never confirmed
-    clear: Callable            # give it a fresh conversation
+    clear: Callable            # (daemon, epic, begun): give it a fresh conversation
     interrupt: Callable        # end its turn
     tell: Callable             # (daemon, epic, text): a message while it works
     end: Callable              # end its processes; what it showed stays
@@ -19986,27 +20014,24 @@ async def tmux_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> bo
     async def submitted(seconds: float) -> bool:
         return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
 
-    if begun:
-        await tmux.press(epic.pane, "Enter")
-        for _ in range(5):
-            if await submitted(CONFIRM_S):
-                return True
-            if not is_busy((await tmux.pane(epic.pane)).title):
-                break
-        await tmux.press(epic.pane, *row.empties)
-        await asyncio.sleep(PASTE_S)
+    if begun and await is_taken_up(tmux, row, epic.pane, submitted):
+        return True
     if not epic.session and row.home:
         await wait_home(tmux, row, epic.pane, CLEAR_S)
     return await deliver(tmux, epic.pane, text, submitted, row.home)
 
 
-async def tmux_clear(daemon: PitDaemon, epic: Epic) -> None:
+async def tmux_clear(daemon: PitDaemon, epic: Epic, begun: bool) -> None:
     """Have an agent forget; where it does not confirm that, give the window a fresh process."""
     tmux, row = daemon.tmux_server(), TUI_AGENTS[epic.agent]
 
     async def cleared(seconds: float) -> bool:
         return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
 
+    if begun and not row.home:             # typed twice, the second would stand before the next prompt
+        await tmux.press(epic.pane, "Enter")
+        if await cleared(CLEAR_S):
+            return
     if await clear_context(tmux, row, epic.pane, cleared):
         if row.home:                       # it tells its new session with the next prompt
             daemon.record("session_began", epic=epic.id, session="")
@@ -20204,7 +20229,7 @@ async def headless_send(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -
         await asyncio.sleep(0.1)
 
 
-async def headless_clear(daemon: PitDaemon, epic: Epic) -> None:
+async def headless_clear(daemon: PitDaemon, epic: Epic, begun: bool) -> None:
     """The next hand has a fresh conversation anyway."""
     daemon.record("session_began", epic=epic.id, session="")
 

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from pit_desk import Pit, needs_tmux, work
-from tools import processes_with
+from tools import processes_with, wait_for
 
 ROUNDS = int(os.environ.get("PITBOSS_TEST_ROUNDS", "2"))
 
@@ -62,3 +64,58 @@ def test_a_daemon_killed_at_any_moment(pit, round_, headless):
         assert pit.commits(f"pit/{name}") == ["work 1", "work 2"]
         assert sorted(e["ticket"] for e in pit.events("ticket_closed") if e["epic"] == name) == \
             [f"repo-{name}.1", f"repo-{name}.2"]
+
+
+def slow_to_tell(pit: Pit, hook: str, seconds: float) -> None:
+    """The scripted agent, taken for claude, whose hook waits; `hook.began` has a line for each time that it ran."""
+    began = pit.home.root / "hook.began"
+    argv = pit.home.argv("demo-agent", "--sessions", str(pit.home.root / "sessions"), "--model", "demo", "--tui")
+    program = pit.home.root / "claude.py"
+    program.write_text(
+        "import json, os, sys\n"
+        "path = sys.argv[sys.argv.index('--settings') + 1]\n"
+        "settings = json.load(open(path))\n"
+        f"row = settings['hooks'][{hook!r}][0]['hooks'][0]\n"
+        f"row['command'] = 'echo x >>{began}; sleep {seconds}; ' + row['command']\n"
+        "json.dump(settings, open(path + '.slow', 'w'))\n"
+        f"argv = {argv!r} + [path + '.slow']\n"
+        "os.execv(argv[0], argv)\n")
+    claude = pit.home.root / "claude"
+    claude.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -S {program} \"$@\"\n")
+    claude.chmod(0o755)
+    pit.env["PITBOSS_CLAUDE_BINARY"] = str(claude)
+    pit.configure(agent="claude-code", initDelay=20000)
+
+
+def kill_daemon_once(pit: Pit, count: int) -> None:
+    """Kill the daemon when the slow hook has run `count` times, then have the next one."""
+    began = pit.home.root / "hook.began"
+    wait_for(lambda: began.exists() and len(began.read_text().split()) >= count, 40, "the hook")
+    for pid in daemons(pit):
+        os.kill(pid, signal.SIGKILL)
+    pit.pit("daemon", "start")
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_prompt_that_is_told_late_is_not_sent_again(pit):
+    slow_to_tell(pit, "UserPromptSubmit", 7)
+    log = pit.home.root / "worked.log"
+    pit.epic("Auth", f"$ run echo 1 >>{log}\n{work(1)}", f"$ run echo 2 >>{log}\n{work(2)}")
+    pit.pit("start", "--epics", "auth")
+    kill_daemon_once(pit, 1)
+    pit.watch("done", 80)
+    assert log.read_text().split() == ["1", "2"] and pit.commits("pit/auth") == ["work 1", "work 2"]
+    assert len((pit.home.root / "hook.began").read_text().split()) == 2, "each prompt came once"
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_clearing_that_is_told_late_is_not_typed_before_the_next_prompt(pit):
+    slow_to_tell(pit, "SessionStart", 4)
+    pit.epic("Auth", work(1), work(2))
+    pit.pit("start", "--epics", "auth")
+    kill_daemon_once(pit, 2)
+    pit.watch("done", 80)
+    assert pit.commits("pit/auth") == ["work 1", "work 2"]
+    assert len((pit.home.root / "hook.began").read_text().split()) == 2, "it was cleared once"
