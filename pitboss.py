@@ -17934,7 +17934,7 @@ async def enter_prompt(tmux: Tmux, pane_id: str, submitted: Callable) -> bool:
 
 
 async def is_taken_up(tmux: Tmux, row: TuiAgent, pane_id: str, submitted: Callable) -> bool:
-    """Whether an agent takes up what somebody who was killed meanwhile may have pasted; else its box is empty.
+    """Whether an agent takes up what somebody who was killed may have pasted; else its box is empty.
 
     It stands in the box, or the agent has it and is slow to tell of it: until as much time has passed as a
     prompt has that was just sent, sending it again could have it worked twice.
