@@ -15518,11 +15518,11 @@ One task of one agent needs none of them. Two agents that edit the same files ar
 2. Write the manifest. Set `timeout_secs`, for a lead also `lead_timeout_secs`; give each task that matters
    a `branch`; leave `model` alone unless asked. What only reads needs no branch: its result is
    `final_message`.
-3. `validate M` until it says OK: it names every mistake with line and what is allowed. That there is no
-   terminal is harmless: you will be asked. `tree M` says what it can cost at worst (`--check USD`: exit 6
-   above it), `dispatch M --dry-run` the commands, folders, branches.
-4. `dispatch M --background` prints `{run_id, …}`; without it, it waits, and exit 0 is: all succeeded. There
-   is no schedule: let cron do that, with PATH, keys and `PITBOSS_NOTIFY_…` set.
+3. `validate M` until it says OK: it names every mistake with line and what is allowed. Its warning that
+   there is no terminal is harmless if you answer. `tree M` says what it can cost at worst (`--check USD`:
+   exit 6 above it), `dispatch M --dry-run` the commands, folders, branches.
+4. `dispatch M --background` prints `{run_id, …}`; without that it waits, and exit 0 means that all succeeded.
+   There is no schedule: let cron dispatch, with PATH, keys and `PITBOSS_NOTIFY_…` set.
 5. Follow: `watch RUN --until attention` blocks until it needs you (its last lines begin `needs you:`) or has
    ended (`run finished:`); both are exit 0, 1 is a `--timeout`. With `--json` each line has a `seq`, and
    `--since SEQ` goes on from there. `status RUN --json` (actors with `status` or `state`, `approvals`),
