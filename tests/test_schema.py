@@ -467,8 +467,9 @@ def edited(home):
     source, compile_once = pitboss_source(), functools.lru_cache(lambda text: compiled(text.encode(), home.root))
 
     def run(anchor: str, row: str, *commands: tuple) -> list[str]:
-        assert source.count(anchor) == 1, f"{anchor!r} stands {source.count(anchor)} times in the file"
-        copy = compile_once(source.replace(anchor, anchor + row))
+        line = "\n" + anchor
+        assert source.count(line) == 1, f"{anchor!r} begins {source.count(line)} lines of the file"
+        copy = compile_once(source.replace(line, line + row))
         return [subprocess.run([PYTHON, *ISOLATED, copy, *args], env=home.env, cwd=home.root, text=True, check=True,
                                capture_output=True, stdin=subprocess.DEVNULL, timeout=60).stdout for args in commands]
     return run
