@@ -17860,9 +17860,9 @@ def follows(session: str, event: dict) -> bool:
     return begins or not session or not event["session"] or event["session"] == session
 
 
-def is_busy(title: str) -> bool:
+def is_busy(pane: Pane) -> bool:
     """Whether a pane's title says that a turn goes on: claude shows a turning braille pattern there."""
-    return bool(title) and 0x2800 <= ord(title[0]) <= 0x28FF
+    return bool(pane.title) and 0x2800 <= ord(pane.title[0]) <= 0x28FF and not pane.is_dead
 
 
 def explain_silence(row: TuiAgent, screen: str) -> str:
@@ -17934,7 +17934,7 @@ async def enter_prompt(tmux: Tmux, pane_id: str, submitted: Callable) -> bool:
 
 
 async def is_taken_up(tmux: Tmux, row: TuiAgent, pane_id: str, submitted: Callable) -> bool:
-    """Whether an agent takes up what somebody who was killed may have pasted; else its box is empty.
+    """Whether an agent takes up what a daemon that was killed may have pasted; else its box is empty.
 
     It stands in the box, or the agent has it and is slow to tell of it: until as much time has passed as a
     prompt has that was just sent, sending it again could have it worked twice.
@@ -17944,7 +17944,7 @@ async def is_taken_up(tmux: Tmux, row: TuiAgent, pane_id: str, submitted: Callab
     if await enter_prompt(tmux, pane_id, submitted):
         return True
     deadline = time.monotonic() + HOOKS_S
-    while is_busy((await tmux.pane(pane_id)).title) and time.monotonic() < deadline:
+    while is_busy(await tmux.pane(pane_id)) and time.monotonic() < deadline:
         if await submitted(CONFIRM_S):
             return True
     if row.empties:
@@ -17972,7 +17972,7 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
     if row.home and row.home in await tmux.capture(pane_id, WINDOW_SIZE[1]):
         return True                    # nothing was said in it yet, and its box is empty
     deadline = time.monotonic() + HOOKS_S
-    while is_busy((await tmux.pane(pane_id)).title) and time.monotonic() < deadline:
+    while is_busy(await tmux.pane(pane_id)) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)       # hooks of its user may go on after ours; a key would end them
     if row.empties:
         await tmux.press(pane_id, *row.empties)
@@ -18027,7 +18027,7 @@ async def interrupt_turn(tmux: Tmux, row: TuiAgent, pane_id: str, seconds: float
 
 async def shows_turn(tmux: Tmux, row: TuiAgent, pane_id: str) -> bool:
     """Whether a turn goes on, as the title or else the screen of an agent shows."""
-    if is_busy((await tmux.pane(pane_id)).title):
+    if is_busy(await tmux.pane(pane_id)):
         return True
     return bool(row.working) and bool(re.search(row.working, await tmux.capture(pane_id, WINDOW_SIZE[1])))
 
@@ -18338,6 +18338,15 @@ def on_prompted(state: PitState, event: dict) -> None:
         set_phase(state, epic.id, "work")
 
 
+def on_turn_held(state: PitState, event: dict) -> None:
+    """A paused agent began what waited in its queue: that turn is interrupted, too, and its message kept."""
+    session = {"session": event["session"]} if "session" in event else {}
+    epic = alter(state, event["epic"], **spooled_in(event), **session)
+    if "message" in event:
+        alter(state, epic.id, messages=(event["message"], *epic.messages))
+    set_phase(state, epic.id, "interrupt")
+
+
 def on_turn_ended(state: PitState, event: dict) -> None:
     """The agent is idle."""
     epic = alter(state, event["epic"], **spooled_in(event))
@@ -18405,8 +18414,8 @@ def on_epic_rechecked(state: PitState, event: dict) -> None:
 
 
 def on_epic_resumed(state: PitState, event: dict) -> None:
-    """Somebody lets it go on."""
-    epic = state.epics[event["epic"]]
+    """Somebody lets it go on: its ticket has its whole time again."""
+    epic = alter(state, event["epic"], worked_s=0.0)
     if event.get("message") is not None:
         alter(state, epic.id, messages=(*epic.messages, event["message"]))
     take_place(state, epic.id, "go_on")
@@ -18467,7 +18476,8 @@ PIT_EVENTS: dict[str, Callable] = {
     "epic_added": on_epic_added, "epic_opened": on_epic_opened, "epic_looked": on_epic_looked,
     "epic_picked": on_epic_picked, "send_begun": on_send_begun, "hand_given": on_hand_given,
     "ticket_closed": on_ticket_closed,
-    "session_began": on_session_began, "prompted": on_prompted, "turn_ended": on_turn_ended,
+    "session_began": on_session_began, "prompted": on_prompted, "turn_held": on_turn_held,
+    "turn_ended": on_turn_ended,
     "epic_paused": on_epic_paused, "epic_rested": on_epic_rested, "epic_rechecked": on_epic_rechecked,
     "epic_resumed": on_epic_resumed, "epic_messaged": on_epic_messaged, "epic_told": on_epic_told,
     "epic_went_on": on_epic_went_on, "epic_finished": on_epic_finished, "epic_stopped": on_epic_stopped,
@@ -18511,6 +18521,12 @@ def decide_agent_event(epic: Epic, told: Mapping[str, Any]) -> tuple[str, dict] 
         return None
     last = str(told.get("last") or "")
     if kind == "prompt":
+        text = str(told.get("prompt") or "")
+        queued = MESSAGE_HEAD.strip() in text
+        if epic.reason in ("MANUAL", "TIMEOUT") and (queued or epic.phase == "interrupt"):
+            message = text.partition(MESSAGE_HEAD.strip())[2].strip("\n")
+            return "turn_held", {"epic": epic.id, **({"session": session} if session else {}),
+                                 **({"message": message} if queued else {})}
         return "prompted", {"epic": epic.id, **({"session": session} if session else {})}
     if kind == "turn_ended" or kind == "notice" and epic.phase == "work":
         return None if told.get("background") else (
@@ -20028,11 +20044,17 @@ async def tmux_clear(daemon: PitDaemon, epic: Epic, begun: bool) -> None:
     async def cleared(seconds: float) -> bool:
         return await daemon.until(lambda: daemon.epic(epic.id).stint != epic.stint, seconds)
 
-    if begun and not row.home:             # typed twice, the second would stand before the next prompt
-        await tmux.press(epic.pane, "Enter")
-        if await cleared(CLEAR_S):
-            return
-    if await clear_context(tmux, row, epic.pane, cleared):
+    try:
+        if begun and not row.home:         # typed twice, the second would stand before the next prompt
+            await tmux.press(epic.pane, "Enter")
+            if await cleared(CLEAR_S):
+                return
+        forgot = await clear_context(tmux, row, epic.pane, cleared)
+    except PaneGone:
+        if await find_pane(daemon, epic) is None:
+            raise
+        forgot = False                     # its agent has ended, between two tickets: nothing is lost with it
+    if forgot:
         if row.home:                       # it tells its new session with the next prompt
             daemon.record("session_began", epic=epic.id, session="")
         return
@@ -20968,20 +20990,27 @@ not trusted.
    change the same files; two to four at a time are plenty. Then write its tickets (below). EPIC is its
    `id`, or the short form of it; branch and window are named as you type it at `start`.
 3. Look at the order: `pit ticket ready --parent EPIC` shows what would be begun,
-   `pit ticket list --parent EPIC` all. Commit what the agents need; worktrees begin at `baseBranch`,
-   uncommitted changes are not in them.
+   `pit ticket list --parent EPIC` all. Commit what the agents need, this file first: worktrees begin at
+   `baseBranch`, and an agent sees only what is committed there. Agents push their branch where the
+   repository has a remote, unless this file forbids it.
 4. `pit start --epics A,B` and tell the human how to watch: `tmux attach -t pit`, windows `epic-A` and
    `epic-B`. Without tmux: `--headless`. A further epic later: `pit add C`.
+   `start` begins epics; it neither resumes a paused one nor changes the settings of a session.
 5. Wait: `pit watch --until settled --timeout 600`, again and again, ends when no epic is at work;
-   `--until paused` as soon as one needs you. It costs nothing; calling `status` in a loop does.
+   `--until paused` as soon as one needs you, so at once while one is paused already: leave that one out
+   (`--epics`), or take `--until change --since SEQ` with the `seq` of the last line. Exit 1: the time is
+   over, look at `pit status`. It costs nothing; calling `status` in a loop does.
 6. Deal with each paused epic (table below), resume it, and go back to 5. The others go on meanwhile.
-7. When an epic is `done`, review it: `git log BASE..pit/EPIC`, `git diff BASE...pit/EPIC`, run the checks
-   in its worktree. What is wrong becomes new tickets (`pit ticket add … --parent EPIC`) and
-   `pit start --epics EPIC` again.
+7. An epic is `done` when all its tickets are closed, or with the reason `STOPPED`: look at `progress`. pit
+   has ended its agent; its window stays to be read. Review it: `git log BASE..pit/EPIC`,
+   `git diff BASE...pit/EPIC`, run the checks in its worktree. What is wrong becomes new tickets
+   (`pit ticket add … --parent EPIC`) and `pit start --epics EPIC` again.
 8. Merge only as the human told you to (`git merge pit/EPIC` in the main checkout, checks again); close the
    epic (`pit ticket close EPIC`) if they agree.
-9. `pit teardown EPIC`, or `pit teardown` for all. It refuses when something would be lost and says what:
-   commit or merge that, rather than use `--force` (which keeps it in a rescue ref).
+9. `pit teardown EPIC`, or `pit teardown` for all. It refuses when something would be lost and says what,
+   for all epics as one: commit or merge that, rather than use `--force`. That keeps it in a rescue ref,
+   which the answer names: `git show REF:FILE`, `git cherry-pick REF`. Tickets, rescue refs and branches
+   with commits of their own stay.
 
 ### Tickets
 

@@ -145,13 +145,32 @@ def test_paused_time_does_not_count_towards_the_timeout():
     began = epic.clock_at
     assert not pitboss.is_overdue(book.state.settings, epic, began + 2.9)
     assert pitboss.is_overdue(book.state.settings, epic, began + 3.1)
-    book.tell("epic_paused", epic="a", reason="MANUAL")
+    book.tell("epic_paused", epic="a", reason="PERMISSION")
     assert not pitboss.is_overdue(book.state.settings, book.state.epics["a"], began + 9999)
-    book.tell("epic_resumed", epic="a").tell("epic_went_on", epic="a", phase="send")
+    book.tell("prompted", epic="a")
     epic = book.state.epics["a"]
     assert epic.worked_s > 0 and epic.clock_at > began
     assert pitboss.is_overdue(book.state.settings, epic, epic.clock_at + 3.1 - epic.worked_s)
     assert not pitboss.is_overdue({}, epic, began + 9999)
+    book.tell("epic_paused", epic="a", reason="TIMEOUT").tell("epic_resumed", epic="a")
+    epic = book.state.epics["a"]
+    assert epic.worked_s == 0 and not pitboss.is_overdue(book.state.settings, epic, epic.clock_at + 2.9), \
+        "who resumes it gives its ticket the whole time again"
+
+
+def test_what_waited_in_a_paused_agents_queue_is_interrupted_and_kept():
+    book = Book().at_work().tell("epic_messaged", epic="a", message="look left").tell("epic_told", epic="a")
+    book.tell("epic_paused", epic="a", reason="MANUAL").tell("epic_rested", epic="a")
+    freed = {"event": "prompt", "session": "s1", "prompt": "Message from the orchestrator:\nlook left"}
+    kind, facts = pitboss.decide_agent_event(book.state.epics["a"], freed)
+    assert (kind, facts["message"]) == ("turn_held", "look left")
+    book.tell(kind, **facts)
+    assert book.look() == ("paused", "MANUAL", "interrupt", "a.1")
+    late = {"event": "prompt", "session": "s1", "prompt": "Work on ticket a.1"}
+    assert pitboss.decide_agent_event(book.state.epics["a"], late)[0] == "turn_held"
+    book.tell("epic_rested", epic="a")
+    assert pitboss.decide_agent_event(book.state.epics["a"], late)[0] == "prompted", "a person types in its window"
+    assert book.tell("epic_resumed", epic="a").state.epics["a"].messages == ("look left",)
 
 
 def test_a_message_waits_until_the_agent_is_in_a_turn():

@@ -146,6 +146,40 @@ def test_a_pause_interrupts_and_a_resume_sends_the_same_ticket_again(pit):
 
 @needs_tmux
 @pytest.mark.slow
+def test_a_ticket_that_took_too_long_has_its_whole_time_again_after_a_resume(pit):
+    pit.configure(ticketTimeout=0.05)
+    flag = pit.home.root / "flag"
+    pit.epic("Auth", f"$ run until test -e {flag}; do sleep 0.1; done\n" + work(1))
+    pit.pit("start", "--epics", "auth")
+    pit.watch("paused")
+    assert pit.status("auth")["reason"].startswith("TIMEOUT: ")
+    flag.touch()
+    assert pit.pit("resume", "auth")["changed"]
+    assert pit.watch("settled")[-1]["state"] == "done", pit.status("auth")["reason"]
+    assert pit.commits("pit/auth") == ["work 1"]
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_a_pause_holds_against_a_message_that_waits_in_the_agents_queue(pit):
+    flag, begun = pit.home.root / "flag", pit.home.root / "begun"
+    wait = f"$ run touch {begun}; until test -e {flag}; do sleep 0.1; done\n"
+    pit.epic("Auth", wait)
+    pit.pit("start", "--epics", "auth")
+    wait_for(begun.exists, 30, "the first step")
+    pit.pit("resume", "auth", "--message", wait + work(1))
+    wait_for(lambda: pit.events("epic_told"), 20, "the message")
+    pit.pit("pause", "auth")
+    wait_for(lambda: pit.events("turn_held"), 20, "the turn of the message")
+    wait_for(lambda: pit.events("epic_rested")[-1:] and pit.events()[-1]["kind"] == "epic_rested", 30, "the interrupt")
+    assert pit.status("auth")["reason"] == "MANUAL"
+    flag.touch()
+    assert pit.commits("pit/auth") == [] and pit.pit("resume", "auth")["changed"]
+    wait_for(lambda: pit.commits("pit/auth") == ["work 1"], 30, "the message, once it is resumed")
+
+
+@needs_tmux
+@pytest.mark.slow
 def test_a_killed_daemon_and_a_killed_tmux_server_lose_nothing(pit):
     flag = pit.home.root / "flag"
     first = f"$ run touch {flag}.$$\n$ run until test -e {flag}; do sleep 0.1; done\n" + work(1)

@@ -119,3 +119,15 @@ def test_a_clearing_that_is_told_late_is_not_typed_before_the_next_prompt(pit):
     pit.watch("done", 80)
     assert pit.commits("pit/auth") == ["work 1", "work 2"]
     assert len((pit.home.root / "hook.began").read_text().split()) == 2, "it was cleared once"
+
+
+@needs_tmux
+@pytest.mark.slow
+def test_an_agent_that_ends_between_two_tickets_is_started_again(pit):
+    pit.configure(clearDelay=1500)
+    pit.epic("Auth", work(1), work(2))
+    pit.pit("start", "--epics", "auth")
+    wait_for(lambda: pit.events("ticket_closed"), 40, "the first ticket")
+    os.kill(pit.events("epic_opened")[0]["pid"], signal.SIGTERM)
+    pit.watch("done", 40)
+    assert pit.commits("pit/auth") == ["work 1", "work 2"] and len(pit.events("epic_opened")) == 2

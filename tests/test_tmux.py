@@ -485,7 +485,7 @@ def test_a_turn_is_interrupted_without_an_event_and_an_idle_agent_is_not_harmed(
     desk, row, pane = demo
     assert desk.deliver(pane, "wait\n$ sleep 300")
     assert desk.do(pitboss.interrupt_turn(desk.tmux, row, pane.pane_id)) is True
-    assert not pitboss.is_busy(desk.do(desk.tmux.pane(pane.pane_id)).title)
+    assert not pitboss.is_busy(desk.do(desk.tmux.pane(pane.pane_id)))
     assert [e["event"] for e in desk.events()] == ["started", "prompt"]
     assert desk.do(pitboss.interrupt_turn(desk.tmux, row, pane.pane_id)) is True
     assert desk.deliver(pane, "next\n$ say still here")
@@ -510,7 +510,7 @@ def test_an_interrupt_is_repeated_while_a_turn_shows_and_no_longer(desk, monkeyp
     monkeypatch.setattr(pitboss, "ESCAPE_S", 0.3)
     out = desk.root / "seen"
     pane = desk.do(desk.tmux.open_window("pit", "e.1", str(desk.repo), [PYTHON, "-c", STUBBORN, str(out)], desk.env))
-    wait_for(lambda: pitboss.is_busy(desk.do(desk.tmux.pane(pane.pane_id)).title), 10)
+    wait_for(lambda: pitboss.is_busy(desk.do(desk.tmux.pane(pane.pane_id))), 10)
     row = pitboss.TUI_AGENTS["claude-code"]
     assert desk.do(pitboss.interrupt_turn(desk.tmux, row, pane.pane_id)) is True
     desk.do(desk.tmux.press(pane.pane_id, "z"))
@@ -530,7 +530,9 @@ def test_a_turn_shows_on_the_screen_of_an_agent_whose_title_tells_nothing(desk):
 @pytest.mark.parametrize("title, busy", [
     ("⠂ Claude Code", True), ("⠐ Reading files", True), ("✳ Claude Code", False), ("OC | a title", False), ("", False)])
 def test_a_title_tells_of_a_turn(title, busy):
-    assert pitboss.is_busy(title) is busy
+    pane = pitboss.Pane("e", "%1", "@1", "$1", 7, False, None, "claude", "/", title)
+    assert pitboss.is_busy(pane) is busy
+    assert not pitboss.is_busy(pane._replace(is_dead=True)), "what its title said last is no turn"
 
 
 def test_what_the_scripted_agent_tells(demo):
