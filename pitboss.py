@@ -25630,7 +25630,7 @@ COMMANDS = {c.name: c for c in (
         (("--check",), {"metavar": "USD", "type": float, "help": "exit 6 when the worst case costs more, or "
                                                                  "has no end"})),
         "show what a manifest can come to, and what that costs at worst", "tree fix.toml --check 20",
-        WORST_CASE),
+        more=WORST_CASE),
     Cli("resume", cmd_resume, "RUN", (
         _RUN, _RUNS_DIR, _QUIET, _VERBOSE,
         (("--failed",), {"action": "store_true",
