@@ -20388,6 +20388,7 @@ def launch_daemon(project: PitPlace) -> bool:
         return False
     try:
         os.makedirs(os.path.join(project.folder, "epics"), mode=0o700, exist_ok=True)
+        os.chmod(project.folder, 0o700)      # makedirs gives its mode to the last folder alone
         prepare_session(project)
     except OSError as e:
         raise fault_of(e, f"making the session folder {project.folder}") from None
