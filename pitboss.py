@@ -17880,6 +17880,7 @@ def clean_lines(screen: str) -> list[str]:
 # ---- telling agents
 
 PASTE_S = 0.3              # from a paste to its Enter: an agent takes a paste in during that time
+KEYS_S = 0.1               # between keys that an agent must not take for one paste
 PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
@@ -17976,9 +17977,9 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
         await asyncio.sleep(0.1)       # hooks of its user may go on after ours; a key would end them
     if row.empties:
         await tmux.press(pane_id, *row.empties)
-        await asyncio.sleep(PASTE_S)
+        await asyncio.sleep(KEYS_S)
     await tmux.type(pane_id, row.clear)
-    await asyncio.sleep(PASTE_S)
+    await asyncio.sleep(KEYS_S)
     if row.home:                       # a second Enter could send what a start page kept from its last prompt
         await tmux.press(pane_id, "Enter")
         return await wait_home(tmux, row, pane_id, CLEAR_S)
