@@ -518,16 +518,20 @@ def test_a_pause_between_two_tickets(pit):
 def test_a_prompt_that_is_never_taken_up(pit):
     deaf = pit.home.root / "deaf.py"
     deaf.write_text(
-        "import json, os, subprocess, sys, time\n"
+        "import json, os, subprocess, sys, tty\n"
         "hooks = json.load(open(sys.argv[sys.argv.index('--settings') + 1]))['hooks']\n"
         "told = {'hook_event_name': 'SessionStart', 'source': 'startup', 'session_id': 's1', 'cwd': os.getcwd()}\n"
         "subprocess.run(['sh', '-c', hooks['SessionStart'][0]['hooks'][0]['command']], input=json.dumps(told).encode())\n"
-        "time.sleep(300)\n")
+        "tty.setraw(0)\n"
+        "while data := os.read(0, 9999):\n"
+        f"    open({str(pit.home.root / 'keys')!r}, 'ab').write(data)\n")
     fake_claude(pit, f"exec {sys.executable} -I -S {deaf} \"$@\"")
     pit.epic("Auth", work(1))
     pit.pit("start", "--epics", "auth")
     pit.watch("paused", 60)
     assert pit.status("auth")["reason"].startswith("DELIVERY: ")
+    keys = (pit.home.root / "keys").read_bytes()
+    assert keys.count(b"\r") == 3 and keys.count(b"Work on ticket") == 1, "pasted once, entered three times"
     assert pit.pit("stop", "auth")["epics"]["auth"]["state"] == "done"
     assert pit.statuses() == {"repo-auth.1": "open"}
 

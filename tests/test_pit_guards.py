@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import beads_standin
 from pit_desk import Pit, needs_tmux, work
 from tools import PITBOSS, PYTHON, git, wait_for
 
@@ -164,3 +165,28 @@ def test_a_ticket_that_somebody_claimed_just_now_is_left_alone(pit):
         error = pit.error(*words, check=4, env={"PIT_EPIC": "auth"})
         assert error["code"] == "refused", words
     assert pit.pit("status", env={"PIT_EPIC": "auth"})["epics"] and pit.daemon_pid()
+
+
+@pytest.mark.slow
+def test_a_claim_that_somebody_else_won_is_not_worked(pit):
+    """Between the look at what is ready and the claim somebody else takes the ticket."""
+    programs, thief, taken = (pit.home.root / name for name in ("programs", "thief", "taken"))
+    beads_standin.install(programs, "bd-1.0.5")
+    beads_standin.init(pit.repo, "repo")
+    (pit.repo / ".git/info/exclude").write_text("/.pit.json\n/.beads/\n")
+    thief.mkdir()
+    (thief / "bd").write_text(
+        f'#!/bin/sh\ncase "$*" in *--claim*) test -e {taken} || {{ touch {taken}; '
+        f'BD_ACTOR=bob BEADS_ACTOR=bob {programs}/bd "$@" >/dev/null; }};; esac\nexec {programs}/bd "$@"\n')
+    (thief / "bd").chmod(0o755)
+    bd = [str(programs / "bd"), "create", "--json"]
+    for words in (("Auth", "-t", "epic"), *((f"T{n}", "--parent", "EPIC", "-d", work(n)) for n in (1, 2))):
+        told = subprocess.run([*bd, *(epic if w == "EPIC" else w for w in words)], cwd=pit.repo, env=pit.env,
+                              capture_output=True, text=True, check=True)
+        found = json.loads(told.stdout)
+        epic = found["id"] if words[-1] == "epic" else epic
+    pit.env["PATH"] = f"{thief}:{programs}:{pit.env['PATH']}"
+    pit.pit("start", "--epics", epic, "--headless")
+    pit.watch("paused")
+    assert pit.status(epic)["reason"] == f"BLOCKED: {epic}.1 is in_progress by bob"
+    assert pit.commits(f"pit/{epic}") == ["work 2"]
