@@ -19541,7 +19541,19 @@ class PitDaemon:
             owners[facts["epic"]] = facts["epic_id"]
             found.append(facts)
         await self.check_nesting(tracker, owners, [f["epic"] for f in found])
+        if await self.lacks_manual(base):
+            words = (note.get("note"), f"AGENTS.md has the manual, but not on {base}: agents see only what "
+                                       "is committed there")
+            note["note"] = "; ".join(filter(None, words))
         return found, note
+
+    async def lacks_manual(self, base: str) -> bool:
+        """Whether AGENTS.md of the main checkout has the manual, and that of a new branch has not."""
+        mark = MARKS["AGENTS.md block"].start
+        if mark not in read_text(os.path.join(self.project.root, "AGENTS.md")):
+            return False
+        _, out, _ = await self.git.run(self.project.root, "show", f"{base}:AGENTS.md")
+        return mark.encode() not in out
 
     async def check_epic(self, tracker: Tracker, name: str, base: str, params: Mapping[str, Any]) -> dict:
         """The facts of one epic that is to be added.  Raises PitbossError."""
@@ -19660,6 +19672,9 @@ class PitDaemon:
                 await self.tmux_server().set_status("")
                 await self.tmux_server().close_session(self.state.settings.get("tmuxSession", "pit"))
         if self.state.settings:
+            top = os.path.expanduser(self.state.settings.get("worktreeDir") or "")
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(self.project.root, top or os.curdir))      # where nothing else is in it
             self.record("pit_closed")
         answer["daemon"] = "stopped"
         asyncio.get_running_loop().call_later(0.05, self.leave, "teardown")
@@ -20557,7 +20572,11 @@ def pit_status(call: PitCall) -> dict:
     options, project = call.options, place_of_project(call)
     rouse_daemon(project)
     state = read_session(project)
-    return show_session(state, options.epics, daemon_facts(project))
+    answer = show_session(state, options.epics, daemon_facts(project))
+    if answer["tracker"] is None:          # no session: where a start would look
+        with contextlib.suppress(PitbossError):
+            answer["tracker"] = pick_tracker(call.project, wanted_tracker(call)).name
+    return answer
 
 
 def daemon_facts(project: PitPlace) -> dict:

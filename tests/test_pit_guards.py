@@ -80,7 +80,7 @@ def work_in_an_awkward_project(pit: Pit) -> None:
                       and not set(made_by_agents) & set(p.parts) and not p.is_symlink()]
     assert open_to_others == [], "a session folder is its owner's alone"
     pit.pit("teardown")
-    assert users_own() == before
+    assert users_own() == before and not (pit.repo / ".worktrees").exists()
 
 
 @needs_tmux
@@ -190,3 +190,15 @@ def test_a_claim_that_somebody_else_won_is_not_worked(pit):
     pit.watch("paused")
     assert pit.status(epic)["reason"] == f"BLOCKED: {epic}.1 is in_progress by bob"
     assert pit.commits(f"pit/{epic}") == ["work 2"]
+
+
+def test_a_manual_that_agents_will_not_see_is_told_of(pit):
+    assert pit.status()["tracker"] == "embedded", "where a start would look"
+    pit.epic("Auth", work(1))
+    pit.run("ticket", "close", "repo-auth.1")
+    pit.pit("init")
+    note = pit.pit("start", "--epics", "auth", "--headless")["note"]
+    assert "AGENTS.md has the manual, but not on main" in note
+    git(pit.repo, "add", "AGENTS.md")
+    git(pit.repo, "commit", "-qm", "manual")
+    assert "note" not in pit.pit("start", "--epics", "auth", "--headless")
