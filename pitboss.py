@@ -17979,7 +17979,7 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
         await tmux.press(pane_id, *row.empties)
         await asyncio.sleep(KEYS_S)
     await tmux.type(pane_id, row.clear)
-    await asyncio.sleep(KEYS_S)
+    await asyncio.sleep(PASTE_S if row.home else KEYS_S)
     if row.home:                       # a second Enter could send what a start page kept from its last prompt
         await tmux.press(pane_id, "Enter")
         return await wait_home(tmux, row, pane_id, CLEAR_S)
