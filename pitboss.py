@@ -18421,6 +18421,7 @@ def clean_lines(screen: str) -> list[str]:
 # ---- telling agents
 
 PASTE_S = 0.3              # from a paste to its Enter: an agent takes a paste in during that time
+KEYS_S = 0.1               # between keys that an agent must not take for one paste
 PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
@@ -18517,9 +18518,9 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
         await asyncio.sleep(0.1)       # hooks of its user may go on after ours; a key would end them
     if row.empties:
         await tmux.press(pane_id, *row.empties)
-        await asyncio.sleep(PASTE_S)
+        await asyncio.sleep(KEYS_S)
     await tmux.type(pane_id, row.clear)
-    await asyncio.sleep(PASTE_S)
+    await asyncio.sleep(PASTE_S if row.home else KEYS_S)
     if row.home:                       # a second Enter could send what a start page kept from its last prompt
         await tmux.press(pane_id, "Enter")
         return await wait_home(tmux, row, pane_id, CLEAR_S)
@@ -20081,7 +20082,19 @@ class PitDaemon:
             owners[facts["epic"]] = facts["epic_id"]
             found.append(facts)
         await self.check_nesting(tracker, owners, [f["epic"] for f in found])
+        if await self.lacks_manual(base):
+            words = (note.get("note"), f"AGENTS.md has the manual, but not on {base}: agents see only what "
+                                       "is committed there")
+            note["note"] = "; ".join(filter(None, words))
         return found, note
+
+    async def lacks_manual(self, base: str) -> bool:
+        """Whether AGENTS.md of the main checkout has the manual, and that of a new branch has not."""
+        mark = MARKS["AGENTS.md block"].start
+        if mark not in read_text(os.path.join(self.project.root, "AGENTS.md")):
+            return False
+        _, out, _ = await self.git.run(self.project.root, "show", f"{base}:AGENTS.md")
+        return mark.encode() not in out
 
     async def check_epic(self, tracker: Tracker, name: str, base: str, params: Mapping[str, Any]) -> dict:
         """The facts of one epic that is to be added.  Raises PitbossError."""
@@ -20200,6 +20213,9 @@ class PitDaemon:
                 await self.tmux_server().set_status("")
                 await self.tmux_server().close_session(self.state.settings.get("tmuxSession", "pit"))
         if self.state.settings:
+            top = os.path.expanduser(self.state.settings.get("worktreeDir") or "")
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(self.project.root, top or os.curdir))      # where nothing else is in it
             self.record("pit_closed")
         answer["daemon"] = "stopped"
         asyncio.get_running_loop().call_later(0.05, self.leave, "teardown")
@@ -20929,6 +20945,7 @@ def launch_daemon(project: PitPlace) -> bool:
         return False
     try:
         os.makedirs(os.path.join(project.folder, "epics"), mode=0o700, exist_ok=True)
+        os.chmod(project.folder, 0o700)      # makedirs gives its mode to the last folder alone
         prepare_session(project)
     except OSError as e:
         raise fault_of(e, f"making the session folder {project.folder}") from None
@@ -21096,7 +21113,11 @@ def pit_status(call: PitCall) -> dict:
     options, project = call.options, place_of_project(call)
     rouse_daemon(project)
     state = read_session(project)
-    return show_session(state, options.epics, daemon_facts(project))
+    answer = show_session(state, options.epics, daemon_facts(project))
+    if answer["tracker"] is None:          # no session: where a start would look
+        with contextlib.suppress(PitbossError):
+            answer["tracker"] = pick_tracker(call.project, wanted_tracker(call)).name
+    return answer
 
 
 def daemon_facts(project: PitPlace) -> dict:

@@ -239,21 +239,59 @@ def test_epics_of_a_tracker_that_is_a_program(pit, flavour):
     (pit.repo / ".git/info/exclude").write_text("/.pit.json\n/.beads/\n")
     pit.env["PATH"] = f"{programs}:{pit.env['PATH']}"
 
-    def tracker(*args):
-        done = subprocess.run([name, *args, "--json"], cwd=pit.repo, env=pit.env, text=True,
-                                            capture_output=True)
-        found = json.loads(done.stdout)
-        return found[0] if isinstance(found, list) else found
-
-    epic = tracker("create", "Auth", "-t", "epic")["id"]
-    before = ()
-    for n in (1, 2):
-        before = ("--deps", tracker("create", f"T{n}", "--parent", epic, "-d", work(n), *before)["id"])
+    epic = make_beads_epic(pit, name, "Auth", 1, 2)
     assert pit.pit("start", "--epics", epic)["epics"][epic]["progress"] == "0/2"
     pit.watch("done")
     assert pit.commits(f"pit/{epic}") == ["work 1", "work 2"] and pit.status()["tracker"] == name
-    assert tracker("show", f"{epic}.2")["status"] == "closed"
+    assert ask_beads(pit, name, "show", f"{epic}.2")["status"] == "closed"
     assert pit.error("ticket", "list", check=4)["hint"].startswith(f"{name} list")
+
+
+def ask_beads(pit: Pit, name: str, *args) -> dict:
+    """The issue that a command of bd or br answers."""
+    done = subprocess.run([name, *args, "--json"], cwd=pit.repo, env=pit.env, text=True, capture_output=True)
+    found = json.loads(done.stdout)
+    return found[0] if isinstance(found, list) else found
+
+
+def make_beads_epic(pit: Pit, name: str, title: str, *numbers: int) -> str:
+    """The id of a new epic, with a ticket for each number that waits for the one before."""
+    epic, before = ask_beads(pit, name, "create", title, "-t", "epic")["id"], ()
+    for n in numbers:
+        before = ("--deps", ask_beads(pit, name, "create", f"T{n}", "--parent", epic, "-d", work(n), *before)["id"])
+    return epic
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["bd", "br"])
+def test_epics_of_the_real_beads(pit, name):
+    binary = os.environ.get(f"PITBOSS_TEST_{name.upper()}") or ""
+    if not os.access(binary, os.X_OK):
+        pytest.skip(f"PITBOSS_TEST_{name.upper()} names no {name}")
+    programs = pit.home.root / "programs"
+    programs.mkdir()
+    (programs / name).symlink_to(binary)
+    pit.env["PATH"] = f"{programs}:{pit.env['PATH']}"
+    subprocess.run([name, "init", "--prefix", "repo", "-q"], cwd=pit.repo, env=pit.env, check=True, timeout=60,
+                   stdin=subprocess.DEVNULL, capture_output=True)
+    git(pit.repo, "add", "-A")
+    git(pit.repo, "commit", "-qm", "beads")
+    before = git(pit.repo, "status", "--porcelain")
+    epics = [make_beads_epic(pit, name, title, *numbers) for title, numbers in (("Auth", (1, 2, 3)), ("Pay", (4, 5, 6)))]
+    short = epics[0].rpartition("-")[2]
+    pit.pit("start", "--epics", f"{short},{epics[1]}")
+    pit.watch("done", 200)
+    assert pit.commits(f"pit/{short}") == ["work 1", "work 2", "work 3"]
+    assert pit.commits(f"pit/{epics[1]}") == ["work 4", "work 5", "work 6"] and pit.status()["tracker"] == name
+    for epic in epics:
+        tickets = [ask_beads(pit, name, "show", f"{epic}.{n}") for n in (1, 2, 3)]
+        assert {t["status"] for t in tickets} == {"closed"}
+        assert {t["assignee"] for t in tickets} == {f"pit/{short if epic == epics[0] else epic}"}
+        assert ask_beads(pit, name, "show", epic)["status"] == "open", "an epic is its human's to close"
+    assert git(pit.repo, "status", "--porcelain", "--", ":!.beads") == before
+    assert git(pit.status(short)["worktree"], "status", "--porcelain") == ""
 
 
 @needs_tmux
@@ -480,16 +518,20 @@ def test_a_pause_between_two_tickets(pit):
 def test_a_prompt_that_is_never_taken_up(pit):
     deaf = pit.home.root / "deaf.py"
     deaf.write_text(
-        "import json, os, subprocess, sys, time\n"
+        "import json, os, subprocess, sys, tty\n"
         "hooks = json.load(open(sys.argv[sys.argv.index('--settings') + 1]))['hooks']\n"
         "told = {'hook_event_name': 'SessionStart', 'source': 'startup', 'session_id': 's1', 'cwd': os.getcwd()}\n"
         "subprocess.run(['sh', '-c', hooks['SessionStart'][0]['hooks'][0]['command']], input=json.dumps(told).encode())\n"
-        "time.sleep(300)\n")
+        "tty.setraw(0)\n"
+        "while data := os.read(0, 9999):\n"
+        f"    open({str(pit.home.root / 'keys')!r}, 'ab').write(data)\n")
     fake_claude(pit, f"exec {sys.executable} -I -S {deaf} \"$@\"")
     pit.epic("Auth", work(1))
     pit.pit("start", "--epics", "auth")
     pit.watch("paused", 60)
     assert pit.status("auth")["reason"].startswith("DELIVERY: ")
+    keys = (pit.home.root / "keys").read_bytes()
+    assert keys.count(b"\r") == 3 and keys.count(b"Work on ticket") == 1, "pasted once, entered three times"
     assert pit.pit("stop", "auth")["epics"]["auth"]["state"] == "done"
     assert pit.statuses() == {"repo-auth.1": "open"}
 

@@ -942,6 +942,32 @@ def measure_floor(size: Size) -> list[Figure]:
     return figures
 
 
+# ---- the ticket loop
+
+def measure_pit(size: Size) -> list[Figure]:
+    """What lies between the end of one ticket's turn and the agent's word that it has the next prompt.
+
+    The scripted agent's own time for `/clear` and its hooks is in it.
+    """
+    from pit_desk import Pit
+
+    figures = []
+    for flags, name in (((), "in tmux"), (("--headless",), "headless")):
+        with fresh_home() as home:
+            pit = Pit(home)
+            try:
+                pit.epic("Bench", *(f"$ run true {n}" for n in range(4 * size.rounds)))
+                pit.pit("start", "--epics", "bench", *flags)
+                pit.watch("done", 300)
+                ended = [e["at"] for e in pit.events("turn_ended")]
+                begun = [e["at"] for e in pit.events("prompted")]
+                gaps = [b - e for e, b in zip(ended, begun[1:])]
+                figures.append(Figure(f"between two tickets, {name}", statistics.median(gaps), "s"))
+            finally:
+                pit.end()
+    return figures
+
+
 # ---- the table
 
 ROWS = {
@@ -960,6 +986,7 @@ ROWS = {
     "replay": measure_replay,
     "control": measure_control,
     "floor": measure_floor,
+    "pit": measure_pit,
 }
 
 
