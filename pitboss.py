@@ -5851,6 +5851,22 @@ class Git:
         out, err = await process.communicate(input)
         return process.returncode or 0, out, err.decode("utf-8", "replace").strip()
 
+    async def run_head(self, most: int, folder: str, *args: str) -> bytes:
+        """The first `most` bytes that a git command prints; it is ended there.  Raises GitError."""
+        process = await asyncio.create_subprocess_exec(
+            "git", *GIT_ALWAYS, "-C", folder, *args, env=git_env(self.env), umask=self.umask,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL)
+        data = b""
+        while len(data) < most and (more := await process.stdout.read(most - len(data))):
+            data += more
+        if len(data) >= most:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        if await process.wait() not in (0, 1) and len(data) < most:        # 1: there is a difference
+            raise GitError(f"git {args[0]} ended with status {process.returncode}")
+        return data
+
     async def ask(self, folder: str, *args: str, **options: Any) -> str:
         """The output of a git command.  Raises GitError with git's own words."""
         code, out, err = await self.run(folder, *args, **options)
@@ -12267,8 +12283,9 @@ class Scene(NamedTuple):
     log_cut: int = 0           # bytes of its log before those
     changes: dict | None = None            # of the focused actor: {files: [{path, added, removed}], note}
     runs: tuple = ()           # of the run picker: {run_id, name, mode, state, started_unix}
-    keys: tuple = ()           # the key table: rows with shown, short, help, where
+    keys: tuple = ()           # the key table: rows with shown, short, help, where, when, always
     origin: str = ""           # the other tool that made the run; empty: this one
+    diff: dict | None = None               # of the focused actor: {text, cut, note}
 
 
 class Box(NamedTuple):
@@ -12280,6 +12297,8 @@ class Box(NamedTuple):
     then: str = ""             # what is done with it, a key of SENDS
     about: str = ""            # whom it is about: an actor, a request
     one_line: bool = False     # Enter sends it
+    fresh: bool = False        # nothing was pressed yet: what is typed takes the place of the text
+    source: tuple = ()         # the question that it was opened from: Esc goes back there
 
 
 class Ui(NamedTuple):
@@ -12299,10 +12318,14 @@ class Ui(NamedTuple):
     rules: tuple = ()          # as public_rules gives them, while they are edited
     request: str = ""          # the one that is looked at
     search: str = ""           # in a log
+    hit: int | None = None     # entries from the end of the log to the place that was found
+    rows: int = 1              # of a log that were shown
+    head: int = 0              # rows by which what stands above a log is scrolled
+    need: str = ""             # the request that Tab went to
     box: Box | None = None
     question: tuple = ("", "") # of the view confirm: a key of SENDS, whom it is about
     message: str = ""
-    is_bad: bool = False       # the message says that something went wrong
+    tone: str = "green"        # of the message: red where something went wrong
 
 
 class Block(NamedTuple):
@@ -12330,10 +12353,11 @@ STATE_STYLES = {
     "dealing": ("Starting", "dim"), "running": ("Running", "bold"), "stopping": ("Stopping", "yellow"),
     "paused": ("Paused", "yellow"), "frozen": ("Frozen", "blue"),
 }
+DIFF_BYTES = 256 << 10     # of a diff that are shown
 PANE_ROWS = {"*": 1, "<": 1, ">": 3, "v": 3, "!": 3}       # of an entry of a log, below the tiles
 CARD_WIDTH, CARD_HEIGHT = 26, 4            # of the narrowest tile, cells
 COMPACT_BELOW = 14         # rows of a terminal that shows one line an actor by itself
-PLAIN_GLYPHS = str.maketrans("▸▹▾←→✓✗⧗⊘⊝⊖─│╭╮╰╯▓░…━┃┏┓┗┛", ">>v<>+xTo---|++++#.~=#####")
+PLAIN_GLYPHS = str.maketrans("▸▹▾◂←→✓✗⧗⊘⊝⊖─│╭╮╰╯▓░…━┃┏┓┗┛", ">>v<<>+xTo---|++++#.~=#####")
 # a frame of the focus and one of others: corners, sides
 EDGES = {True: ("┏", "┓", "┗", "┛", "━", "┃"), False: ("╭", "╮", "╰", "╯", "─", "│")}
 LEAD_MARKS = {True: "★", False: "[LEAD]"}  # by whether the terminal has UTF-8
@@ -12372,6 +12396,11 @@ def wrap_cells(text: str, width: int) -> list[str]:
     """`text` as lines of at most `width` cells, cut at blanks where there are some."""
     if width < 2 or not text:
         return [clip_cells(text, width)]
+    return [text[start:end].rstrip(" ") for start, end in cut_cells(text, width)]
+
+
+def cut_cells(text: str, width: int) -> list[tuple[int, int]]:
+    """Where wrap_cells cuts a text: (start, end) of each line, with the blanks at its end."""
     lines, start = [], 0
     while start < len(text):
         end = start + width
@@ -12383,7 +12412,7 @@ def wrap_cells(text: str, width: int) -> list[str]:
         if end < len(text):
             blank = text.rfind(" ", start + width // 2, end + 1)
             end = blank + 1 if blank > 0 else end
-        lines.append(text[start:end].rstrip(" "))
+        lines.append((start, end))
         start = end
     return lines
 
@@ -12478,8 +12507,10 @@ def find_focus(blocks: list[Block], ui: Ui) -> tuple[int, int] | None:
 
 
 def settle_focus(run: RunState, blocks: list[Block], ui: Ui) -> Ui:
-    """The focus on what is there: its tile, else its group where that is folded, else the first tile."""
-    if not blocks or find_focus(blocks, ui):
+    """The focus on what is there: its tile, else its folded group, else the first tile, else on none."""
+    if not blocks:
+        return ui._replace(focus="", header=False)
+    if find_focus(blocks, ui):
         return ui
     actor = run.actors.get(ui.focus)
     folded = actor.layer if actor and actor.layer in ui.folded else ""
@@ -12739,17 +12770,58 @@ def draw_status(scene: Scene, width: int) -> list:
     return join_parts(parts, width)
 
 
+def focus_of(scene: Scene, ui: Ui) -> Actor | None:
+    """The actor that has the focus."""
+    return scene.run.actors.get(ui.focus)
+
+
+def can_act(scene: Scene, ui: Ui, *states: str) -> bool:
+    """Whether something can be done to the focused actor; with `states`, whether it is in one of them."""
+    actor = focus_of(scene, ui)
+    if actor is None or actor.status or scene.state != "running":
+        return False
+    return actor.state in states if states else True
+
+
+WHENS = {
+    # when a key does something, for the last row: (Scene, Ui)
+    "":        lambda scene, ui: True,
+    "needs":   lambda scene, ui: bool(scene.needs),
+    "asks":    lambda scene, ui: bool(scene.run.approvals),
+    "tile":    lambda scene, ui: focus_of(scene, ui) is not None,
+    "told":    lambda scene, ui: can_act(scene, ui) and not can_act(scene, ui, "frozen"),
+    "works":   lambda scene, ui: can_act(scene, ui, "running"),
+    "rests":   lambda scene, ui: can_act(scene, ui, "paused", "frozen"),
+    "lives":   lambda scene, ui: can_act(scene, ui),
+    "search":  lambda scene, ui: bool(ui.search),
+    "rules":   lambda scene, ui: bool(ui.rules),
+    "unsaved": lambda scene, ui: [*ui.rules] != public_rules(scene.run.policy),
+    "runs":    lambda scene, ui: bool(scene.runs),
+    "back":    lambda scene, ui: ui.views[-1] != "floor" or bool(ui.filter),
+}
+
+
 def draw_foot(scene: Scene, ui: Ui, width: int) -> list:
-    """The last row: what was just said, else the keys that matter here."""
+    """The last row: what was just said, else the keys that do something here, some of them always."""
     if ui.message:
-        return fit_spans([(f" {clean_text(ui.message)}", "bold red" if ui.is_bad else "bold green")], width)
+        return fit_spans([(f" {clean_text(ui.message)}", f"bold {ui.tone}")], width)
+    keys = [key for key in scene.keys if key.short and ui.views[-1] in key.where
+            and WHENS[key.when](scene, ui)]
+
+    def spans_of(some: list, words: bool = True) -> list[tuple[str, str]]:
+        return [span for key in some for span in (
+            (f" {key.shown.split()[0]}", "bold"), (f" {key.short} " if words else "", "dim"))]
+
+    def size(spans: list[tuple[str, str]]) -> int:
+        return sum(count_cells(text) for text, _ in spans)
+
+    end = spans_of([key for key in keys if key.always])
+    end = end if size(end) <= width else spans_of([key for key in keys if key.always], False)
     spans: list = []
-    for key in scene.keys:
-        more = [(f" {key.shown.split()[0]}", "bold"), (f" {key.short} ", "dim")]
-        fits = sum(count_cells(text) for text, _ in spans + more) <= width
-        if key.short and ui.views[-1] in key.where and fits:
-            spans += more
-    return fit_spans(spans, width)
+    for key in keys:
+        more = [] if key.always else spans_of([key])
+        spans += more if size(spans + more + end) <= width else []
+    return fit_spans(spans + end, width)
 
 
 def draw_rule(title: str, width: int, style: str = "dim") -> list:
@@ -12776,29 +12848,99 @@ def draw_log(scene: Scene, ui: Ui, width: int, height: int,
     """(rows of the end of the log, or of what stands `back` rows before it; how far back that is)."""
     kept: list = []
     wanted = height + ui.back
-    for rows in wrap_log(reversed(scene.log), width, most):
-        kept[:0] = rows
+    for n, (mark, text) in enumerate(reversed(scene.log)):
+        rows = next(wrap_log([(mark, text)], width, most))
+        hit = rows_with(text, ui.search, max(2, width - 3)) if ui.search and not most else ()
+        light = "bold reverse" if n == ui.hit else "reverse"
+        kept[:0] = [(words, f"{colour} {light}" if k in hit else colour)
+                    for k, (words, colour) in enumerate(rows)]
         if len(kept) >= wanted:
             break
     back = min(ui.back, max(0, len(kept) - height))
     end = len(kept) - back
-    words = ui.search.lower()
-    rows = [fit_spans([(text, f"{colour} reverse" if words and words in text.lower() else colour)], width)
-            for text, colour in kept[max(0, end - height):end]]
+    rows = [fit_spans([span], width) for span in kept[max(0, end - height):end]]
     if not rows and height:
         rows = [fit_spans([("   nothing was said yet", "dim")], width)]
     return rows + [[(" " * width, "")] for _ in range(height - len(rows))], back
 
 
-def find_in_log(log: tuple, words: str, width: int, height: int, back: int, step: int) -> int | None:
-    """How far back the next entry with `words` is, up (1) or down (-1) from where the log is shown now."""
-    rows = [row for entry in wrap_log(log, width) for row in entry]
-    hits = [len(rows) - n for n, (text, _) in enumerate(rows) if words.lower() in text.lower()]
-    here = back + height // 2
-    found = [h for h in hits if (h > here if step > 0 else h < here)]
+def rows_with(text: str, words: str, width: int) -> list[int]:
+    """Those rows of a wrapped text on which some of its first place with `words` lies."""
+    at = text.lower().find(words.lower())
+    if at < 0 or width < 2:
+        return []
+    return [n for n, (start, end) in enumerate(cut_cells(text, width))
+            if start < at + len(words) and end > at]
+
+
+class Hit(NamedTuple):
+    """A place of a log with the words that are looked for."""
+
+    entry: int                 # counted from the end of the log
+    number: int                # which of all places, the newest is 1
+    total: int
+    back: int                  # how far back the log is to be shown
+
+
+def _deed_decided(run: RunState, event: dict) -> str:
+    answer = event.get("answer") or {}
+    words = answer.get("reason") or answer.get("comment") or answer.get("edited_summary")
+    return ("you approved its request" if event["approved"] else "you rejected its request") + (
+        f": {words}" if words else "")
+
+
+DEEDS = {
+    # event: the mark of what an operator did to an actor, and what stands in its log; empty: nothing
+    "reprompted":       (">", lambda run, event: f"you: {event['message'][1]}"),
+    "pause_decided":    ("!", lambda run, event: "you froze it" if event["mode"] == "freeze"
+                         else "you paused it"),
+    "continue_decided": ("!", lambda run, event: "you let it go on"
+                         + (f": {event['message'][1]}" if event.get("message") else "")),
+    "stop_decided":     ("!", lambda run, event: "" if event["why"] != "cancel" else "you cancelled it"
+                         + (f": {event['reason']}" if event.get("reason") else "")),
+    "approval_decided": ("!", lambda run, event: _deed_decided(run, event)
+                         if event["by"] in ("operator", "file") else ""),
+}
+
+
+def render_deed(run: RunState, event: dict) -> tuple[str, str] | None:
+    """What an operator did, as an entry of the actor's log; None: nothing, or a lead did it."""
+    mark, words = DEEDS.get(event["kind"], ("", None))
+    if words is None or event.get("call") and event["kind"] != "approval_decided":
+        return None
+    text = words(run, event)
+    return (mark, clean_text(" ".join(text.split()))) if text else None
+
+
+def merge_deeds(entries: Iterable, places: Iterable[int], deeds: list) -> tuple:
+    """Entries of a log with the deeds (bytes of the log that stood before it, mark, text) among them."""
+    merged: list = []
+    left = sorted(deeds, key=lambda deed: deed[0])
+    left.reverse()
+    for entry, at in zip(entries, places):
+        while left and left[-1][0] <= at:
+            merged.append(left.pop()[1:])
+        merged.append(entry)
+    return (*merged, *(deed[1:] for deed in reversed(left)))
+
+
+def find_in_log(log: tuple, words: str, width: int, height: int, hit: int | None, step: int) -> Hit | None:
+    """The next entry with `words`, up (1) or down (-1) from the one that was found; None: there is none.
+
+    Nothing was found yet (None): the newest one.  Words are looked for in entries as they were said, so
+    that where a row ends does not matter.
+    """
+    entries = [n for n, (_, text) in enumerate(reversed(log)) if words.lower() in text.lower()]
+    here = -1 if hit is None else hit
+    found = [n for n in entries if (n > here if step > 0 else n < here)]
     if not found:
         return None
-    return max(0, (min(found) if step > 0 else max(found)) - height // 2)
+    entry = min(found) if step > 0 else max(found)
+    text = log[len(log) - 1 - entry][1]
+    below = sum(len(rows) for rows in wrap_log(log[len(log) - entry:], width)) if entry else 0
+    own = len(next(wrap_log([log[len(log) - 1 - entry]], width)))
+    first = (rows_with(text, words, max(2, width - 3)) or [0])[0]
+    return Hit(entry, entries.index(entry) + 1, len(entries), max(0, below + own - first - height // 2 - 1))
 
 
 def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
@@ -12807,7 +12949,8 @@ def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fra
     compact = ui.compact or height + 4 < COMPACT_BELOW or width < CARD_WIDTH
     blocks = lay_out(scene.run, ui, max(1, width // CARD_WIDTH), compact)
     needed = blocks[-1].top + blocks[-1].height if blocks else 1
-    pane = max(pane, height - needed - 1) if pane else 0       # tiles leave what they do not need
+    spare = height - needed - 1                # tiles leave what they do not need
+    pane = max(pane, spare) if blocks and (pane or spare >= 3) else 0
     frame = draw_tiles(scene, ui, width, height - pane, utf8, compact)
     actor = scene.run.actors.get(frame.ui.focus)
     rows, ui = frame.rows, frame.ui
@@ -12819,8 +12962,8 @@ def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fra
     return Frame(rows, ui, frame.spots)
 
 
-def describe_actor(scene: Scene, actor: Actor, utf8: bool) -> list[list[tuple[str, str]]]:
-    """What the detail view says of an actor, one list of spans a row."""
+def describe_actor(scene: Scene, actor: Actor, width: int, utf8: bool) -> list[list[tuple[str, str]]]:
+    """What the detail view says of an actor, one list of spans a row; long texts take several."""
     run, (glyph, word, style) = scene.run, shown_state(actor)
     usage = actor.usage.plus(actor.hand_usage)
     place, closed = actor.place or {}, actor.closed or {}
@@ -12839,11 +12982,15 @@ def describe_actor(scene: Scene, actor: Actor, utf8: bool) -> list[list[tuple[st
                         f"{render_tokens(usage.output)}, cache read {render_tokens(usage.cache_read)}, "
                         f"written {render_tokens(usage.cache_creation)}"),
              ("cost", render_usd(cost_of(actor))), ("did", ", ".join(done)),
+             *(("waits", f"for you: {one_line(asked.summary)} (a)") for asked in run.approvals.values()
+               if asked.actor == actor.id),
              ("why", clean_text((public_reason(actor.reason) or {}).get("message") or "")),
              ("kept", clean_text(closed.get("kept") or "")), ("saved", closed.get("rescue_ref") or "")]
     head = [(f" {shown_mark(actor, utf8)} {clean_text(actor.id)}", "bold"), (f"  {word} {glyph}", style),
             (f"  {shown_age(scene, actor)}", "")]
-    return [head, *([(f" {name:7}", "dim"), (text, "")] for name, text in cells if text)]
+    return [head, *([(f" {name if not n else '':7}", "dim"), (line, "yellow" if name == "waits" else "")]
+                    for name, text in cells if text
+                    for n, line in enumerate(wrap_cells(text, max(8, width - 9))))]
 
 
 def describe_changes(changes: dict | None, most: int) -> list[list[tuple[str, str]]]:
@@ -12872,13 +13019,44 @@ def body_detail(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fr
     actor = scene.run.actors.get(ui.focus)
     if actor is None:
         return body_floor(scene, ui, width, height, utf8)
-    facts = describe_actor(scene, actor, utf8)
-    most = max(1, height * 2 // 3 - len(facts) - 1)
-    facts += describe_changes(scene.changes, min(most, 12))
-    facts = facts[:max(1, height - 4)]
-    rows = [fit_spans(spans, width) for spans in facts]
+    facts = describe_actor(scene, actor, width, utf8)
+    most = max(3, height * 2 // 3 - len(facts) - 1)
+    name, *facts = facts + describe_changes(scene.changes, min(most, 12))
+    room = max(0, height - 5)
+    head = min(ui.head, max(0, len(facts) - room))
+    below = len(facts) - head - room
+    facts = facts[head:head + room]
+    if below > 0 and facts:
+        facts[-1] = [(f" … {below + 1} more rows: l", "dim")]
+    rows = [fit_spans(spans, width) for spans in (name, *facts)]
     lines, back = draw_log(scene, ui, width, height - len(rows) - 1)
-    return Frame([*rows, draw_rule(log_title(scene, ui, back), width), *lines], ui._replace(back=back))
+    return Frame([*rows, draw_rule(log_title(scene, ui, back), width), *lines],
+                 ui._replace(back=back, head=head, rows=len(lines)))
+
+
+DIFF_STYLES = (
+    # how a line of a diff begins, its style; the first one that fits
+    ("diff ", "bold"), ("+++ ", "bold"), ("--- ", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"),
+    (" ", ""), ("", "dim"),
+)
+
+
+def body_diff(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """What an actor changed since it began, line by line, from the top."""
+    found = scene.diff or {"text": "", "cut": False, "note": "looking …"}
+    rows: list = []
+    for line in found["text"].split("\n")[:-1]:
+        style = next(style for start, style in DIFF_STYLES if line.startswith(start))
+        rows += [(row, style) for row in wrap_cells(clean_text(line.expandtabs(4)), width - 1)]
+    if found["cut"]:
+        rows.append((f"… cut here: it is longer than {render_bytes(DIFF_BYTES)}", "bold yellow"))
+    rows = rows or [(clean_text(found["note"] or "nothing was changed"), "dim")]
+    room = max(1, height - 1)
+    top = min(ui.back, max(0, len(rows) - room))
+    shown = [fit_spans([(" ", ""), row], width) for row in rows[top:top + room]]
+    shown += [[(" " * width, "")] for _ in range(room - len(shown))]
+    where = f"  {top + 1} to {min(top + room, len(rows))} of {len(rows)} rows" if len(rows) > room else ""
+    return Frame([draw_rule(f"{ui.focus}: changes{where}", width), *shown], ui._replace(back=top))
 
 
 def log_title(scene: Scene, ui: Ui, back: int) -> str:
@@ -12887,11 +13065,21 @@ def log_title(scene: Scene, ui: Ui, back: int) -> str:
     return "log" + (f"  {back} rows back" if back else "") + (f"  /{ui.search}" if ui.search else "") + cut
 
 
+def tell_hit(words: str, hit: Hit | None, step: int, total: int) -> tuple[str, str]:
+    """(what is said of a search, its colour); without a hit: of `total` places there is no other one."""
+    if hit:
+        return f"{words}: {hit.number} of {hit.total}", "green"
+    if total:
+        way = "above" if step > 0 else "below"
+        return f"{words}: the last one {way}, of {total}", "yellow"
+    return f"not found: {words}", "red"
+
+
 def body_log(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The log of one actor, on the whole screen."""
     lines, back = draw_log(scene, ui, width, height - 1)
     return Frame([draw_rule(f"{ui.focus}: {log_title(scene, ui, back)}", width), *lines],
-                 ui._replace(back=back))
+                 ui._replace(back=back, rows=len(lines)))
 
 
 def draw_list(rows: list[list], ui: Ui, width: int, height: int, kind: str, empty: str,
@@ -12939,12 +13127,12 @@ PLAN_SECTIONS = (
 )
 
 
-def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
+def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The modal of one request, its plan in sections."""
     asked = next((a for a in scene.asks if a["request_id"] == ui.request), None)
     inner = width - 4
     if asked is None:
-        return frame_box("answered", [[("This request waits no more. Esc goes back.", "")]], width)
+        return Frame(frame_box("answered", [[("This request waits no more. Esc goes back.", "")]], width), ui)
     title = "[PRE-FLIGHT PLAN]" if asked["kind"] == "plan" else "[IN-FLIGHT ACTION]"
     facts = [asked["category"], asked["tool_name"] or "", "" if asked["cost_estimate"] is None else
              f"costs {render_usd(asked['cost_estimate'])}", left_of(asked, scene.now)]
@@ -12962,9 +13150,10 @@ def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
     room = max(1, height - 4)
     top = min(ui.back, max(0, len(rows) - room))
     more = [[("… j reads on", "dim")]] if len(rows) - top > room else []
-    keys = [("y", "bold"), (" yes  ", ""), ("n", "bold"), (" no, and why  ", ""), ("e", "bold"),
-            (" edit  ", ""), ("Esc", "bold"), (" later", "")]
-    return frame_box(title, [*rows[top:top + room - len(more)], *more, [], keys], width)
+    keys = [("y", "bold"), (" yes  ", ""), ("Y", "bold"), (" yes, and say  ", ""), ("n", "bold"),
+            (" no, and why  ", ""), ("e", "bold"), (" edit  ", ""), ("Esc", "bold"), (" later", "")]
+    return Frame(frame_box(title, [*rows[top:top + room - len(more)], *more, [], keys], width),
+                 ui._replace(back=top))
 
 
 def frame_box(title: str, rows: list[list], width: int, style: str = "cyan") -> list:
@@ -12976,8 +13165,8 @@ def frame_box(title: str, rows: list[list], width: int, style: str = "cyan") -> 
             [("╰" + "─" * (width - 2) + "╯", style)]]
 
 
-def draw_box(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
-    """The text box; its cursor is the reversed cell."""
+def draw_box(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """The text box; its cursor is the reversed cell, and so is a text that typing replaces."""
     box = ui.box or Box("")
     inner = width - 4
     before = box.text[:box.at]
@@ -12990,17 +13179,20 @@ def draw_box(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
         for start, piece in split_cells(text, inner - 1):
             if start <= here < start + max(1, len(piece)) or here == len(text) == start + len(piece):
                 at = here - start
-                rows.append([(piece[:at], ""), (piece[at:at + 1] or " ", "reverse"), (piece[at + 1:], "")])
+                kind = "reverse" if box.fresh else ""
+                rows.append([(piece[:at], kind), (piece[at:at + 1] or " ", "reverse"),
+                             (piece[at + 1:], kind)])
                 cursor = len(rows)
             else:
-                rows.append([(piece, "")])
+                rows.append([(piece, "reverse" if box.fresh else "")])
     room = max(1, height - 4)
     top = max(0, min(cursor - 1, len(rows) - 1) - room + 1)
     keys = [("Enter" if box.one_line else "F2", "bold"), (" sends  ", "dim"), ("Esc", "bold"),
             (" goes back", "dim")]
     if not box.one_line:
         keys = [*keys[:2], ("Enter", "bold"), (" new line  ", "dim"), *keys[2:]]
-    return frame_box(clean_text(box.title), [*rows[top:top + room], [], keys], width)
+    hint = [[("typing replaces it; an arrow keeps it", "dim")]] if box.fresh else []
+    return Frame(frame_box(clean_text(box.title), [*rows[top:top + room], *hint, [], keys], width), ui)
 
 
 def split_cells(text: str, width: int) -> list[tuple[int, str]]:
@@ -13015,14 +13207,21 @@ def split_cells(text: str, width: int) -> list[tuple[int, str]]:
     return [*pieces, (start, text[start:])]
 
 
-def draw_confirm(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> list:
+def draw_confirm(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The question before something that cannot be taken back."""
     what, about = ui.question
     whom = f"Cancel {clean_text(about)}?" if about else "Cancel the whole run, every agent of it?"
     keys = [("y", "bold"), (" yes  ", ""), ("r", "bold"), (" yes, with a reason  ", ""), ("n", "bold"),
             (" no", "")]
     rows = [[(whom, "bold")], [("Its work so far is kept.", "dim")], [], keys]
-    return frame_box("sure?", rows, width, "red")
+    return Frame(frame_box("sure?", rows, width, "red"), ui)
+
+
+def draw_unsaved(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """The question before changed rules are left."""
+    keys = [("s", "bold"), (" save  ", ""), ("d", "bold"), (" drop  ", ""), ("Esc", "bold"), (" stay", "")]
+    rows = [[("These rules are not in force yet.", "bold")], [], keys]
+    return Frame(frame_box("changed rules", rows, width, "yellow"), ui)
 
 
 def body_runs(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
@@ -13040,42 +13239,66 @@ def body_runs(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fram
 
 
 POLICY_COLUMNS = (
-    # name, cells, what Space offers; none: any text
-    ("action", 13, ACTIONS), ("actor", 20, ()), ("category", 10, (None, *CATEGORIES)),
-    ("tool_name", 18, ()), ("cost_over", 9, ()),
+    # name, cells, what Space offers; none: any text; what it means
+    ("action", 13, ACTIONS, ""),
+    ("actor", 20, (), "who asks: an id, * and ? stand for anything"),
+    ("category", 10, (None, *CATEGORIES), "what kind of request it is"),
+    ("tool_name", 18, (), "the tool that is to be used"),
+    ("cost_over", 9, (), "USD: the request says that it costs more than this"),
 )
+ACTION_WORDS = {
+    # what each of ACTIONS means to an operator
+    "block": "ask me: the request waits for an answer", "auto_approve": "yes, without asking me",
+    "auto_reject": "no, without asking me",
+}
+
+
+def first_column(column: int, width: int) -> int:
+    """The first column of the rules that is shown, so that `column` is in sight."""
+    sizes = [size + 1 for _, size, *_ in POLICY_COLUMNS]
+    return next(n for n in range(column + 1) if n == column or 4 + sum(sizes[n:column + 1]) <= width)
 
 
 def body_policy(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The rules about approvals, to be changed: the first that matches decides."""
-    head = [("    ", "")] + [(pad_cells(name, size) + " ", "bold") for name, size, _ in POLICY_COLUMNS]
+    first = first_column(ui.column, width)
+    columns = [*enumerate(POLICY_COLUMNS)][first:]
+    head = [(" ◂  " if first else "    ", "dim")] + [(pad_cells(name, size) + " ", "bold")
+                                                     for _, (name, size, *_) in columns]
     pick = min(max(ui.pick, 0), max(0, len(ui.rules) - 1))
     rows: list = [head]
+    words = ""
     for n, rule in enumerate(ui.rules):
         spans = [(f" {n:>2} ", "")]
-        for column, (name, size, _) in enumerate(POLICY_COLUMNS):
+        for column, (name, size, _, about) in columns:
             value = rule["action"] if name == "action" else rule["match"].get(name)
             text = pad_cells("any" if value is None else clean_text(f"{value}"), size)
             style = "bold" if value is not None else "dim"
             here = n == pick and column == ui.column
+            words = f"{name}: {about or ACTION_WORDS.get(value, '')}" if here else words
             spans += [(text, f"{style} underline" if here else style), (" ", "")]
         rows.append(spans)
     default = scene.run.facts.get("approval_policy", "block")
-    changed = [*ui.rules] != public_rules(scene.run.policy)
-    frame = draw_list(rows, ui, width, height - 2, "rule", "no rules; n makes one", first=1)
-    title = "approval rules" + ("  changed: s saves them" if changed else "")
+    words = [(line, "cyan") for line in wrap_cells(words, max(8, width - 2))]
+    last = f" -  {default}: what no rule matches ({ACTION_WORDS[default]})"
+    words += [(line, "dim") for line in wrap_cells(last, max(8, width - 2))]
+    words = words[:max(1, height // 2)]
+    frame = draw_list(rows, ui, width, height - 1 - len(words), "rule", "no rules; n makes one", first=1)
+    title = "approval rules" + ("  changed: s saves them" if WHENS["unsaved"](scene, ui) else "")
     return Frame([draw_rule(title, width), *frame.rows,
-                  fit_spans([(f"  -  {default}  whatever no rule matches", "dim")], width)], frame.ui,
+                  *(fit_spans([(" ", ""), span], width) for span in words)], frame.ui,
                  tuple((y + 1, *rest) for y, *rest in frame.spots))
 
 
 def body_help(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
-    """Every key, by the view in which it counts; first that from which the help was opened."""
+    """Every key once, by the first view in which it counts; first that from which the help was opened."""
     rows: list = []
+    told: list = []
     beneath = ui.views[-2] if len(ui.views) > 1 else "floor"
     for view in dict.fromkeys((beneath, *VIEW_KINDS)):
         title = VIEW_KINDS[view][0]
-        keys = [key for key in scene.keys if view in key.where]
+        keys = [key for key in scene.keys if view in key.where and key not in told]
+        told += keys
         rows += [[]] * bool(rows) + [[(f" {title}", "bold cyan")]] if keys else []
         for key in keys:
             lines = wrap_cells(key.help, max(10, width - 21))
@@ -13094,11 +13317,13 @@ VIEW_KINDS = {
     "floor":     ("the floor",           True,          body_floor),
     "detail":    ("one actor",           True,          body_detail),
     "log":       ("a whole log",         True,          body_log),
+    "diff":      ("what was changed",    True,          body_diff),
     "approvals": ("approvals",           True,          body_approvals),
     "ask":       ("one request",         False,         draw_ask),
     "policy":    ("approval rules",      True,          body_policy),
     "runs":      ("runs",                True,          body_runs),
     "confirm":   ("a question",          False,         draw_confirm),
+    "unsaved":   ("changed rules",       False,         draw_unsaved),
     "box":       ("a text",              False,         draw_box),
     "help":      ("this help",           True,          body_help),
 }
@@ -13116,7 +13341,8 @@ def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = Tru
             *([draw_foot(scene, ui, width)] if chrome else [])]
     for view in ui.views[ui.views.index(base) + 1:]:
         size = min(width, 100 if width > 110 else width - 4 if width > 60 else width)
-        over = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 2), utf8)[:height]
+        drawn = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 2), utf8)
+        over, ui = drawn.rows[:height], drawn.ui
         left, start = (width - size) // 2, max(0, (height - len(over)) // 2)
         for n, row in enumerate(over):
             rows[start + n] = fit_spans([(" " * left, ""), *row], width)
@@ -13184,6 +13410,10 @@ LOG_ENTRIES = 5000         # of a log that are kept
 LOG_WORDS = 16 << 10       # characters of one entry
 TAIL_BYTES = 16 << 10      # of a log that are looked at for what was said last
 RUNS_PICKED = 200
+SAID_S = 4.0               # how long something that was said stays in the last row
+SEEN_S = 1.0               # how long a request must have been on the screen before `y` counts
+PASTE_MOST = 256 << 10     # characters of a paste that are taken
+PASTE_WAIT_S = 1.0         # for the rest of one
 MAX_SILENT = 50            # times in a row that a terminal has something to read, and no key
 
 
@@ -13205,6 +13435,7 @@ class RunFeed:
         self.origin = ""
         self.state = lookout.state(run_dir)
         self.heard: dict[str, float] = {}
+        self.deeds: dict[str, list] = {}       # actor: (bytes of its log before it, mark, text)
         self.alone: int | None = None          # agents that live without a dispatcher
         self.looked_at = -LOOK_LONG_S
 
@@ -13213,10 +13444,22 @@ class RunFeed:
         import gc
 
         gc.disable()                           # a long journal makes many records, and no garbage
+        began, count = self.follower.at, 0
         try:
-            return sum(1 for _ in self.follower.news()) > 0
+            for event in self.follower.news():
+                count += 1
+                if event["kind"] in DEEDS:
+                    self.keep_deed(event, began > 0)
+            return count > 0
         finally:
             gc.enable()
+
+    def keep_deed(self, event: dict, is_new: bool) -> None:
+        """Keep what an operator did, for the actor's log: where it stood when that was last told."""
+        deed, actor = render_deed(self.run, event), self.run.actors.get(event.get("actor", ""))
+        if deed and actor:
+            at = max(actor.log_at, measure_file(self.log_path(actor.id)) if is_new else 0)
+            self.deeds.setdefault(actor.id, []).append((at, *deed))
 
     def look(self) -> bool:
         """Look at what no event tells: whether a dispatcher lives, when logs grew; whether that changed."""
@@ -13252,7 +13495,7 @@ class RecordFeed:
         self.run_dir, self.lookout = run_dir, lookout
         self.heard: dict[str, float] = {}
         self.state, self.looked_at = "", 0.0
-        self.run, self.origin, self.logs = RunState(), "", {}
+        self.run, self.origin, self.logs, self.deeds = RunState(), "", {}, {}
         self.load()
 
     def load(self) -> None:
@@ -13354,6 +13597,7 @@ class LogFeed:
 
         self.path, self.form, self.window = path, form, window
         self.entries: Any = deque(maxlen=LOG_ENTRIES)
+        self.places: Any = deque(maxlen=LOG_ENTRIES)   # bytes of the log before each of them
         self.cut = self.find_start()
         self.tail = Tail(path, self.cut)
 
@@ -13379,6 +13623,8 @@ class LogFeed:
                 self.tail.close()              # somebody wrote it anew
                 self.cut, self.tail = 0, Tail(self.path, 0)
                 self.entries.clear()
+                self.places.clear()
+            place = self.tail.at - len(self.tail.part)
             lines, at = [], -1
             while self.tail.at != at:          # a long line takes several reads
                 at = self.tail.at
@@ -13386,7 +13632,10 @@ class LogFeed:
         except OSError:
             return False
         for line in lines:
-            self.entries.extend((mark, text[:LOG_WORDS]) for mark, text in render_log_line(line, self.form))
+            shown = [(mark, text[:LOG_WORDS]) for mark, text in render_log_line(line, self.form)]
+            self.entries.extend(shown)
+            self.places.extend([place] * len(shown))
+            place += len(line) + 1
         return bool(lines)
 
     def close(self) -> None:
@@ -13506,6 +13755,33 @@ async def ask_changes(place: dict | None, closed: dict | None) -> dict:
     return {"files": None, "note": "its worktree is gone"}
 
 
+async def ask_diff(place: dict | None, closed: dict | None) -> dict:
+    """What an actor changed since it began, as `git diff` says it: {text, cut, note}; cut: there is more."""
+    if not place or not place.get("base") and not place.get("path"):
+        return {"text": "", "cut": False, "note": "it has no worktree of its own"}
+    git, path, base = Git(os.environ, 0o077), place.get("path") or "", place.get("base") or "HEAD"
+    ref = (closed or {}).get("rescue_ref") or (f"refs/heads/{place['branch']}" if place.get("branch") else "")
+    plain = ("diff", "--no-color", "--no-ext-diff", "--no-textconv")
+    try:
+        if not os.path.isdir(path):
+            if not ref or not place.get("repo"):
+                return {"text": "", "cut": False, "note": "its worktree is gone"}
+            data = await git.run_head(DIFF_BYTES + 1, place["repo"], *plain, base, ref, "--")
+        else:
+            data = await git.run_head(DIFF_BYTES + 1, path, *plain, base, "--")
+            _, new, _ = await git.run(path, "ls-files", "-z", "--others", "--exclude-standard")
+            for name in new.decode("utf-8", "surrogateescape").split("\0")[:-1]:
+                if len(data) > DIFF_BYTES:
+                    break
+                data += await git.run_head(DIFF_BYTES + 1 - len(data), path, *plain, "--no-index", "--",
+                                           "/dev/null", name)
+    except (GitError, OSError) as e:
+        return {"text": "", "cut": False, "note": str(e)}
+    text = data[:DIFF_BYTES].decode("utf-8", "replace")
+    return {"text": text if text.endswith("\n") or not text else text + "\n", "cut": len(data) > DIFF_BYTES,
+            "note": ""}
+
+
 def short_branch(ref: str) -> str:
     """A ref as people name it."""
     return ref.removeprefix("refs/heads/")
@@ -13514,7 +13790,8 @@ def short_branch(ref: str) -> str:
 class GitWatch:
     """Asks git what an actor changed, in a thread of its own, one question at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, question: Callable = ask_changes) -> None:
+        self.question = question   # ask_changes or ask_diff
         self.thread: Any = None
         self.about, self.found, self.asked_at = "", None, 0.0
 
@@ -13537,9 +13814,9 @@ class GitWatch:
     def ask(self, name: str, place: dict | None, closed: dict | None) -> None:
         """Ask git (in the thread)."""
         try:
-            found = asyncio.run(ask_changes(place, closed))
+            found = asyncio.run(self.question(place, closed))
         except Exception as e:  # boundary: a repository in a strange state must not end the floor
-            found = {"files": None, "note": f"{type(e).__name__}: {e}"}
+            found = {"files": None, "text": "", "cut": False, "note": f"{type(e).__name__}: {e}"}
         if self.about == name:
             self.found = found
 
@@ -13562,7 +13839,14 @@ class Floor:
     def __init__(self, run_dir: str, lookout: Lookout) -> None:
         self.lookout, self.ui, self.left = lookout, Ui(), False
         self.feed: Any = None
-        self.watcher = GitWatch()
+        self.watcher, self.differ = GitWatch(), GitWatch(ask_diff)
+        self.picks: dict[str, int] = {}        # view: the row that was picked when another was opened over it
+        self.since: dict[str, float] = {}      # request: since when it is on the screen
+        self.picked = ("", 0)                  # the request that is picked in the list, its row
+        self.unsent: Box | None = None         # a text that was sent, and whose answer has not come
+        self.kept: Box | None = None           # a text that was refused
+        self.leaving: Callable | None = None   # what is done once the rules are in force
+        self.sent: tuple | None = None         # the rules that are being put in force
         self.log: LogFeed | None = None
         self.log_of = ("", 0)
         self.frame = Frame([], self.ui)
@@ -13606,9 +13890,22 @@ class Floor:
         """The actor that has the focus."""
         return self.run.actors.get(self.ui.focus)
 
-    def say(self, words: str, is_bad: bool = False) -> None:
+    def say(self, words: str, is_bad: bool = False, tone: str = "") -> None:
         """Say something in the last row."""
-        self.ui, self.said_at = self.ui._replace(message=words, is_bad=is_bad), time.monotonic()
+        self.show(message=words, tone=tone or ("red" if is_bad else "green"))
+        self.said_at = time.monotonic()
+
+    def hear(self) -> bool:
+        """Say what was answered; whether there was something."""
+        heard = False
+        for words, is_bad in self.phone.hear():
+            heard = True
+            self.say(words, is_bad)
+            self.kept = self.unsent if is_bad else self.kept
+            self.unsent, leaving, self.leaving, self.sent = None, self.leaving, None, None
+            if leaving and not is_bad:
+                leaving(self)
+        return heard
 
     def show(self, **changes: Any) -> None:
         """Look elsewhere."""
@@ -13616,41 +13913,51 @@ class Floor:
 
     def push(self, view: str, **changes: Any) -> None:
         """Open a view over those that are open."""
+        self.picks[self.view] = self.ui.pick
         self.show(views=(*(v for v in self.ui.views if v != view), view), **changes)
 
     def back(self) -> None:
         """Close the view that gets the keys."""
         if len(self.ui.views) > 1:
-            self.show(views=self.ui.views[:-1], back=0, pick=0, search="")
+            self.show(views=self.ui.views[:-1], back=0, head=0, search="", hit=None)
+            self.show(pick=self.picks.get(self.view, 0))
 
-    def ask(self, words: str, op: str, **fields: Any) -> None:
-        """Ask the dispatcher for something; where none lives, say what can be done."""
-        if self.phone.ask(words, op, **fields):
-            return self.say(f"asked the dispatcher: {op.replace('_', ' ')} …")
+    def refuse(self) -> bool:
+        """Say why nothing can be done to this run, where that is so."""
         run_id = self.run.run_id
-        if self.feed.state == "complete":
-            self.say("this run has settled: nothing can be done to it any more", True)
-        elif isinstance(self.feed, RecordFeed):
+        if isinstance(self.feed, RecordFeed):
             self.say("this run is only read here; use the tool that made it", True)
-        else:
+        elif self.feed.state == "complete":
+            self.say("this run has settled: nothing can be done to it any more", True)
+        elif self.feed.state != "running" and not is_locked(self.feed.run_dir):
             self.say(f"its dispatcher died: pitboss resume {run_id[:13]} goes on, pitboss cancel "
                      f"{run_id[:13]} ends it", True)
+        else:
+            return False
+        return True
+
+    def ask(self, words: str, op: str, **fields: Any) -> bool:
+        """Ask the dispatcher for something; where none lives, say what can be done, and return False."""
+        if self.phone.ask(words, op, **fields):
+            self.say(f"asked the dispatcher: {op.replace('_', ' ')} …")
+            return True
+        if not self.refuse():
+            self.say("its dispatcher does not answer; nothing was done", True)
+        return False
 
     def tick(self) -> bool:
         """Take in what happened; whether the screen may have changed."""
         changed = self.feed.read()
-        for words, is_bad in self.phone.hear():
-            self.say(words, is_bad)
-            changed = True
+        changed = self.hear() or changed
         now = time.monotonic()
+        if self.ui.message and now - self.said_at > SAID_S:
+            self.show(message="")
+            changed = True
         if now - self.looked_at >= LOOK_EVERY_S:
             self.looked_at = now
             self.phone.connect()
             living = self.feed.state == "running" and self.run.finished_at is None
             changed = self.feed.look() or living or changed
-            if self.ui.message and now - self.said_at > 10:
-                self.show(message="", is_bad=False)
-                changed = True
         printed, said = self.follow_log(), self.follow_words()
         return printed or said or changed
 
@@ -13672,7 +13979,8 @@ class Floor:
         if new and self.ui.back:               # what is looked at stays where it is
             added = len(self.log.entries) - before
             rows = sum(len(r) for r in wrap_log([*self.log.entries][-added:], self.size[0])) if added else 0
-            self.show(back=self.ui.back + (0 if fresh else rows))
+            hit = None if self.ui.hit is None else self.ui.hit + (0 if fresh else added)
+            self.show(back=self.ui.back + (0 if fresh else rows), hit=hit)
         return new or fresh
 
     def follow_words(self) -> bool:
@@ -13702,16 +14010,39 @@ class Floor:
         views = self.ui.views
         asking = any(v in ("approvals", "ask") for v in views)
         changes = self.watcher.look(actor) if "detail" in views else None
+        diff = self.differ.look(actor) if "diff" in views else None
         log = self.log if self.log and self.log_of[0] == self.ui.focus else None
         now = time.time()
         alive = self.feed.state == "running" or self.feed.alone
         return Scene(self.run, self.feed.state, now, now if alive else self.run.last_at, tuple(self.needs()),
                      self.feed.asks() if asking else (), {k: w for k, (_, w) in self.words.items()},
-                     tuple(log.entries) if log else (), log.cut if log else 0, changes, self.runs,
-                     KEYS, self.feed.origin)
+                     self.log_entries(), log.cut if log else 0, changes, self.runs, KEYS, self.feed.origin,
+                     diff)
+
+    def log_entries(self) -> tuple:
+        """The log of the focused actor, and in it what its operator did."""
+        log = self.log if self.log and self.log_of[0] == self.ui.focus else None
+        if log is None:
+            return ()
+        deeds = [deed for deed in self.feed.deeds.get(self.ui.focus, ()) if deed[0] >= log.cut]
+        return merge_deeds(log.entries, log.places, deeds) if deeds else tuple(log.entries)
+
+    def watch_asks(self, now: float) -> None:
+        """Keep the picked request picked, and since when each is on the screen (`now`: monotonic s)."""
+        waiting = [*self.run.approvals]
+        request, row = self.picked
+        if self.view == "approvals" and request in waiting and self.ui.pick == row:
+            self.show(pick=waiting.index(request))
+        picked = picked_ask(self)
+        in_sight = {str(waiting[n]) for *_, kind, n in self.frame.spots if kind == "ask" and n < len(waiting)}
+        shown = {picked} | in_sight if self.view in ("approvals", "ask") else set()
+        slid = picked != request and self.view == "approvals" and self.ui.pick == row and request
+        self.since = {name: now if slid and name == picked else self.since.get(name, now) for name in shown}
+        self.picked = (picked, self.ui.pick) if self.view in ("approvals", "ask") else ("", 0)
 
     def draw(self) -> Frame:
         """The frame that is to be on the screen."""
+        self.watch_asks(time.monotonic())
         self.frame = render_floor(self.scene(), self.ui, *self.size, self.utf8)
         self.ui = self.frame.ui
         return self.frame
@@ -13720,19 +14051,26 @@ class Floor:
         """Do what a key means in the view that gets it."""
         row = KEY_INDEX.get((self.view, key))
         if self.ui.message and key != "resize":
-            self.show(message="", is_bad=False)
+            self.show(message="")
         if row:
             row.run(self, key)
         elif self.view == "box":
             self.show(box=edit_box(self.ui.box, key))
+
+    def paste(self, text: str) -> None:
+        """Take a paste into a text box; anywhere else it does nothing."""
+        if self.view != "box":
+            return self.say("a paste does nothing here: only text boxes take one", tone="yellow")
+        self.show(box=paste_box(self.ui.box, text), message="")
 
     def close(self) -> None:
         """Give up what is open."""
         self.phone.close()
         if self.log:
             self.log.close()
-        if self.watcher.thread:
-            self.watcher.thread.join(1.0)
+        for watcher in (self.watcher, self.differ):
+            if watcher.thread:
+                watcher.thread.join(1.0)
 
 
 def measure_file(path: str) -> int:
@@ -13743,8 +14081,20 @@ def measure_file(path: str) -> int:
         return -1
 
 
+def paste_box(box: Box, text: str) -> Box:
+    """A text box after a paste; in one of one line, ends of lines become blanks."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4)
+    text = text.strip("\n").replace("\n", " ") if box.one_line else text
+    text = "".join(c for c in text if c.isprintable() or c == "\n")
+    box = box._replace(text="", at=0) if box.fresh else box
+    return box._replace(text=box.text[:box.at] + text + box.text[box.at:], at=box.at + len(text), fresh=False)
+
+
 def edit_box(box: Box, key: str) -> Box:
     """A text box after a key; one that means nothing there changes nothing."""
+    if box.fresh and (len(key) == 1 or key in ("backspace", "delete", "ctrl-u")):
+        box = box._replace(text="", at=0)
+    box = box._replace(fresh=False)
     text, at = box.text, box.at
     start = text.rfind("\n", 0, at) + 1
     end = text.find("\n", at)
@@ -13783,7 +14133,7 @@ STEPS_OF_KEYS = {"h": (-1, 0), "left": (-1, 0), "l": (1, 0), "right": (1, 0), "j
 
 def key_move(floor: Floor, key: str) -> None:
     """The tile beside this one."""
-    floor.ui = move_focus(tiles_of(floor), floor.ui, *STEPS_OF_KEYS[key])._replace(back=0)
+    floor.ui = move_focus(tiles_of(floor), floor.ui, *STEPS_OF_KEYS[key])._replace(back=0, need="")
 
 
 def key_ends(floor: Floor, key: str) -> None:
@@ -13828,18 +14178,33 @@ def key_need(floor: Floor, key: str) -> None:
         advice = advise(need, floor.run.run_id[:13])
         return floor.say(f"{advice}: {need.text}")
     actor = floor.run.actors[need.actor]
-    ui = floor.ui._replace(focus=actor.id, header=False, back=0, folded=floor.ui.folded - {actor.layer})
+    ui = floor.ui._replace(focus=actor.id, header=False, back=0, folded=floor.ui.folded - {actor.layer},
+                           need=need.request)
     if not is_shown(actor, ui):
         ui = ui._replace(filter="", hides_settled=False)
     floor.ui = ui
 
 
 def key_open(floor: Floor, key: str) -> None:
-    """Open the actor that has the focus, or fold its group."""
+    """Open the request that Tab went to; else the actor that has the focus, or fold its group."""
+    asked = floor.run.approvals.get(floor.ui.need)
+    if asked and asked.actor == floor.ui.focus:
+        return floor.push("ask", request=asked.id, back=0, need="")
     if floor.ui.header:
         return key_fold(floor, key)
     if floor.focused():
-        floor.push("detail", back=0)
+        floor.push("detail", back=0, head=0)
+
+
+def key_diff(floor: Floor, key: str) -> None:
+    """What the focused actor changed since it began, line by line."""
+    if floor.focused():
+        floor.push("diff", back=0)
+
+
+def key_head(floor: Floor, key: str) -> None:
+    """Scroll what stands above the log."""
+    floor.show(head=max(0, floor.ui.head + STEPS_OF_KEYS[key][0]))
 
 
 def key_fold(floor: Floor, key: str) -> None:
@@ -13862,6 +14227,46 @@ def key_leave(floor: Floor, key: str) -> None:
     floor.left = True
 
 
+def is_unsaved(floor: Floor) -> bool:
+    """Whether the rules were changed, and the dispatcher was not asked to take them."""
+    return floor.ui.rules != floor.sent and [*floor.ui.rules] != public_rules(floor.run.policy)
+
+
+LEAVES = {"back": key_back, "leave": key_leave}
+
+
+def key_leave_rules(floor: Floor, key: str) -> None:
+    """Leave the rules, or with them the floor; changed ones are asked about."""
+    how = "leave" if key == "q" else "back"
+    if is_unsaved(floor):
+        return floor.push("unsaved", question=(how, ""))
+    LEAVES[how](floor, key)
+
+
+def key_save_and_leave(floor: Floor, key: str) -> None:
+    """Put the rules in force, and leave them once they are."""
+    how = LEAVES[floor.ui.question[0]]
+    close_question(floor)
+    if key_save_rules(floor, key):
+        floor.leaving = lambda one: how(one, key)
+
+
+def key_drop_and_leave(floor: Floor, key: str) -> None:
+    """Leave the rules as they were."""
+    close_question(floor)
+    LEAVES[floor.ui.question[0]](floor, key)
+
+
+def key_stay(floor: Floor, key: str) -> None:
+    """Go on changing the rules."""
+    close_question(floor)
+
+
+def close_question(floor: Floor) -> None:
+    """Close a question; what is beneath stays as it was."""
+    floor.show(views=floor.ui.views[:-1])
+
+
 def key_help(floor: Floor, key: str) -> None:
     """Show every key."""
     floor.push("help", pick=0)
@@ -13880,26 +14285,26 @@ def key_compact(floor: Floor, key: str) -> None:
 def key_filter(floor: Floor, key: str) -> None:
     """Show only actors whose name, state, model, agent or role has some words in it."""
     ask_text(floor, Box("show only actors with", floor.ui.filter, len(floor.ui.filter), "filter",
-                        one_line=True))
+                        one_line=True, fresh=bool(floor.ui.filter)))
 
 
 def key_search(floor: Floor, key: str) -> None:
     """Look for words in the log."""
     ask_text(floor, Box("look in the log for", floor.ui.search, len(floor.ui.search), "search",
-                        one_line=True))
+                        one_line=True, fresh=bool(floor.ui.search)))
 
 
 def key_next(floor: Floor, key: str) -> None:
     """The next place, upwards or downwards, with the words that were looked for."""
     if not floor.ui.search:
         return key_search(floor, key)
-    log = tuple(floor.log.entries) if floor.log else ()
-    width, height = floor.size
-    back = find_in_log(log, floor.ui.search, width, height - CHROME_ROWS - 1, floor.ui.back, 1 if key == "n"
-                       else -1)
-    if back is None:
-        return floor.say(f"no other {floor.ui.search} {'above' if key == 'n' else 'below'}")
-    floor.show(back=back)
+    log, words, step_by = floor.log_entries(), floor.ui.search, 1 if key == "n" else -1
+    hit = find_in_log(log, words, floor.size[0], floor.ui.rows, floor.ui.hit, step_by)
+    total = 0 if hit else sum(words.lower() in text.lower() for _, text in log)
+    if hit:
+        floor.show(back=hit.back, hit=hit.entry)
+    said, tone = tell_hit(words, hit, step_by, total)
+    floor.say(said, tone=tone)
 
 
 def key_log(floor: Floor, key: str) -> None:
@@ -13909,16 +14314,23 @@ def key_log(floor: Floor, key: str) -> None:
 
 
 def ask_text(floor: Floor, box: Box) -> None:
-    """Let the operator type something."""
+    """Let the operator type something; a text that was refused is offered again."""
+    kept = floor.kept
+    if kept and (kept.then, kept.about) == (box.then, box.about):
+        box, floor.kept = box._replace(text=kept.text, at=len(kept.text)), None
     floor.push("box", box=box)
 
 
 def acted_on(floor: Floor) -> str:
-    """The actor that an operation is about; empty, and said so: there is none."""
-    if floor.focused():
-        return floor.ui.focus
-    floor.say("no actor has the focus", True)
-    return ""
+    """The actor that an operation is about; empty, and said why: nothing can be done to one."""
+    actor = floor.focused()
+    if floor.refuse():
+        return ""
+    if actor is None or actor.status:
+        floor.say(f"{actor.id} has settled ({actor.status}): nothing can be done to it any more" if actor else
+                  "no actor has the focus", True)
+        return ""
+    return actor.id
 
 
 def key_pause(floor: Floor, key: str) -> None:
@@ -13953,21 +14365,23 @@ def key_cancel(floor: Floor, key: str) -> None:
 
 def key_cancel_run(floor: Floor, key: str) -> None:
     """Cancel the whole run, after a question."""
-    floor.push("confirm", question=("cancel", ""))
+    if not floor.refuse():
+        floor.push("confirm", question=("cancel", ""))
 
 
 def key_sure(floor: Floor, key: str) -> None:
     """Do what was asked about."""
     what, about = floor.ui.question
-    floor.back()
+    close_question(floor)
     SENDS[what](floor, about, "")
 
 
 def key_sure_because(floor: Floor, key: str) -> None:
     """Do what was asked about, with a reason that its lead and the records are told."""
     what, about = floor.ui.question
-    floor.back()
-    ask_text(floor, Box(f"why is {about or 'the run'} cancelled?", then=what, about=about))
+    close_question(floor)
+    ask_text(floor, Box(f"why is {about or 'the run'} cancelled?", then=what, about=about,
+                        source=floor.ui.question))
 
 
 def key_approvals(floor: Floor, key: str) -> None:
@@ -13992,10 +14406,31 @@ def key_read_ask(floor: Floor, key: str) -> None:
 
 
 def key_approve(floor: Floor, key: str) -> None:
-    """Say yes to the request."""
-    if request := picked_ask(floor):
+    """Say yes to the request, once it was on the screen for so long that it can have been read."""
+    request = picked_ask(floor)
+    if request and not is_seen(floor.since.get(request), time.monotonic()):
+        return floor.say("not yet: this request has only just come; press y again", tone="yellow")
+    if request:
+        words = f"approved: {tell_ask(floor, request)}"
         leave_ask(floor)
-        floor.ask("approved", "approve", request_id=request, approved=True)
+        floor.ask(words, "approve", request_id=request, approved=True)
+
+
+def is_seen(since: float | None, now: float) -> bool:
+    """Whether a request has been on the screen for long enough to be answered with one key."""
+    return since is not None and now - since >= SEEN_S
+
+
+def tell_ask(floor: Floor, request: str) -> str:
+    """Which request it is: its summary, and who asks."""
+    asked = floor.run.approvals.get(request)
+    return f"{one_line(asked.summary, 50)} ({asked.actor})" if asked else request
+
+
+def key_approve_and_say(floor: Floor, key: str) -> None:
+    """Say yes to the request, and something with it."""
+    if request := picked_ask(floor):
+        ask_text(floor, Box("yes, and say", then="approve", about=request))
 
 
 def key_reject(floor: Floor, key: str) -> None:
@@ -14067,7 +14502,7 @@ def key_cycle(floor: Floor, key: str) -> None:
     """The next value of the chosen cell."""
     if picked_rule(floor) < 0:
         return
-    name, _, offered = POLICY_COLUMNS[floor.ui.column]
+    name, _, offered, _ = POLICY_COLUMNS[floor.ui.column]
     choices = [*offered] or [None, *(floor.run.actors if name == "actor" else ())]
     if len(choices) < 2:
         return key_edit_rule(floor, key)
@@ -14084,7 +14519,7 @@ def key_edit_rule(floor: Floor, key: str) -> None:
     value = rule_value(floor)
     text = "" if value is None else f"{value}"
     ask_text(floor, Box(f"{POLICY_COLUMNS[floor.ui.column][0]} (empty: any)", text, len(text), "rule",
-                        one_line=True))
+                        one_line=True, fresh=bool(text)))
 
 
 def key_column(floor: Floor, key: str) -> None:
@@ -14116,11 +14551,14 @@ def key_shift_rule(floor: Floor, key: str) -> None:
         floor.show(rules=tuple(rules), pick=to)
 
 
-def key_save_rules(floor: Floor, key: str) -> None:
-    """Put these rules in the place of the run's."""
-    rules = floor.ui.rules
+def key_save_rules(floor: Floor, key: str) -> bool:
+    """Put these rules in the place of the run's; whether the dispatcher was asked to."""
+    rules, waiting = floor.ui.rules, len(floor.run.approvals)
     words = f"{len(rules)} rules are in force" if len(rules) != 1 else "1 rule is in force"
-    floor.ask(words, "update_policy", rules=[*rules])
+    words += f"; what waits already ({waiting}) still waits for you" if waiting else ""
+    asked = floor.ask(words, "update_policy", rules=[*rules])
+    floor.sent = rules if asked else None
+    return asked
 
 
 def key_click(floor: Floor, key: str) -> None:
@@ -14133,7 +14571,7 @@ def key_click(floor: Floor, key: str) -> None:
 
 def click_actor(floor: Floor, name: str) -> None:
     """Open an actor."""
-    floor.push("detail", focus=name, header=False, back=0)
+    floor.push("detail", focus=name, header=False, back=0, head=0)
 
 
 def click_group(floor: Floor, name: str) -> None:
@@ -14157,53 +14595,72 @@ def send_filter(floor: Floor, about: str, text: str) -> None:
 
 def send_search(floor: Floor, about: str, text: str) -> None:
     """Look for words in the log, upwards from its end."""
-    floor.show(search=text.strip(), back=0)
+    floor.show(search=text.strip(), back=0, hit=None)
     if text.strip():
         key_next(floor, "n")
 
 
-def send_reprompt(floor: Floor, about: str, text: str) -> None:
+def send_reprompt(floor: Floor, about: str, text: str) -> bool | None:
     """Tell an actor something else."""
     if not text.strip():
         return floor.say("nothing was typed, and nothing is told", True)
-    floor.ask(f"{about} was told", "reprompt_worker", task_id=about, prompt=text)
+    return floor.ask(f"{about} was told", "reprompt_worker", task_id=about, prompt=text)
 
 
-def send_cancel(floor: Floor, about: str, text: str) -> None:
+def send_cancel(floor: Floor, about: str, text: str) -> bool:
     """Cancel an actor, or with no name the run."""
     reason = text.strip() or None
     if about:
         return floor.ask(f"{about} is being cancelled", "cancel_worker", task_id=about, reason=reason)
-    floor.ask("the run is being cancelled", "cancel_run", reason=reason)
+    return floor.ask("the run is being cancelled", "cancel_run", reason=reason)
 
 
-def send_reject(floor: Floor, about: str, text: str) -> None:
+def send_approve(floor: Floor, about: str, text: str) -> bool:
+    """Approve a request, and say something with it."""
+    words = f"approved: {tell_ask(floor, about)}"
+    return answer_ask(floor, about, words, approved=True, comment=text.strip() or None)
+
+
+def send_reject(floor: Floor, about: str, text: str) -> bool:
     """Reject a request."""
-    leave_ask(floor)
-    floor.ask("rejected", "approve", request_id=about, approved=False, reason=text.strip() or None)
+    words = f"rejected: {tell_ask(floor, about)}"
+    return answer_ask(floor, about, words, approved=False, reason=text.strip() or None)
 
 
-def send_edit(floor: Floor, about: str, text: str) -> None:
+def send_edit(floor: Floor, about: str, text: str) -> bool:
     """Approve something else than was asked for."""
-    leave_ask(floor)
-    floor.ask("approved, changed", "approve", request_id=about, approved=True, edited_summary=text)
+    words = f"approved, changed: {tell_ask(floor, about)}"
+    return answer_ask(floor, about, words, approved=True, edited_summary=text)
 
 
-def send_rule(floor: Floor, about: str, text: str) -> None:
-    """Put what was typed into a rule."""
+def answer_ask(floor: Floor, request: str, words: str, **answer: Any) -> bool:
+    """Answer a request, and close it; whether the dispatcher was asked to."""
+    asked = floor.ask(words, "approve", request_id=request, **answer)
+    if asked:
+        leave_ask(floor)
+    return asked
+
+
+def send_rule(floor: Floor, about: str, text: str) -> bool:
+    """Put what was typed into a rule; False: it is not allowed there."""
     text, name = text.strip(), POLICY_COLUMNS[floor.ui.column][0]
+    value: Any = text or None
     if name == "cost_over" and text:
         try:
-            return change_rule(floor, float(text))
+            value = float(text)
         except ValueError:
-            return floor.say(f"found {show_value(text)}; allowed: a number of USD, or nothing for any", True)
-    change_rule(floor, text or None)
+            value = math.nan
+        if not 0 <= value < math.inf:
+            floor.say(f"found {show_value(text)}; allowed: a number of USD, or nothing for any", True)
+            return False
+    change_rule(floor, value)
+    return True
 
 
 SENDS = {
-    # what is done with a text or an answer: (Floor, whom it is about, the text)
+    # what is done with a text or an answer: (Floor, whom it is about, the text) -> False where that failed
     "filter": send_filter, "search": send_search, "reprompt": send_reprompt, "cancel": send_cancel,
-    "reject": send_reject, "edit": send_edit, "rule": send_rule,
+    "approve": send_approve, "reject": send_reject, "edit": send_edit, "rule": send_rule,
 }
 
 
@@ -14215,12 +14672,19 @@ def key_send(floor: Floor, key: str) -> None:
     if key == "enter" and not box.one_line:
         return floor.show(box=edit_box(box, key))
     floor.show(views=floor.ui.views[:-1], box=None)
-    SENDS[box.then](floor, box.about, box.text)
+    sent = SENDS[box.then](floor, box.about, box.text)
+    if sent is False:
+        floor.push("box", box=box)             # what was typed is not lost
+    elif sent:
+        floor.unsent = box
 
 
 def key_drop_text(floor: Floor, key: str) -> None:
     """Go back without using what was typed."""
+    source = floor.ui.box.source if floor.ui.box else ()
     floor.show(views=floor.ui.views[:-1], box=None)
+    if source:
+        floor.push("confirm", question=source)
 
 
 class FloorKey(NamedTuple):
@@ -14232,77 +14696,104 @@ class FloorKey(NamedTuple):
     help: str
     where: tuple               # keys of VIEW_KINDS
     run: Callable
+    when: str = ""             # of WHENS: when it is in the last row
+    always: bool = False       # it is there however narrow the terminal is
 
 
 _FLOOR, _LOGS, _LISTS = ("floor",), ("detail", "log"), ("approvals", "runs", "policy")
 _ACTS = ("floor", "detail", "log")
-_PLAIN = ("floor", "detail", "log", "approvals", "ask", "runs", "policy")
+_PLAIN = ("floor", "detail", "log", "diff", "approvals", "ask", "runs", "policy")
 
 KEYS = (
     #        keys                     shown          short      help, where, handler
-    FloorKey(("tab",), "Tab", "what needs you", "go to what needs you next (Shift-Tab: back)", _FLOOR,
-             key_need),
+    FloorKey(("tab",), "Tab", "what needs you", "go to what needs you next; Enter then opens it", _FLOOR,
+             key_need, "needs"),
     FloorKey(("backtab",), "Shift-Tab", "", "the same, backwards", _FLOOR, key_need),
-    FloorKey(("?",), "?", "help", "this help", _PLAIN, key_help),
-    FloorKey(("?", "q"), "q", "back", "leave the help", ("help",), key_back),
+    FloorKey(("?",), "?", "help", "this help", _PLAIN, key_help, "", True),
+    FloorKey(("?", "q"), "q", "back", "leave the help", ("help",), key_back, "", True),
     FloorKey(tuple(STEPS_OF_KEYS), "hjkl arrows", "", "move to the tile beside this one", _FLOOR, key_move),
     FloorKey(("g", "G", "home", "end"), "g G", "", "the first, the last tile", _FLOOR, key_ends),
     FloorKey(("enter",), "Enter", "open", "open the actor; on the header of a group: fold it", _FLOOR,
-             key_open),
+             key_open, "tile"),
     FloorKey((" ",), "Space", "", "fold or unfold the group of a sub-lead", _FLOOR, key_fold),
     FloorKey(("J", "K", "ctrl-d", "ctrl-u", "pgdn", "pgup", "wheel-up", "wheel-down"), "J K ^D ^U", "",
              "scroll what the actor says, below the tiles (wheel: 5 rows)", _FLOOR, key_scroll),
     FloorKey(("k", "up", "j", "down", "J", "K", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
               "wheel-up", "wheel-down"), "j k J K ^D ^U", "", "scroll the log by 1, 5, half a screen; g, G: "
              "its begin, its end (wheel: 5 rows)", _LOGS, key_scroll),
-    FloorKey(("a",), "a", "approvals", "the requests for approval that wait", _ACTS, key_approvals),
-    FloorKey(("y",), "y", "yes", "approve the request", ("approvals", "ask"), key_approve),
-    FloorKey(("n",), "n", "no", "reject it; you are asked for a reason", ("approvals", "ask"), key_reject),
+    FloorKey(("/",), "/", "search", "look for words in the log", _LOGS, key_search),
+    FloorKey(("n", "N"), "n/N", "next", "the next place with them, upwards, downwards", _LOGS, key_next,
+             "search"),
+    FloorKey(("a",), "a", "approvals", "the requests for approval that wait", _ACTS, key_approvals,
+             "asks"),
+    FloorKey(("y",), "y", "yes", "approve the request", ("approvals", "ask"), key_approve, "asks"),
+    FloorKey(("Y",), "Y", "yes, and say", "approve it, and say something with the answer",
+             ("approvals", "ask"), key_approve_and_say, "asks"),
+    FloorKey(("n",), "n", "no", "reject it; you are asked for a reason", ("approvals", "ask"), key_reject,
+             "asks"),
     FloorKey(("e",), "e", "edit", "approve something else: you change the summary", ("approvals", "ask"),
-             key_edit_ask),
+             key_edit_ask, "asks"),
     FloorKey(("enter",), "Enter", "read", "read the request in full, its plan too", ("approvals",),
-             key_read_ask),
-    FloorKey(("j", "k", "down", "up", "J", "K", "ctrl-d", "ctrl-u", "pgdn", "pgup", "wheel-up",
-              "wheel-down"), "j k", "", "read on", ("ask",), key_read_on),
-    FloorKey(("r",), "r", "reprompt", "interrupt the actor and tell it something else", _ACTS, key_reprompt),
+             key_read_ask, "asks"),
+    FloorKey(("j", "k", "down", "up", "J", "K", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
+              "wheel-up", "wheel-down"), "j k g G", "", "read on, back, from the begin, the end",
+             ("ask", "diff"),
+             key_read_on),
+    FloorKey(("r",), "r", "reprompt", "interrupt the actor and tell it something else", _ACTS, key_reprompt,
+             "told"),
     FloorKey(("p",), "p", "pause", "pause the actor: its process ends, its session is kept", _ACTS,
-             key_pause),
-    FloorKey(("f",), "f", "freeze", "freeze the actor where it stands (SIGSTOP)", _ACTS, key_freeze),
-    FloorKey(("c",), "c", "continue", "let a paused or frozen actor go on", _ACTS, key_continue),
-    FloorKey(("x",), "x", "cancel", "cancel the actor; you are asked first", _ACTS, key_cancel),
+             key_pause, "works"),
+    FloorKey(("f",), "f", "freeze", "freeze the actor where it stands (SIGSTOP)", _ACTS, key_freeze, "works"),
+    FloorKey(("c",), "c", "continue", "let a paused or frozen actor go on", _ACTS, key_continue, "rests"),
+    FloorKey(("x",), "x", "cancel", "cancel the actor; you are asked first", _ACTS, key_cancel, "lives"),
     FloorKey(("X",), "X", "", "cancel the whole run; you are asked first", _ACTS, key_cancel_run),
     FloorKey(("P",), "P", "", "the rules that answer requests without you", _ACTS, key_policy),
     FloorKey(("o",), "o", "", "another run", _ACTS, key_runs),
-    FloorKey(("L",), "L", "", "the whole log of the actor", ("floor", "detail"), key_log),
+    FloorKey(("L",), "L", "log", "the whole log of the actor", ("floor", "detail"), key_log, "tile"),
+    FloorKey(("D",), "D", "diff", "what the actor changed since it began, line by line", _ACTS,
+             key_diff, "tile"),
+    FloorKey(("h", "left", "l", "right"), "h l", "", "scroll what stands above the log, where it is cut",
+             ("detail",), key_head),
     FloorKey(("/",), "/", "", "show only some actors: by name, state, model, agent or role; Esc shows all",
              _FLOOR, key_filter),
     FloorKey(("C",), "C", "", "hide the settled ones, or show them again", _FLOOR, key_settled),
     FloorKey(("v",), "v", "", "one line an actor, or tiles", _FLOOR, key_compact),
-    FloorKey(("/",), "/", "search", "look for words in the log", _LOGS, key_search),
-    FloorKey(("n", "N"), "n N", "", "the next place with them, upwards, downwards", _LOGS, key_next),
     FloorKey(("j", "k", "down", "up", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
               "wheel-up", "wheel-down"), "j k g G ^D ^U", "", "move in the list", (*_LISTS, "help"),
              key_pick),
-    FloorKey(("enter",), "Enter", "open", "show the picked run", ("runs",), key_open_run),
+    FloorKey(("enter",), "Enter", "open", "show the picked run", ("runs",), key_open_run, "runs"),
     FloorKey(("h", "left", "l", "right"), "h l", "", "the cell beside this one", ("policy",), key_column),
-    FloorKey((" ",), "Space", "change", "the next value of the cell", ("policy",), key_cycle),
-    FloorKey(("enter",), "Enter", "type", "type a value; empty means any", ("policy",), key_edit_rule),
+    FloorKey((" ",), "Space", "change", "the next value of the cell", ("policy",), key_cycle, "rules"),
+    FloorKey(("enter",), "Enter", "type", "type a value; empty means any", ("policy",), key_edit_rule,
+             "rules"),
     FloorKey(("n",), "n", "new", "a new rule", ("policy",), key_new_rule),
-    FloorKey(("d",), "d", "delete", "delete the rule", ("policy",), key_drop_rule),
+    FloorKey(("d",), "d", "delete", "delete the rule", ("policy",), key_drop_rule, "rules"),
     FloorKey(("J", "K"), "J K", "", "move the rule down, up: the first that matches decides", ("policy",),
              key_shift_rule),
-    FloorKey(("s", "f2"), "s F2", "save", "put these rules in force", ("policy",), key_save_rules),
+    FloorKey(("s", "f2"), "s F2", "save", "put these rules in force", ("policy",), key_save_rules, "unsaved"),
     FloorKey(("y",), "y", "yes", "do it", ("confirm",), key_sure),
     FloorKey(("r",), "r", "yes, because", "do it, and say why", ("confirm",), key_sure_because),
-    FloorKey(("n", "q"), "n", "no", "leave it", ("confirm",), key_back),
+    FloorKey(("n", "q"), "n", "no", "leave it", ("confirm",), key_stay),
+    FloorKey(("esc", "right-click"), "Esc", "back", "leave it", ("confirm",), key_stay, "", True),
+    FloorKey(("s",), "s", "save", "put the rules in force, then leave them", ("unsaved",),
+             key_save_and_leave),
+    FloorKey(("d",), "d", "drop", "leave the rules as they were", ("unsaved",), key_drop_and_leave),
+    FloorKey(("esc", "right-click", "n", "q"), "Esc", "stay", "go on changing the rules",
+             ("unsaved",), key_stay, "",
+             True),
     FloorKey(("f2", "ctrl-enter"), "F2 Ctrl-Enter", "send", "use the text", ("box",), key_send),
     FloorKey(("enter",), "Enter", "", "a new line; where one line is asked for, use it", ("box",), key_send),
-    FloorKey(("esc",), "Esc", "back", "go back; the text is forgotten", ("box",), key_drop_text),
+    FloorKey(("esc",), "Esc", "back", "go back; the text is forgotten", ("box",), key_drop_text, "", True),
     FloorKey(("esc", "right-click"), "Esc", "back", "go back (right click, too); on the floor: no filter",
-             ("floor", "detail", "log", "approvals", "ask", "runs", "policy", "confirm", "help"), key_back),
+             ("floor", "detail", "log", "diff", "approvals", "ask", "runs", "help"), key_back, "back", True),
+    FloorKey(("esc", "right-click"), "Esc", "back", "go back; changed rules are asked about", ("policy",),
+             key_leave_rules, "", True),
     FloorKey(("click",), "click", "", "open an actor, fold a group, pick a row", (*_PLAIN, "help"),
              key_click),
-    FloorKey(("q",), "q Ctrl-C", "leave", "leave the floor; the run goes on", _PLAIN, key_leave),
+    FloorKey(("q",), "q Ctrl-C", "leave", "leave the floor; the run goes on", _PLAIN[:-1], key_leave, "",
+             True),
+    FloorKey(("q",), "q Ctrl-C", "leave", "leave the floor; q asks about changed rules", ("policy",),
+             key_leave_rules, "", True),
 )
 KEY_INDEX = {(view, key): row for row in reversed(KEYS) for view in row.where for key in row.keys}
 
@@ -14319,6 +14810,9 @@ CONTROL_KEYS = {"\t": "tab", "\r": "enter", "\n": "enter", "\x7f": "backspace", 
                 "\x04": "ctrl-d", "\x15": "ctrl-u", "\x0c": "resize", "\x1b": "esc"}
 # Ctrl-Enter, as terminals tell it that can: in xterm's and in kitty's way
 CTRL_ENTER = ("[13;5u", "[27;5;13~")
+# xterm's bracketed paste: switched on and off, and what stands around a paste
+PASTE_ON, PASTE_OFF = b"\x1b[?2004h", b"\x1b[?2004l"
+PASTE_BEGINS, PASTE_ENDS = "[200~", "\x1b[201~"
 CURSES_COLOURS = ("white", "cyan", "green", "magenta", "yellow", "red", "blue")
 STYLE_WORDS = {"bold": "A_BOLD", "dim": "A_DIM", "reverse": "A_REVERSE", "underline": "A_UNDERLINE"}
 
@@ -14408,7 +14902,24 @@ class Screen:
             words += more
             if more.isalpha() or more == "~":
                 break
+        if words == PASTE_BEGINS:
+            return f"paste:{self.read_paste()}"
         return "ctrl-enter" if words in CTRL_ENTER else ""
+
+    def read_paste(self) -> str:
+        """The text of a paste, up to its end; what is longer than PASTE_MOST is dropped."""
+        import select
+
+        text: list[str] = []
+        while not (text[-1:] == ["~"] and "".join(text[-len(PASTE_ENDS):]) == PASTE_ENDS):
+            key = self.read()
+            if key is None:
+                if not select.select([0], [], [], PASTE_WAIT_S)[0]:
+                    return "".join(text)[:PASTE_MOST]          # a terminal that forgot its end
+            else:
+                text.append(key if isinstance(key, str) else "")
+                text = text[:PASTE_MOST] + text[-len(PASTE_ENDS):] if len(text) > 2 * PASTE_MOST else text
+        return "".join(text[:-len(PASTE_ENDS)])[:PASTE_MOST]
 
     def read_mouse(self) -> str:
         """A click or a turn of the wheel."""
@@ -14421,6 +14932,28 @@ class Screen:
         return next((name for button, name in presses.items()
                      if state & (getattr(self.curses, f"{button}_PRESSED", 0)
                                  | getattr(self.curses, f"{button}_CLICKED", 0))), "")
+
+
+def write_terminal(data: bytes) -> None:
+    """Tell the terminal something that curses has no word for; one that is gone is told nothing."""
+    with contextlib.suppress(OSError):
+        os.write(1, data)
+
+
+def rest_until_resumed(curses: Any, screen: Screen) -> None:
+    """Give the terminal back, stop this process as Ctrl-Z means it, and take it again."""
+    import signal
+
+    curses.endwin()
+    write_terminal(PASTE_OFF)
+    before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTSTP)       # returns when somebody lets it go on
+    signal.signal(signal.SIGTSTP, before)
+    write_terminal(PASTE_ON)
+    with contextlib.suppress(OSError, curses.error):
+        columns, rows = os.get_terminal_size(1)
+        curses.resizeterm(rows, columns)
+    screen.forget()
 
 
 def import_curses() -> Any:
@@ -14457,11 +14990,16 @@ def open_screen(env: Mapping[str, str]) -> Iterator[Screen]:
         raise InvalidInput(f"this system does not know the terminal {show_value(env.get('TERM', ''))}",
                            hint="TERM=xterm pitboss floor") from None
 
+    screens: list[Screen] = []
+
     def leave(number: int, stack: Any) -> None:
         raise LeftBySignal(number)
 
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, leave) for number in signals}
+    def rest(number: int, stack: Any) -> None:
+        rest_until_resumed(curses, screens[0]) if screens else None
+
+    handlers = {signal.SIGTERM: leave, signal.SIGHUP: leave, signal.SIGTSTP: rest}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     window = None
     try:
         window = curses.initscr()
@@ -14476,11 +15014,14 @@ def open_screen(env: Mapping[str, str]) -> Iterator[Screen]:
         window.nodelay(True)
         curses.mouseinterval(0)
         curses.mousemask(curses.ALL_MOUSE_EVENTS)
-        yield Screen(curses, window, not env.get("NO_COLOR"))
+        write_terminal(PASTE_ON)
+        screens.append(Screen(curses, window, not env.get("NO_COLOR")))
+        yield screens[0]
     finally:
-        for number in signals:
+        for number in handlers:
             signal.signal(number, signal.SIG_IGN)      # nothing interrupts this
         if window is not None:
+            write_terminal(PASTE_OFF)
             with contextlib.suppress(curses.error):
                 curses.mousemask(0)
                 curses.curs_set(1)
@@ -14516,14 +15057,12 @@ def serve_floor(floor: Floor, env: Mapping[str, str]) -> None:
             while not floor.left:
                 if time.monotonic() >= next_tick:
                     stale, next_tick = tick_floor(floor) or stale, time.monotonic() + TICK_EVERY_S
-                if stale:
+                if stale or not screen.drawn:
                     floor.size = screen.size()
                     screen.draw(floor.draw())
                 wait_for_key(screen, floor.phone, next_tick - time.monotonic())
                 stale = press_keys(floor, screen)
-                for words, is_bad in floor.phone.hear():
-                    floor.say(words, is_bad)
-                    stale = True
+                stale = floor.hear() or stale
     except KeyboardInterrupt:
         pass
     except LeftBySignal as e:
@@ -14556,6 +15095,8 @@ def press_keys(floor: Floor, screen: Screen) -> bool:
         row = KEY_INDEX.get((floor.view, name))
         if name == "click" and row:
             row.run(floor, key)
+        elif key.startswith("paste:"):
+            floor.paste(key.partition(":")[2])
         else:
             floor.press(name)
         if row and floor.view != "box":

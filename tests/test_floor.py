@@ -4,10 +4,12 @@ Each terminal is a window of a private tmux server. What is looked for is waited
 """
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -145,6 +147,7 @@ class Press:
         self.typed = type                # a text that is typed afterwards
 
 
+TOO_SOON = "has only just come"
 BOSS, FIRST, LAST = "┏ ★ boss", "┏ ▸ worker-1", "┏ ▸ worker-3"
 BACK = r"\d+ rows back"
 ASKS = "─ approvals ─"
@@ -178,6 +181,7 @@ DRIVEN = {
         Press("x", "Cancel worker-1"), Press("esc", no="Cancel worker-1"), Press("X", "Cancel the whole run"),
         Press("esc", no="Cancel the whole"), Press("P", "approval rules"), Press("esc", no="approval rules"),
         Press("o", "─ runs ─"), Press("esc", no="─ runs ─"), Press("L", "worker-1: log"), Press("esc", no="worker-1: log"),
+        Press("D", "worker-1: changes"), Press("esc", no="worker-1: changes"),
         Press("/", "show only", type="haiku"), Press("enter", "filter: haiku", "worker-2", no="worker-1"),
         Press("esc", "worker-1", no="filter"), Press("C", "settled ones hidden", no="▸ worker-2"), Press("C", "▸ worker-2"),
         Press("v", "^  ▸ worker-1", no="╭"), Press("v", "╭"), Press("click", "who +boss  lead"), Press("esc", "╰ ← boss"),
@@ -187,7 +191,9 @@ DRIVEN = {
         *scrolls(("k", "K", "up", "ctrl-u", "pgup", "wheel-up", "g", "home"),
                  ("j", "J", "down", "ctrl-d", "pgdn", "wheel-down", "G", "end")),
         Press("/", "look in the log", type="line 11"), Press("enter", "/line 11", "line 11$"),
-        Press("n", "no other line 11 above"), Press("N", "no other line 11 below"),
+        Press("n", "line 11: the last one above, of 1"), Press("N", "line 11: the last one below, of 1"),
+        *[Press(key, "who ") for key in ("h", "l", "left", "right")],
+        Press("D", "worker-1: changes", "no worktree of its own"), Press("esc", no="worker-1: changes"),
         Press("p", "worker-1 is paused"), Press("c", "worker-1 goes on"), Press("f", "worker-1 is frozen"), Press("c", "worker-1 goes on"),
         Press("r", "tell worker-1"), Press("esc", no="tell worker-1"), Press("a", ASKS), Press("esc", no=ASKS),
         Press("x", "Cancel worker-1"), Press("n", no="Cancel worker-1"), Press("X", "Cancel the whole run"), Press("q", no="Cancel the"),
@@ -199,31 +205,39 @@ DRIVEN = {
         Press("", "worker-1: log", "line 59"),
         *scrolls(("k", "K", "up", "ctrl-u", "pgup", "wheel-up", "g", "home"),
                  ("j", "J", "down", "ctrl-d", "pgdn", "wheel-down", "G", "end")),
-        Press("/", "look in the log", type="line 2"), Press("enter", "/line 2", "line 29$"), Press("n", "line 28$", BACK),
-        Press("N", "line 29$", BACK),
+        Press("/", "look in the log", type="line 2"), Press("enter", "/line 2", "line 2: 1 of 11", "line 29$"), Press("n", "line 28$", "line 2: 2 of 11", BACK),
+        Press("N", "line 29$", BACK), Press("D", "worker-1: changes"), Press("esc", no="worker-1: changes"),
         Press("p", "worker-1 is paused"), Press("c", "worker-1 goes on"), Press("f", "worker-1 is frozen"), Press("c", "worker-1 goes on"),
         Press("r", "tell worker-1"), Press("esc", no="tell worker-1"), Press("a", ASKS), Press("esc", no=ASKS),
         Press("x", "Cancel worker-1"), Press("n", no="Cancel worker-1"), Press("X", "Cancel the whole run"), Press("n", no="Cancel the"),
         Press("P", "approval rules"), Press("esc", no="approval rules"), Press("o", "─ runs ─"), Press("esc", no="─ runs ─"),
         Press("?", "a whole log"), Press("esc", no="a whole log"), Press("click", "worker-1: log"),
         Press("right-click", "╰ ← boss"), Press("L", "worker-1: log"), Press("esc", "╰ ← boss"), Press("L", ": log"), Press("q", "left 0")]),
+    "diff": (("l", "D"), [
+        *[Press(key, "worker-1: changes", "it has no worktree of its own") for key in (
+            "j", "k", "down", "up", "J", "K", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup", "wheel-up", "wheel-down",
+            "click")],
+        Press("?", "what was changed"), Press("esc", no="this help"), Press("right-click", "╰ ← boss"), Press("D", "worker-1: changes"),
+        Press("esc", "╰ ← boss"), Press("D", "worker-1: changes"), Press("q", "left 0")]),
     "approvals": (("a",), [
         Press("", "may I do this 0", "may I do this 5"),
         *[Press(key, ASKS) for key in ("j", "k", "down", "up", "G", "g", "end", "home", "ctrl-d", "ctrl-u", "pgdn", "pgup",
                                        "wheel-down", "wheel-up")],
         Press("j", ASKS), Press("enter", "IN-FLIGHT ACTION", "may I do this 1"), Press("esc", no="IN-FLIGHT"),
-        Press("y", "approved", no="this 0"), Press("j", ASKS), Press("n", "why not"), Press("esc", no="why not"),
+        Press("y", r"approved: may I do this 1 \(boss\)", no="left  may I do this 1"), Press("j", ASKS), Press("n", "why not"), Press("esc", no="why not"),
+        Press("Y", "yes, and say"), Press("esc", no="yes, and say$"),
         Press("e", "approve this instead", "this"), Press("esc", no="instead"), Press("?", "reject it"), Press("esc", no="reject it"),
         Press("click", ASKS), Press("right-click", "╰ ← boss"), Press("a", ASKS), Press("esc", no=ASKS), Press("a", ASKS),
         Press("q", "left 0")]),
     "ask": (("a", "enter"), [
         Press("", "IN-FLIGHT ACTION", "RISKS", "- it is late", "may I do this 0"),
-        *[Press(key, "IN-FLIGHT") for key in ("j", "k", "down", "up", "J", "K", "ctrl-d", "ctrl-u", "pgdn", "pgup",
+        *[Press(key, "IN-FLIGHT") for key in ("j", "k", "down", "up", "J", "K", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
                                               "wheel-down", "wheel-up", "click")],
-        Press("?", "one request"), Press("esc", no="one request"), Press("n", "why not", type="too late"), Press("f2", "rejected", no="this 0"),
-        Press("enter", "may I do this 1"), Press("e", "approve this instead", type=" but slowly"), Press("f2", "approved, changed", no="this 1"),
-        Press("enter", "may I do this 2"), Press("y", "approved", no="this 2"), Press("enter", "may I do this 3"), Press("esc", no="IN-FLIGHT"),
-        Press("enter", "may I do this 3"), Press("right-click", no="IN-FLIGHT"), Press("enter", "may I do this 3"), Press("q", "left 0")]),
+        Press("?", "one request"), Press("esc", no="one request"), Press("n", "why not", type="too late"), Press("f2", r"rejected: may I do this 0 \(boss\)", no="left  may I do this 0"),
+        Press("enter", "may I do this 1"), Press("e", "approve this instead", type=" but slowly"), Press("f2", "approved, changed: may I do this 1", no="left  may I do this 1"),
+        Press("enter", "may I do this 2"), Press("Y", "yes, and say", type="but soon"), Press("f2", "approved: may I do this 2", no="left  may I do this 2"),
+        Press("enter", "may I do this 3"), Press("y", "approved: may I do this 3", no="left  may I do this 3"), Press("enter", "may I do this 4"), Press("esc", no="IN-FLIGHT"),
+        Press("enter", "may I do this 4"), Press("right-click", no="IN-FLIGHT"), Press("enter", "may I do this 4"), Press("q", "left 0")]),
     "policy": (("P",), [
         Press("", "no rules; n makes one", "block +whatever no rule matches"), Press("n", "0 block", "changed: s saves"), Press(" ", "0 auto_approve"),
         Press("l", "0 auto_approve"), Press(" ", "0 auto_approve +boss"), Press("right", "boss"), Press("enter", "boss +tool_use"),
@@ -233,6 +247,12 @@ DRIVEN = {
         Press("J", "0 auto_approve", "1 block"), Press("s", "2 rules are in force", no="changed"), Press("d", "changed", no="1 block"),
         Press("f2", "1 rule is in force", no="changed"), Press("?", "a new rule"), Press("esc", no="a new rule"), Press("esc", no="approval rules"),
         Press("P", "0 auto_approve +boss +tool_use +Bash"), Press("right-click", no="approval rules"), Press("P", "Bash"), Press("q", "left 0")]),
+    "unsaved": (("P", "n"), [
+        Press("esc", "not in force yet"), Press("esc", "0 block", no="not in force"), Press("q", "not in force"), Press("n", no="not in force"),
+        Press("q", "not in force"), Press("q", no="not in force"), Press("right-click", "not in force"), Press("esc", no="not in force"),
+        Press("q", "not in force"), Press("click", "not in force"), Press("right-click", no="not in force"),
+        Press("esc", "not in force"), Press("d", no="approval rules"), Press("P", "no rules"), Press("n", "0 block"), Press("q", "not in force"),
+        Press("s", "left 0")]),
     "runs": (("o",), [
         *[Press(key, "─ runs ─", "▸ [0-9a-f]{8}") for key in ("j", "k", "down", "up", "G", "g", "end", "home", "ctrl-d", "ctrl-u", "pgdn", "pgup",
                                        "wheel-down", "wheel-up", "click")],
@@ -241,7 +261,8 @@ DRIVEN = {
     "confirm": (("l", "x"), [
         Press("n", no="Cancel worker-1"), Press("x", "Cancel worker-1"), Press("q", no="Cancel worker-1"), Press("x", "Cancel worker-1"),
         Press("esc", no="Cancel worker-1"), Press("x", "Cancel worker-1"), Press("right-click", no="Cancel worker-1"),
-        Press("x", "Cancel worker-1"), Press("r", "why is worker-1 cancelled", type="wrong branch"), Press("f2", "Cancelled ⊘"),
+        Press("x", "Cancel worker-1"), Press("r", "why is worker-1 cancelled"), Press("esc", "Cancel worker-1"),
+        Press("r", "why is worker-1 cancelled", type="wrong branch"), Press("f2", "Cancelled ⊘"),
         Press("L", "line 59"), Press("esc", BOSS[2:]), Press("X", "Cancel the whole run"), Press("y", "cancelled|Cancelled ⊘", r"\bcomplete\b|cancelling")]),
     "box": (("l", "r"), [
         Press("", "tell worker-1", type="one"), Press("enter", "one", type="two"), Press("esc", no="tell worker-1"),
@@ -285,8 +306,14 @@ def test_every_key_does_what_its_help_says(stage, terminal, view):
     opens, presses = DRIVEN[view]
     screen.type(*opens)
     for press in presses:
-        screen.type(*([press.key] if press.key else []))
-        screen.wait(*press.wanted, absent=press.absent)
+        shown = TOO_SOON
+        while TOO_SOON in shown:               # a yes to what has only just come
+            screen.type(*([press.key] if press.key else []))
+            shown = screen.wait(f"{TOO_SOON}|" + press.wanted[0]) if press.key == "y" and press.wanted else ""
+        try:
+            screen.wait(*press.wanted, absent=press.absent)
+        except AssertionError as e:
+            raise AssertionError(f"after {press.key!r}: {e}") from None
         if press.typed:
             screen.type(press.typed)
             screen.wait(re.escape(press.typed))
@@ -297,11 +324,14 @@ def test_every_key_does_what_its_help_says(stage, terminal, view):
     elif view == "ask":
         answers = [e["answer"] for e in run.events("approval_decided")]
         assert answers == [{"approved": False, "reason": "too late"},
-                           {"approved": True, "edited_summary": "may I do this 1 but slowly"}, {"approved": True}]
+                           {"approved": True, "edited_summary": "may I do this 1 but slowly"},
+                           {"approved": True, "comment": "but soon"}, {"approved": True}]
     elif view == "policy":
         assert [e["rules"] for e in run.events("policy_set")] == [
             [["boss", "tool_use", "Bash", None, "auto_approve"], [None, None, None, None, "block"]],
             [["boss", "tool_use", "Bash", None, "auto_approve"]]]
+    elif view == "unsaved":
+        assert [e["rules"] for e in run.events("policy_set")] == [[[None, None, None, None, "block"]]]
     elif view == "box":
         assert run.heard("worker-1")[-2:] == ["$ say I was told\n$ hang", "$ say again"]
 
@@ -445,8 +475,11 @@ def test_a_run_that_ends_stays_on_the_screen(stage, terminal):
     screen.wait("★ boss", "running")
     run.finish()
     screen.wait("complete", "Success ✓")
-    screen.type("x", "y")
-    screen.wait("this run has settled")
+    for key in "xXrpfc":
+        screen.type(key)
+        screen.wait("this run has settled", absent=("sure", "tell boss"))
+        screen.type("esc")
+        screen.wait("help", absent=("this run has settled",))
 
 
 def test_two_floors_show_what_one_of_them_did(stage, terminal):
@@ -619,3 +652,167 @@ def test_a_tree_of_twenty_agents_in_the_hands_of_an_operator(stage, terminal):
     assert "the wrong branch" in records["worker-3"]["failure_reason"]["message"]
     assert any("enough of it" in str(e.get("told")) for e in run.events("stop_decided", actor="worker-18")), "its lead is told"
     assert not processes_with(f"PITBOSS_RUN_ID={run.run.name}")
+
+
+# ------------------------------------------------------------------ pastes, texts and answers that are not lost
+
+PASTED = "\x1b[200~%s\x1b[201~"
+
+
+def test_a_paste_is_a_text_and_never_commands(stage, terminal):
+    run = stage()
+    run.spawn(run.lead(), "$ hang")
+    screen = terminal()
+    screen.floor()
+    screen.wait("▸ worker-1")
+    screen.type("l")
+    screen.tmux("send-keys", "-l", PASTED % "fXyq")
+    screen.wait("a paste does nothing here", "▸ worker-1 .*Running", absent=("Frozen", "sure"))
+    screen.type("/")
+    screen.wait("show only")
+    screen.tmux("send-keys", "-l", PASTED % "worker\r1 q")
+    screen.wait("worker 1 q", "show only")
+    screen.type("esc", "r")
+    screen.wait("tell worker-1")
+    screen.tmux("send-keys", "-l", PASTED % "$ say pasted\r$ hang")
+    screen.wait("say pasted *│", r"\$ hang *│")
+    screen.type("f2")
+    screen.wait("> pasted")
+    assert not run.events("pause_decided") and not run.events("stop_decided", why="cancel")
+
+
+def test_pastes_are_marked_while_the_floor_has_the_terminal_and_never_after(stage):
+    """What the floor writes to a terminal: bracketed paste on, off for a suspension, on again, off at the end."""
+    run = stage()
+    ours, theirs = pty.openpty()
+    env = {**run.home.env, "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    floor = subprocess.Popen(run.home.argv("floor"), stdin=theirs, stdout=theirs, stderr=theirs, env=env,
+                             process_group=0)     # of this session: it can be stopped
+    os.close(theirs)
+    shown = b""
+
+    def read_until(there):
+        nonlocal shown
+        end = time.monotonic() + DEADLINE_S
+        while not there() and time.monotonic() < end and select.select([ours], [], [], DEADLINE_S)[0]:
+            shown += os.read(ours, 1 << 16)
+        assert there(), shown[-300:]
+
+    def switches():
+        return re.findall(rb"\x1b\[\?2004([hl])", shown)
+
+    read_until(lambda: b"boss" in shown)
+    assert switches() == [b"h"]
+    os.kill(floor.pid, signal.SIGTSTP)
+    read_until(lambda: switches() == [b"h", b"l"])
+    wait_for(lambda: Path(f"/proc/{floor.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", DEADLINE_S, "its stop")
+    os.kill(floor.pid, signal.SIGCONT)
+    read_until(lambda: switches() == [b"h", b"l", b"h"] and shown.rpartition(b"2004h")[2].count(b"boss"))
+    os.write(ours, b"q")
+    read_until(lambda: switches() == [b"h", b"l", b"h", b"l"])
+    assert floor.wait(DEADLINE_S) == 0
+    os.close(ours)
+
+
+def test_a_request_that_has_only_just_come_is_not_approved():
+    assert not pitboss.is_seen(None, 100.0) and not pitboss.is_seen(99.5, 100.0) and pitboss.is_seen(99.0, 100.0)
+
+
+class Silent(pitboss.Phone):
+    """A line to nobody: what is asked is kept."""
+
+    def __init__(self) -> None:
+        super().__init__("/nowhere")
+        self.sent: list = []
+
+    def ask(self, words, op, **fields):
+        self.sent.append((op, fields))
+        return True
+
+    def connect(self):
+        return False
+
+
+@pytest.fixture
+def floor(stage):
+    """A floor without a terminal on a run with three requests."""
+    run = stage()
+    lead = run.lead()
+    for n in range(3):
+        lead.start("request_approval", {"summary": f"thing {n}"})
+        wait_for(lambda: len(run.events("approval_asked")) > n, DEADLINE_S, "the request")
+    one = pitboss.Floor(str(run.run), pitboss.Lookout(str(run.home.runs), lambda run_dir: "running", None))
+    one.phone = Silent()
+    yield one
+    one.close()
+
+
+def test_the_picked_request_stays_picked_and_a_new_one_in_its_place_is_not_approved_at_once(floor):
+    asks = [*floor.run.approvals]
+    floor.push("approvals", pick=1)
+    floor.draw()
+    floor.watch_asks(time.monotonic() - 10)
+    floor.since = {name: at - 10 for name, at in floor.since.items()}
+    del floor.run.approvals[asks[0]]                 # answered elsewhere: the picked one moves up
+    floor.draw()
+    assert pitboss.picked_ask(floor) == asks[1]
+    del floor.run.approvals[asks[1]]                 # and now another one is where it was
+    floor.draw()
+    floor.press("y")
+    assert floor.phone.sent == [] and "only just come" in floor.ui.message
+    floor.since = {name: at - 10 for name, at in floor.since.items()}
+    floor.press("y")
+    assert floor.phone.sent == [("approve", {"request_id": asks[2], "approved": True})]
+
+
+def test_tab_and_then_enter_opens_the_request(floor):
+    floor.press("tab")
+    floor.press("enter")
+    assert floor.view == "ask" and floor.ui.request == [*floor.run.approvals][0]
+
+
+def test_a_text_that_could_not_be_sent_is_kept(floor):
+    floor.press("r")
+    floor.paste("do it otherwise")
+    floor.phone.ask = lambda *args, **more: False
+    floor.press("f2")
+    assert floor.view == "box" and floor.ui.box.text == "do it otherwise" and floor.ui.tone == "red"
+    floor.phone.ask = lambda *args, **more: True
+    floor.press("f2")
+    assert floor.view == "floor"
+    floor.phone.hear = lambda: iter([("boss is Frozen: continue it first", True)])
+    assert floor.hear()
+    floor.press("r")
+    assert floor.ui.box.text == "do it otherwise", "a refused one is offered again"
+
+
+def test_what_was_said_goes_after_four_seconds(floor):
+    floor.say("here")
+    floor.tick()
+    assert floor.ui.message == "here"
+    floor.said_at -= pitboss.SAID_S
+    floor.tick()
+    assert floor.ui.message == "" and pitboss.SAID_S == 4
+
+
+def test_the_changes_of_an_actor_are_shown_and_cut(tmp_path):
+    def git(*args):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q", ".")
+    (tmp_path / "a.txt").write_text("old\n")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    base = git("rev-parse", "HEAD")
+    (tmp_path / "a.txt").write_text("new\n")
+    git("commit", "-qam", "two")
+    (tmp_path / "b.txt").write_text("not added\n")
+    place = {"path": str(tmp_path), "base": base, "repo": str(tmp_path), "branch": git("branch", "--show-current")}
+    found = asyncio.run(pitboss.ask_diff(place, None))
+    assert "-old\n+new\n" in found["text"] and "+not added\n" in found["text"] and not found["cut"]
+    gone = asyncio.run(pitboss.ask_diff({**place, "path": str(tmp_path / "gone")}, None))
+    assert "-old\n+new\n" in gone["text"] and "not added" not in gone["text"]
+    (tmp_path / "c.txt").write_text("long line\n" * 100_000)
+    assert asyncio.run(pitboss.ask_diff(place, None))["cut"]
+    assert "no worktree" in asyncio.run(pitboss.ask_diff(None, None))["note"]

@@ -92,6 +92,8 @@ LOG = ((">", "I read the parser first."), ("*", 'Bash {"command": "python3 -m py
        ("!", "retry 1/10: overloaded 529"), ("v", "done ($0.42)"))
 CHANGES = {"files": [{"path": "src/parser.py", "added": 12, "removed": 3}, {"path": "logo.png", "added": None, "removed": None}],
            "new": ["notes.txt"], "note": ""}
+DIFF = {"text": "diff --git a/a.py b/a.py\nindex 1..2 100644\n--- a/a.py\n+++ b/a.py\n@@ -1,2 +1,2 @@\n import os\n-\told\n"
+                "+\tnew \x1b[31mred\x1b[0m\x07\n+" + "long " * 30 + "\n", "cut": True, "note": ""}
 RUNS = tuple({"run_id": f"0192f3a{n}-1111-7222-8333-444455556666", "name": name, "mode": "flat", "state": state,
               "started_unix": START - 86400 * n} for n, (name, state) in
              enumerate((("refactor", "running"), ("nightly", "complete"), ("docs", "stale"))))
@@ -138,13 +140,19 @@ FRAMES = {
     "hostile": lambda: (scene(hostile()), Ui(focus="wide"), 80, 24, True),
     "detail_80x24": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-1"), 80, 24, True),
     "detail_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-4"), 40, 12, True),
-    "log_80x24": lambda: (scene(tree(), log=LOG * 9, log_cut=5_000_000), Ui(("floor", "log"), "worker-1", back=3, search="passed"), 80, 24, True),
+    "log_80x24": lambda: (scene(tree(), log=LOG * 9, log_cut=5_000_000), Ui(("floor", "log"), "worker-1", back=3, search="passed", hit=9), 80, 24, True),
     "approvals_80x24": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals"), pick=1), 80, 24, True),
     "ask_80x24": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e"), 80, 24, True),
     "ask_40x12": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e", back=4), 40, 12, True),
     "plan_80x24": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals", "ask"), request="77"), 80, 24, False),
     "policy_80x24": lambda: (scene(tree()), Ui(("floor", "policy"), rules=RULES, pick=1, column=4), 80, 24, True),
     "runs_80x24": lambda: (scene(tree()), Ui(("floor", "runs"), pick=1), 80, 24, True),
+    "detail_small_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "sub-1", head=5), 40, 12, True),
+    "diff_80x24": lambda: (scene(tree(), diff=DIFF), Ui(("floor", "diff"), "worker-1"), 80, 24, True),
+    "policy_40x12": lambda: (scene(tree()), Ui(("floor", "policy"), rules=RULES, pick=1, column=4), 40, 12, True),
+    "unsaved_80x24": lambda: (scene(tree()), Ui(("floor", "policy", "unsaved"), rules=RULES, question=("back", "")), 80, 24, True),
+    "nobody_80x24": lambda: (scene(tree()), Ui(filter="nobody is called so", focus="worker-1"), 80, 24, True),
+    "few_40x12": lambda: (scene(Maker("flat").actor("only", "task", None)), Ui(focus="only"), 40, 12, True),
     "confirm_80x24": lambda: (scene(tree()), Ui(("floor", "confirm"), "worker-1", question=("cancel", "worker-1")), 80, 24, True),
     "box_80x24": lambda: (scene(tree()), Ui(("floor", "box"), "worker-1", box=pitboss.Box("tell worker-1", "use the old\n漢字 parser", 14)), 80, 24, True),
     "help_80x24": lambda: (scene(tree()), Ui(("floor", "help")), 80, 24, True),
@@ -278,14 +286,38 @@ def test_a_log_can_be_scrolled_to_its_begin_and_back():
     assert any("line 199" in line for line in pitboss.frame_lines(end, False))
 
 
-def test_searching_goes_up_and_down_and_stops():
+def test_searching_goes_up_and_down_and_says_where_it_is():
+    log = (*((">", f"line {n}") for n in range(100)), (">", "a line that is wrapped " * 20 + "the last words"))
+    what, ui, seen = scene(tree(), log=log), Ui(("floor", "log"), "worker-1", search="line 5"), []
+    found = None
+    for step in (1, 1, 1, -1):
+        found = pitboss.find_in_log(log, "line 5", 80, 19, found and found.entry, step)
+        frame = render_floor(what, ui._replace(back=found.back, hit=found.entry), 80, 24)
+        lit = [text for row in frame.rows for text, style in row if "bold reverse" in style and "line" in text]
+        seen.append((found.number, found.total, [text.split()[-1] for text in lit]))
+    assert seen == [(1, 11, ["59"]), (2, 11, ["58"]), (3, 11, ["57"]), (2, 11, ["58"])]
+    last = pitboss.find_in_log(log, "line 5", 80, 19, 101 - 1 - 5, 1)
+    assert last is None
+    assert pitboss.find_in_log(log, "nowhere", 80, 19, None, 1) is None
+    assert pitboss.tell_hit("x", found, 1, 0) == ("x: 2 of 11", "green")
+    assert pitboss.tell_hit("x", None, 1, 11) == ("x: the last one above, of 11", "yellow")
+    assert pitboss.tell_hit("x", None, 1, 0) == ("not found: x", "red")
+
+
+def test_words_are_found_where_a_row_ends_between_them():
+    text = "word " * 30 + "needle in hay"
+    for width in range(20, 60):
+        found = pitboss.find_in_log(((">", text),), "needle in", width, 5, None, 1)
+        assert (found.number, found.total) == (1, 1)
+        lit = pitboss.rows_with(text, "needle in", width - 3)
+        rows = pitboss.wrap_cells(text, width - 3)
+        assert "needle in" in " ".join(rows[n] for n in lit)
+
+
+def test_a_hit_near_the_end_is_found_and_shown():
     log = tuple((">", f"line {n}") for n in range(100))
-    back = pitboss.find_in_log(log, "line 50", 80, 19, 0, 1)
-    what = scene(tree(), log=log)
-    lines = pitboss.frame_lines(render_floor(what, Ui(("floor", "log"), "worker-1", back=back), 80, 24), False)
-    assert any("line 50" in line for line in lines)
-    assert pitboss.find_in_log(log, "line 50", 80, 19, back, 1) is None
-    assert pitboss.find_in_log(log, "nowhere", 80, 19, 0, 1) is None
+    found = pitboss.find_in_log(log, "line 98", 80, 19, None, 1)
+    assert (found.entry, found.back, found.total) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("text, at, key, after, where", [
@@ -297,6 +329,96 @@ def test_searching_goes_up_and_down_and_stops():
 def test_typing_in_a_box(text, at, key, after, where):
     box = pitboss.edit_box(pitboss.Box("t", text, at), key)
     assert (box.text, box.at) == (after, where)
+
+
+@pytest.mark.parametrize("key, after", [("x", "x"), ("backspace", ""), ("left", "ol"), ("end", "old")])
+def test_the_first_key_in_a_prefilled_box_replaces_the_text(key, after):
+    box = pitboss.edit_box(pitboss.Box("t", "old", 3, one_line=True, fresh=True), key)
+    box = pitboss.edit_box(pitboss.edit_box(box, "delete"), "f9")
+    assert (box.text, box.fresh) == (after, False)
+
+
+def test_a_paste_into_a_box():
+    box = pitboss.paste_box(pitboss.Box("t", "ab", 1), "x\r\ny\rz\tq\x1b\x07")
+    assert (box.text, box.at) == ("ax\ny\nz   qb", 10)
+    one = pitboss.paste_box(pitboss.Box("t", "ab", 1, one_line=True), "x\ny\n")
+    assert (one.text, one.at) == ("ax yb", 4)
+    assert pitboss.paste_box(pitboss.Box("t", "old", 3, one_line=True, fresh=True), "new").text == "new"
+
+
+def foot(make: Maker, ui: Ui, width: int = 80, **more) -> str:
+    return "".join(text for text, _ in pitboss.draw_foot(scene(make, **more), ui, width)).rstrip()
+
+
+def test_the_last_row_keeps_how_to_leave_however_narrow_it_is():
+    for width in range(8, 200):
+        for view in pitboss.VIEW_KINDS:
+            words = foot(tree(), Ui(("floor", view), "worker-1", rules=RULES, question=("back", "")), width).split()
+            needed = {"floor": {"?", "q"}, "help": {"q", "Esc"}, "confirm": {"Esc"}, "unsaved": {"Esc"}, "box": {"Esc"}}
+            assert needed.get(view, {"?", "Esc", "q"}) <= {*words}, (width, view, words)
+
+
+def test_the_last_row_has_only_keys_that_do_something():
+    assert " c continue" not in foot(tree(), Ui(focus="worker-1"), 200) and " p pause" in foot(tree(), Ui(focus="worker-1"), 200)
+    assert " c continue" in foot(tree(), Ui(focus="worker-5"), 200) and " p pause" not in foot(tree(), Ui(focus="worker-5"), 200)
+    assert not {"p", "x", "r"} & {*foot(tree(), Ui(focus="worker-3"), 200).split()}, "it has settled"
+    assert not {"p", "x", "r"} & {*foot(tree(), Ui(focus="worker-1"), 200, state="stale").split()}
+    assert "Esc" not in foot(tree(), Ui()) and "Esc" in foot(tree(), Ui(filter="x"))
+    assert "n/N" not in foot(tree(), Ui(("floor", "log"))) and "n/N" in foot(tree(), Ui(("floor", "log"), search="x"))
+    assert "Tab" not in foot(Maker("flat"), Ui()) and "Tab" in foot(tree(), Ui())
+
+
+def test_what_stands_above_a_log_is_scrolled_until_its_end():
+    texts = []
+    ui = Ui(("floor", "detail"), "worker-4")
+    for _ in range(40):
+        frame = render_floor(scene(tree()), ui, 40, 12)
+        texts += pitboss.frame_lines(frame, False)
+        ui = frame.ui._replace(head=frame.ui.head + 1)
+    assert any("the tests do not pass" in line for line in texts) and any("notes.txt" in line for line in texts)
+
+
+def test_an_actor_says_what_waits_for_the_operator():
+    lines = pitboss.frame_lines(render_floor(scene(tree()), Ui(("floor", "detail"), "sub-1"), 80, 24), False)
+    assert any("for you: Delete the old cache (a)" in line for line in lines)
+
+
+def test_every_column_of_a_rule_can_be_seen():
+    for width in (20, 30, 40, 60, 80):
+        for column, (name, *_) in enumerate(pitboss.POLICY_COLUMNS):
+            ui = Ui(("floor", "policy"), rules=RULES, column=column)
+            lines = pitboss.frame_lines(render_floor(scene(tree()), ui, width, 12), False)
+            assert name in lines[3], (width, name, lines[3])
+    assert pitboss.ACTION_WORDS.keys() == {*pitboss.ACTIONS}
+    ui = Ui(("floor", "policy"), rules=RULES, pick=1)
+    assert any("ask me" in line for line in pitboss.frame_lines(render_floor(scene(tree()), ui, 80, 12), False)[:-2])
+
+
+def test_what_an_operator_did_stands_among_what_the_actor_said():
+    make = tree()
+    events = [
+        {"kind": "reprompted", "actor": "worker-1", "message": ["m", "use\nthe other \x1b[31mone", True]},
+        {"kind": "reprompted", "actor": "worker-1", "message": ["m", "x", True], "call": "7"},
+        {"kind": "pause_decided", "actor": "worker-1", "mode": "freeze"},
+        {"kind": "continue_decided", "actor": "worker-1", "message": None},
+        {"kind": "stop_decided", "actor": "worker-1", "why": "timeout"},
+        {"kind": "stop_decided", "actor": "worker-1", "why": "cancel", "reason": "too dear"},
+        {"kind": "approval_decided", "actor": "worker-1", "approved": False, "by": "operator", "answer": {"reason": "no"}, "call": "c"},
+        {"kind": "approval_decided", "actor": "worker-1", "approved": True, "by": "policy", "answer": {}}]
+    assert [pitboss.render_deed(make.run, event) for event in events] == [
+        (">", "you: use the other one"), None, ("!", "you froze it"), ("!", "you let it go on"), None,
+        ("!", "you cancelled it: too dear"), ("!", "you rejected its request: no"), None]
+    merged = pitboss.merge_deeds([1, 2, 3], [0, 10, 20], [(20, "!", "b"), (5, ">", "a"), (99, "!", "c")])
+    assert merged == (1, (">", "a"), 2, ("!", "b"), 3, ("!", "c"))
+
+
+@pytest.mark.parametrize("view", ["floor", "log", "policy"])
+def test_the_help_tells_of_each_key_once(view):
+    frame = render_floor(scene(tree()), Ui((view, "help")), 200, 300)
+    lines = pitboss.frame_lines(frame, False)
+    helps = [key.help for key in pitboss.KEYS if key.where]
+    for words in {*helps}:
+        assert sum(line.startswith("   ") and line.endswith(" " + words) for line in lines) == helps.count(words), words
 
 
 def test_a_picture_is_well_formed_and_holds_the_text():
