@@ -19634,7 +19634,7 @@ class PitDaemon:
 
         try:
             await PIT_EFFECTS[verb](self, self.state.epics[name])
-        except TrackerFailed as e:
+        except (TrackerFailed, NoSuchTicket) as e:
             pause("TRACKER", e)
         except (TmuxGone, PaneGone) as e:
             pause(*await self.explain_lost_pane(name, e))
@@ -19977,7 +19977,7 @@ class PitDaemon:
             await asyncio.sleep(RECHECK_S)
             try:
                 verdict, _ = decide_pick(epic, await self.look(epic))
-            except TrackerFailed:
+            except (TrackerFailed, NoSuchTicket):
                 continue
             if verdict != "blocked" or epic.reason == "TRACKER":
                 return self.record("epic_rechecked", epic=epic.id)

@@ -315,10 +315,13 @@ def test_what_is_blocked_broken_or_gone_goes_on_when_it_can(pit):
     whole = db.read_bytes()
     pit.pit("add", "late")
     wait_for(lambda: [e for e in pit.events("epic_picked") if e["epic"] == "late"], 30, "its ticket")
-    db.write_bytes(b"not a database" * 1000)
+    broken = db.with_name("broken")
+    broken.write_bytes(b"not a database" * 1000)
+    broken.rename(db)
     found = wait_for(lambda: [e for e in pit.events("epic_paused") if e["reason"] == "TRACKER"], 40, "the pause")
     assert found and kept
-    db.write_bytes(whole)
+    broken.write_bytes(whole)
+    broken.rename(db)
     pit.run("ticket", "update", "repo-auth.1", "--status", "open", "--assignee", "")
     pit.watch("done", 60, "--epics", "auth")
     assert pit.commits("pit/auth") == ["work 1"], "a ticket that became ready is begun"
