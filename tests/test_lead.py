@@ -655,7 +655,7 @@ def test_a_frozen_lead_leaves_its_workers_running(stage, home):
     lead, operator = run.lead(), run.operator()
     name = run.spawn(lead, f"{gate(home.root / 'g')}\n$ say worker done")
     assert operator.op("pause_worker", task_id="boss", mode="freeze")["event"] == "op_acked"
-    assert set(states_of(f"{run.run.name}:boss:").values()) == {"T"}
+    assert {"T"} <= set(states_of(f"{run.run.name}:boss:").values()) <= {"T", "D"}   # D: sh, while what it vforked is stopped
     (home.root / "g").touch()
     wait_for(lambda: run.events("closed", actor=name), DEADLINE_S, "the worker's end")
     assert operator.op("continue_worker", task_id="boss")["event"] == "op_acked"

@@ -148,8 +148,8 @@ def test_other_users_are_turned_away(pit):
     other = subprocess.run([sys.executable, "-c", f"import os; os.setuid(65534); os.execv('/usr/bin/env', "
                             f"['env', 'python3'] + {ask[1:]!r})"], capture_output=True, text=True, timeout=30,
                            env={"PATH": "/usr/bin:/bin"})
-    assert other.returncode or other.stdout.strip() == "b''", other.stdout
     assert other.returncode == 0, other.stderr
+    assert "running" not in other.stdout and ("refused" in other.stdout or other.stdout.strip() == "b''"), other.stdout
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ function from a parsed file to its breaches, and is itself tested with a file th
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -235,7 +236,10 @@ CHECKS = (check_map, check_direction, check_private_names, check_purity, check_i
 
 
 def breaches(source: str, check) -> list[str]:
-    return [f"{line}: {text}" for line, text in check(Program(source))]
+    return [f"{line}: {text}" for line, text in check(parsed(source))]
+
+
+parsed = functools.lru_cache(maxsize=2)(Program)
 
 
 # ------------------------------------------------------------------ tests
