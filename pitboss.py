@@ -9181,9 +9181,12 @@ class Dispatcher:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)      # what came while this process began
         try:
             yield
-        finally:
+        finally:           # what comes from here on changes nothing: the run has ended, its exit code stands
+            signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
             for number in wanted:
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)
 
     def tell_bug(self, error: Exception) -> None:
         """A session broke: the others and the run go on, and the traceback is kept."""

@@ -628,6 +628,7 @@ def test_the_leads_failure_ends_its_workers_and_they_count(stage, home):
     assert run.summary()["tasks_failed"] == 2
 
 
+@pytest.mark.slow
 def test_a_lead_times_out_and_takes_its_workers_along(stage):
     run = stage(script="$ hang", run="lead_timeout_secs = 4")
     name = run.lead().call("spawn_worker", prompt="$ run sleep 600", timeout_secs=60)["task_id"]

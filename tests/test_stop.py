@@ -407,6 +407,7 @@ $ call wait_for_worker {"task_id": "<1.task_id>"}
 """
 
 
+@pytest.mark.slow
 def test_a_hand_that_began_after_the_last_look_at_processes_is_stopped_too(home):
     (home.root / "repo").mkdir()
     (home.root / "slow.py").write_text(SLOW_TABLE)
@@ -469,3 +470,14 @@ def test_a_newer_file_does_not_resume_through_an_older_copy(home):
     assert str(newer) in arguments_of(resumed.pid)
     (home.root / "go").touch()
     assert resumed.wait(30) == 0
+
+
+def test_a_signal_after_the_end_leaves_the_exit_code_alone(home):
+    """From its summary on a dispatcher only reports."""
+    for delay in range(12):
+        dispatcher = home.start("dispatch", one_task(home, "exit 0") if delay == 0 else home.root / "m.toml")
+        known = set(home.runs.glob("*/summary.json")) if home.runs.exists() else set()
+        wait_for(lambda: set(home.runs.glob("*/summary.json")) - known, 30)
+        time.sleep(delay * 0.003)          # somewhere between the summary and the end
+        dispatcher.send_signal(signal.SIGTERM)
+        assert dispatcher.wait(30) in (0, 143), dispatcher.stderr.read()

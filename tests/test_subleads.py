@@ -156,6 +156,7 @@ def test_what_is_refused_and_in_which_words(tree):
     assert {e["actor"] for e in run.events("actor_added", role="sublead")} == {one, two}
 
 
+@pytest.mark.slow
 def test_an_envelope_is_reserved_and_what_was_not_spent_returns_once(tree, home):
     run = tree(budget=10.0)
     lead = run.lead()
@@ -352,6 +353,7 @@ def test_a_sublead_gets_worktrees_as_a_worker_does(tree):
 
 # ------------------------------------------------------------------ ends
 
+@pytest.mark.slow
 def test_cancelling_a_sublead_takes_its_workers_and_what_is_spawned_meanwhile(tree, home):
     run = tree(workers=8)
     lead = run.lead()
@@ -377,6 +379,7 @@ def test_cancelling_a_sublead_takes_its_workers_and_what_is_spawned_meanwhile(tr
     assert run.summary()["tasks_failed"] == 1 + len(added)                    # a sub-lead that failed to end well
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending, code", [("", 0), ("$ fail no", 1)], ids=["success", "failure"])
 def test_the_roots_end_takes_the_whole_tree(tree, home, ending, code):
     run = tree(script=gate(home.root / "lead.gate") + "\n" + ending)
@@ -406,6 +409,7 @@ def test_a_sublead_that_succeeds_needs_its_workers_no_more_and_one_that_fails_lo
     assert run.summary()["tasks_failed"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cancelled_takes_all_that_is_spawned_meanwhile(tree):
     run = tree()
     lead = run.lead()
@@ -485,6 +489,7 @@ def test_a_killed_lead_is_dealt_again_and_knows_whom_it_spawned(tree, who):
 
 # ------------------------------------------------------------------ operators
 
+@pytest.mark.slow
 def test_operators_are_told_of_subleads(tree, home):
     run = tree()
     lead, operator = run.lead(), run.operator()

@@ -481,6 +481,7 @@ def test_a_clearing_that_is_never_confirmed_is_told_and_a_fresh_agent_begins_ane
     assert desk.deliver(pane, "again")
 
 
+@pytest.mark.slow
 def test_a_turn_is_interrupted_without_an_event_and_an_idle_agent_is_not_harmed(demo):
     desk, row, pane = demo
     assert desk.deliver(pane, "wait\n$ sleep 300")

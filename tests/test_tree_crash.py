@@ -798,6 +798,7 @@ def test_a_paused_worker_stays_paused(grow, tmp_path):
                      ("hand_dealt", 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, moment", [
     ("freeze", 'journal:"pause_decided".after'), ("freeze", 'journal:"kind":"frozen".before'),
     ("freeze", 'journal:"continue_decided".after'), ("freeze", 'journal:"kind":"thawed".before'),
@@ -820,6 +821,7 @@ def test_a_rest_that_was_decided_is_carried_out_by_the_next_dispatcher(tmp_path,
         crew.home.end_everything()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ['journal:"reprompted".before', 'journal:"reprompted".after',
                                     'journal:"delivered".before', 'journal:"delivered".after'])
 def test_a_message_is_told_once(tmp_path, moment):
