@@ -46,3 +46,10 @@ def test_the_project_speaks_of_itself_alone():
     for path in [ROOT / "pitboss.py", ROOT / "README.md", *(ROOT / "tests").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "../" + "shared" not in text and not re.search(r"\bissue #?\d", text, re.I), path
+
+
+def test_the_top_level_holds_the_file_and_little_else():
+    """What people vendor and read is one file: nothing else gathers beside it."""
+    wanted = {"pitboss.py", "tests", "README.md", "LICENSE", "Makefile"}
+    there = {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__"))}
+    assert there == wanted, there ^ wanted
