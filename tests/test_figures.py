@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import figures
-from tools import PYTHON, ROOT
+from tools import ROOT
 
 
 @pytest.mark.parametrize("part", figures.PARTS)
@@ -72,7 +72,7 @@ def test_a_proof_that_ran_can_be_taken(tmp_path):
               f"place = pathlib.Path({str(tmp_path)!r}); (place / 'f.json').write_text('{{\"proof\": [], \"bench\": []}}');"
               "(place / 'p.json').write_text(json.dumps([proof.as_json(done, 0.2, '2026-01-02T03:04:05+00:00')]));"
               "figures.take_proof(place / 'p.json', place / 'f.json')")
-    subprocess.run([PYTHON, "-c", script], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     (row,) = figures.read_figures(tmp_path / "f.json")["proof"]
     assert (row["row"], row["measured"], row["reached"]) == ("R1", "7 of 7", "yes")
 
@@ -97,7 +97,7 @@ def test_the_benchmark_hands_over_what_it_printed(tmp_path):
               "bench.Figure('memory', 5.0, 'MB')]}, 'make bench', 'quick');"
               f"figures.put_rows('bench', rows, pathlib.Path({str(tmp_path / 'f.json')!r}))")
     (tmp_path / "f.json").write_text('{"proof": [], "bench": []}')
-    subprocess.run([PYTHON, "-c", script], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     rows = figures.read_figures(tmp_path / "f.json")["bench"]
     assert [(r["what"], r["measured"], r["beside"]) for r in rows] == [
         ("a task", "0.00123 s", "0.001 s (xargs), ratio 1.23"), ("memory", "5 MB", "–")]

@@ -52,7 +52,7 @@ class Terminal:
 
     def tmux(self, *args: str) -> str:
         done = subprocess.run(["tmux", "-S", str(self.sock), *args], capture_output=True, text=True,
-                              env={**self.home.env, "LC_ALL": "C.UTF-8"}, timeout=20)
+                              env={**self.home.env, "LC_ALL": "C.UTF-8", "SHELL": "/bin/sh"}, timeout=20)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -200,7 +200,7 @@ class Server:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.repo = home.repo()
-        self.env = {**home.env, "TMUX_TMPDIR": str(home.root / "tmp")}
+        self.env = {**home.env, "TMUX_TMPDIR": str(home.root / "tmp"), "SHELL": "/bin/sh"}
 
     def tmux(self, *args: str, check: bool = True) -> str:
         done = subprocess.run(["tmux", *args], env=self.env, capture_output=True, text=True)
