@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from stage import Stage  # noqa: E402
 from tools import Home  # noqa: E402
 
 
@@ -37,3 +38,17 @@ def home(tmp_path):
     place = Home(tmp_path)
     yield place
     place.end_everything()
+
+
+@pytest.fixture
+def stage(home):
+    """A function that puts a run on; what it leaves is ended."""
+    open_stages = []
+
+    def put_on(**options) -> Stage:
+        open_stages.append(Stage(home, **options))
+        return open_stages[-1]
+
+    yield put_on
+    for one in open_stages:
+        one.end()

@@ -7,14 +7,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tools import Home, git, processes_with, wait_for
+from tools import Home, git, wait_for
 
 needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="no tmux on PATH")
 IDENTITY = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -132,12 +131,7 @@ class Pit:
     def end(self) -> None:
         """Nothing of it stays alive."""
         subprocess.run(["tmux", "-S", self.tmux_socket, "kill-server"], capture_output=True, env=self.env)
-        for pid in processes_with(f"XDG_DATA_HOME={self.home.root}"):
-            if pid != os.getpid():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+        self.home.end_everything()
         for path in Path("/tmp/pit").glob(f"{os.getuid()}-*") if (self.home.root / "data/pitboss/pit").exists() else ():
             if path.name.endswith(tuple(p.name[-12:] for p in (self.home.root / "data/pitboss/pit").iterdir())):
                 shutil.rmtree(path, ignore_errors=True)

@@ -22,20 +22,6 @@ FAULTS = Path(__file__).resolve().parent / "faults.py"
 PLAN = {"summary": "Rewrite it", "risks": ["it may be late"], "resources": ["two workers"]}
 
 
-@pytest.fixture
-def stage(home):
-    """A function that puts a run on; what it leaves is ended."""
-    open_stages = []
-
-    def put_on(**options) -> Stage:
-        open_stages.append(Stage(home, **options))
-        return open_stages[-1]
-
-    yield put_on
-    for one in open_stages:
-        one.end()
-
-
 def asked(operator: Operator, **facts) -> dict:
     """The next request that an operator is told of."""
     return operator.told("approval_request", **facts)

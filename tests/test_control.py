@@ -9,23 +9,9 @@ import json
 import pytest
 
 import pitboss
-from stage import Stage, gate
+from stage import gate
 from test_lead import SHAPES, shape_faults
 from tools import read_events
-
-
-@pytest.fixture
-def stage(home):
-    """A function that puts a run on; what it leaves is ended."""
-    open_stages = []
-
-    def put_on(**options) -> Stage:
-        open_stages.append(Stage(home, **options))
-        return open_stages[-1]
-
-    yield put_on
-    for one in open_stages:
-        one.end()
 
 
 def counters_of(line: dict) -> dict:

@@ -108,20 +108,6 @@ def terminal(home):
         one.end()
 
 
-@pytest.fixture
-def stage(home):
-    """A function that puts a run on; what it leaves is ended."""
-    opened = []
-
-    def put_on(**options) -> Stage:
-        opened.append(Stage(home, **options))
-        return opened[-1]
-
-    yield put_on
-    for one in opened:
-        one.end()
-
-
 def test_a_floor_is_left_with_q_and_the_terminal_is_as_before(stage, terminal):
     run = stage()
     run.spawn(run.lead(), "$ say here I am\n$ hang")

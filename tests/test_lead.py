@@ -24,20 +24,6 @@ from tools import Home, git, make_repo, processes_with, read_records, wait_for
 ENDS = {"place_failed", "spawn_failed", "hand_skipped"}
 
 
-@pytest.fixture
-def stage(home):
-    """A function that puts a run on; what it leaves is ended."""
-    open_stages = []
-
-    def put_on(**options) -> Stage:
-        open_stages.append(Stage(home, **options))
-        return open_stages[-1]
-
-    yield put_on
-    for one in open_stages:
-        one.end()
-
-
 def live_peaks(events: list[dict]) -> list[int]:
     """How many workers were live after each event that changed that, by the journal alone."""
     live, counts = set(), []

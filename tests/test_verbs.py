@@ -9,24 +9,10 @@ import signal
 
 import pytest
 
-from stage import DEADLINE_S, Stage
+from stage import DEADLINE_S
 from tools import Home, wait_for
 
 RUN = "0192f3aa-0000-7000-8000-000000000001"
-
-
-@pytest.fixture
-def stage(home):
-    """A function that puts a run on; what it leaves is ended."""
-    open_stages = []
-
-    def put_on(**options) -> Stage:
-        open_stages.append(Stage(home, **options))
-        return open_stages[-1]
-
-    yield put_on
-    for one in open_stages:
-        one.end()
 
 
 def verbs(home: Home, run: str, actor: str, request: str) -> dict[str, list]:

@@ -10,22 +10,8 @@ from pathlib import Path
 import pytest
 
 import pitboss
-from stage import DEADLINE_S, Stage
+from stage import DEADLINE_S
 from tools import Home, processes_with, read_events, wait_for
-
-
-@pytest.fixture
-def stage(home):
-    """A function that puts a run on; what it leaves is ended."""
-    open_stages = []
-
-    def put_on(**options) -> Stage:
-        open_stages.append(Stage(home, **options))
-        return open_stages[-1]
-
-    yield put_on
-    for one in open_stages:
-        one.end()
 
 
 class Watch:
