@@ -18387,12 +18387,10 @@ def read_event(spool: str, name: str) -> dict:
             "at": at if isinstance(at, (int, float)) else 0.0}
 
 
-def remove_spooled(folder: str, upto: str) -> None:
-    """Remove the events up to and with `upto`: for who has them in a journal."""
-    for event in read_hook_spool(folder):
-        if event["file"] <= upto:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, "spool", event["file"]))
+def remove_spooled(folder: str, name: str) -> None:
+    """Remove the file of one event: for who has it in a journal."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, "spool", name))
 
 
 def follows(session: str, event: dict) -> bool:
@@ -19766,14 +19764,14 @@ class PitDaemon:
     def read_spools(self) -> None:
         """Record every event of every spool, in its order, then let its file go."""
         for name in tuple(self.state.epics):
-            for event in read_hook_spool(self.project.epic_dir(name)):
+            folder = self.project.epic_dir(name)
+            for event in read_hook_spool(folder):
                 try:
                     if name in self.state.epics and event["file"] > self.epic(name).spooled:
                         self.take_event(name, event)
                 except (KeyError, TypeError, ValueError) as e:
                     self.tell_bug(e)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self.project.epic_dir(name), "spool", event["file"]))
+                remove_spooled(folder, event["file"])
 
     def take_event(self, name: str, event: Mapping[str, Any]) -> None:
         """Record what an agent told, as far as it means something."""

@@ -18,7 +18,7 @@ import pytest
 
 from stage import DEADLINE_S, Caller, Stage, gate, value_of, words_of
 from test_crash import FAULTS, state_of
-from test_lead import shape_faults, stage  # noqa: F401 (a fixture)
+from test_lead import shape_faults
 from tools import PYTHON, processes_with, read_events, read_records, wait_for
 
 MODEL = "claude-sonnet-4-6"
