@@ -17788,6 +17788,7 @@ class Tmux:
         self.env = {k: v for k, v in env.items() if k not in ("TMUX", "TMUX_PANE")}
         self.table = ProcessTable()
         self.asked_again: set[int] = set()      # processes that died without a status, by their pid
+        self.emptied: dict[str, float] = {}     # when a pane's box was emptied last, see empty_box
 
     async def run(self, *words: str, input: bytes | None = None) -> str:
         """The output of one command, or of several with ";" between.  Raises TmuxFailed and its kinds."""
@@ -18125,7 +18126,8 @@ def prepare_demo(seat: TuiSeat) -> Prepared:
 
 # A plugin of opencode 1.18.33.  It is loaded twice at times, and by an opencode that the agent itself starts:
 # only the window's own program reports.  A subagent has a session with a parent, which is no turn of ours; an
-# idle comes again after an abort.
+# idle comes again after an abort.  A turn that was interrupted before its model answered is idle without an
+# error: its message has no `finish`.
 OPENCODE_PLUGIN = """
 import fs from "node:fs"
 import net from "node:net"
@@ -18156,7 +18158,7 @@ export const Pit = async ({ directory }) => {
   if (globalThis.pitIsLoaded || process.env.PIT_NESTED || !own) return {}
   globalThis.pitIsLoaded = true
   const children = new Set(), busy = new Set(), failed = new Map(), roles = new Map()
-  const words = new Map(), spent = new Map()
+  const words = new Map(), spent = new Map(), finished = new Map()
   const on = {
     "session.created": (p) => { if (p.info.parentID) children.add(p.info.id) },
     "session.error": (p) => failed.set(p.sessionID, p.error),
@@ -18168,8 +18170,9 @@ export const Pit = async ({ directory }) => {
     "question.replied": (p) => tell({ type: "answered", session: p.sessionID }),
     "message.updated": (p) => {
       roles.set(p.info.id, p.info.role)
-      if (p.info.role === "assistant")
-        spent.set(p.info.id, { session: p.info.sessionID, cost: p.info.cost, tokens: p.info.tokens })
+      if (p.info.role !== "assistant") return
+      finished.set(p.info.sessionID, p.info.finish)
+      spent.set(p.info.id, { session: p.info.sessionID, cost: p.info.cost, tokens: p.info.tokens })
     },
     "message.part.updated": (p) => {
       if (p.part.type === "text" && roles.get(p.part.messageID) === "assistant")
@@ -18179,7 +18182,7 @@ export const Pit = async ({ directory }) => {
       if (children.has(p.sessionID) || !busy.delete(p.sessionID)) return
       const messages = [...spent.values()].filter((m) => m.session === p.sessionID)
       tell({ type: "idle", session: p.sessionID, error: failed.get(p.sessionID), messages,
-             last: words.get(p.sessionID) })
+             finish: finished.get(p.sessionID), last: words.get(p.sessionID) })
     },
   }
   tell({ type: "started", directory })
@@ -18190,6 +18193,7 @@ export const Pit = async ({ directory }) => {
       busy.add(input.sessionID)
       failed.delete(input.sessionID)
       words.delete(input.sessionID)
+      finished.delete(input.sessionID)
       const text = output.parts.filter((x) => x.type === "text").map((x) => x.text).join("\\n")
       tell({ type: "prompt", session: input.sessionID, prompt: text })
     },
@@ -18210,8 +18214,10 @@ def read_opencode(raw: dict) -> dict:
     if kind == "permission":
         return {**event, "event": "permission", "tool": str(raw.get("tool") or ""),
                 "input": told_input(raw.get("input"))}
-    if kind != "idle" or error.get("name") == "MessageAbortedError":
-        return {**event, "event": "other", "kind": "interrupted" if error else kind}
+    if kind != "idle":
+        return {**event, "event": "other", "kind": kind}
+    if error.get("name") == "MessageAbortedError" or not error and not raw.get("finish"):
+        return {**event, "event": "other", "kind": "interrupted"}
     event["usage"] = opencode_usage(raw.get("messages") or ())
     if error:
         said = (error.get("data") or {}).get("message")
@@ -18423,6 +18429,7 @@ def clean_lines(screen: str) -> list[str]:
 
 PASTE_S = 0.3              # from a paste to its Enter: an agent takes a paste in during that time
 KEYS_S = 0.1               # between keys that an agent must not take for one paste
+EMPTY_AGAIN_S = 1.5        # between two emptyings: claude 2.1.197 quits at two Ctrl-C within 0.8 s
 PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
@@ -18490,10 +18497,17 @@ async def is_taken_up(tmux: Tmux, row: TuiAgent, pane_id: str, submitted: Callab
     while is_busy(await tmux.pane(pane_id)) and time.monotonic() < deadline:
         if await submitted(CONFIRM_S):
             return True
-    if row.empties:
-        await tmux.press(pane_id, *row.empties)
-        await asyncio.sleep(PASTE_S)
+    await empty_box(tmux, row, pane_id)
     return False
+
+
+async def empty_box(tmux: Tmux, row: TuiAgent, pane_id: str) -> None:
+    """Throw away what stands in an agent's box, if anything does, and leave the agent time to do so."""
+    if row.empties:
+        await asyncio.sleep(tmux.emptied.get(pane_id, -math.inf) + EMPTY_AGAIN_S - time.monotonic())
+        await tmux.press(pane_id, *row.empties)
+        tmux.emptied[pane_id] = time.monotonic()
+        await asyncio.sleep(KEYS_S)
 
 
 async def leaves_home(tmux: Tmux, pane_id: str, home: str) -> bool:
@@ -18517,9 +18531,7 @@ async def clear_context(tmux: Tmux, row: TuiAgent, pane_id: str, cleared: Callab
     deadline = time.monotonic() + HOOKS_S
     while is_busy(await tmux.pane(pane_id)) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)       # hooks of its user may go on after ours; a key would end them
-    if row.empties:
-        await tmux.press(pane_id, *row.empties)
-        await asyncio.sleep(KEYS_S)
+    await empty_box(tmux, row, pane_id)
     await tmux.type(pane_id, row.clear)
     await asyncio.sleep(PASTE_S if row.home else KEYS_S)
     if row.home:                       # a second Enter could send what a start page kept from its last prompt

@@ -741,7 +741,7 @@ def test_events_of_claude(raw, wanted):
 @pytest.mark.parametrize("raw, wanted", [
     ({"type": "started", "directory": "/w"}, {"event": "started", "cwd": "/w", "session": ""}),
     ({"type": "prompt", "session": "s", "prompt": "p"}, {"event": "prompt", "prompt": "p", "session": "s"}),
-    ({"type": "idle", "session": "s", "last": "words", "messages": [
+    ({"type": "idle", "session": "s", "last": "words", "finish": "stop", "messages": [
         {"cost": 0.5, "tokens": {"input": 1, "output": 2, "reasoning": 3, "cache": {"read": 4, "write": 5}}},
         {"cost": 0.25, "tokens": {"input": 10, "output": 20}}]},
      {"event": "turn_ended", "last": "words", "background": 0, "usage": {
@@ -749,6 +749,7 @@ def test_events_of_claude(raw, wanted):
     ({"type": "idle", "session": "s", "error": {"name": "APIError", "data": {"message": "no"}}},
      {"event": "turn_failed", "error": "APIError: no"}),
     ({"type": "idle", "session": "s", "error": {"name": "MessageAbortedError"}}, {"event": "other", "kind": "interrupted"}),
+    ({"type": "idle", "session": "s"}, {"event": "other", "kind": "interrupted"}),      # before its model answered
     ({"type": "permission", "session": "s", "tool": "bash", "input": {"command": "ls"}},
      {"event": "permission", "tool": "bash", "input": '{"command": "ls"}'}),
     ({"type": "answered", "session": "s"}, {"event": "other", "kind": "answered"})])
