@@ -18341,6 +18341,7 @@ class TuiAgent(NamedTuple):
     # keys that empty its input line, harmless when it is empty; C-c ends an opencode with nothing in it
     empties: tuple
     working: str = ""          # pattern of its screen during a turn, where its title does not tell
+    tells_queued: bool = True  # whether its transcript has what was typed during a turn, see is_queued
     dialogs: tuple = ()        # (pattern of a screen before the first event, what it means)
 
 
@@ -18357,7 +18358,7 @@ TUI_AGENTS = {a.name: a for a in (
     TuiAgent("claude-code", "claude", prepare_claude, read_claude, "/clear", "", ("Escape",), ("C-c",),
              dialogs=CLAUDE_DIALOGS),
     TuiAgent("opencode", "opencode", prepare_opencode, read_opencode, "/new", "Ask anything",
-             ("Escape", "Escape"), (), r"esc (again to )?interrupt"),
+             ("Escape", "Escape"), (), r"esc (again to )?interrupt", False),
     TuiAgent("demo", "demo", prepare_demo, read_claude, "/clear", "", ("Escape",), ("C-c",)),
 )}
 
@@ -18433,6 +18434,8 @@ EMPTY_AGAIN_S = 1.5        # between two emptyings: claude 2.1.197 quits at two 
 PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
+TELL_ENTERS_S = (CONFIRM_S,) * 3              # the same, of a message to an agent that works
+QUEUED_LOOK_S = 0.1        # between two looks for it in the transcript
 CLEAR_ENTERS = 3
 ESCAPE_S = 1.5             # from an interrupt to the next try, while a turn still shows
 QUIET_LOOKS = 5            # in a row, each PASTE_S after the one before
@@ -18474,9 +18477,9 @@ async def deliver(tmux: Tmux, pane_id: str, text: str, submitted: Callable, home
     return await enter_prompt(tmux, pane_id, submitted)
 
 
-async def enter_prompt(tmux: Tmux, pane_id: str, submitted: Callable) -> bool:
+async def enter_prompt(tmux: Tmux, pane_id: str, submitted: Callable, waits: tuple = ENTERS_S) -> bool:
     """Press Enter until the event of what stands in an agent's box has come; whether it came."""
-    for seconds in ENTERS_S:
+    for seconds in waits:
         await tmux.press(pane_id, "Enter")
         if await submitted(seconds):
             return True
@@ -18682,6 +18685,7 @@ class Epic(NamedTuple):
     pane: str | None = None
     pid: int | None = None
     session: str = ""              # the agent's conversation
+    transcript: str = ""           # claude's file of it
     messages: tuple = ()           # for its agent, oldest first: texts, or {"blob": sha256}
     spooled: str = ""              # name of the hook's file that was recorded last
     run_id: str | None = None      # of a headless one
@@ -18871,7 +18875,7 @@ def on_epic_picked(state: PitState, event: dict) -> None:
 def on_send_begun(state: PitState, event: dict) -> None:
     """Something is about to be pasted or typed."""
     epic = state.epics[event["epic"]]
-    alter(state, epic.id, todo={**epic.todo, "begun": True})
+    alter(state, epic.id, todo={**epic.todo, "begun": True, "size": event.get("size", 0)})
 
 
 def on_hand_given(state: PitState, event: dict) -> None:
@@ -18882,8 +18886,10 @@ def on_hand_given(state: PitState, event: dict) -> None:
 
 def on_prompted(state: PitState, event: dict) -> None:
     """The agent took something up: what it was sent, or what somebody typed into its window."""
-    session = event.get("session")
-    epic = alter(state, event["epic"], **spooled_in(event), **({"session": session} if session else {}))
+    known = {key: event[key] for key in ("session", "transcript") if event.get(key)}
+    epic = alter(state, event["epic"], **spooled_in(event), **known)
+    if epic.todo.get("begun") and epic.messages and is_same_text(epic.messages[0], event.get("message")):
+        alter(state, epic.id, messages=epic.messages[1:])
     if epic.ticket:
         alter(state, epic.id, worked=note_started(epic, event["at"]))
     if epic.state == "running":
@@ -18891,6 +18897,11 @@ def on_prompted(state: PitState, event: dict) -> None:
     elif epic.state == "paused" and PAUSES[epic.reason].ends == "agent":
         alter(state, epic.id, state="running", reason="", detail="")
         set_phase(state, epic.id, "work")
+
+
+def is_same_text(message: Any, told: str | None) -> bool:
+    """Whether an agent was told just this message; of one that is kept in a file of its own nobody knows."""
+    return isinstance(message, str) and told is not None and squeeze(message) == squeeze(told)
 
 
 def on_turn_held(state: PitState, event: dict) -> None:
@@ -19078,11 +19089,12 @@ def decide_agent_event(epic: Epic, told: Mapping[str, Any]) -> tuple[str, dict] 
     if kind == "prompt":
         text = str(told.get("prompt") or "")
         queued = MESSAGE_HEAD.strip() in text
+        known = {"epic": epic.id, **({"session": session} if session else {})}
+        if queued:
+            known["message"] = text.partition(MESSAGE_HEAD.strip())[2].strip("\n")
         if epic.reason in ("MANUAL", "TIMEOUT") and (queued or epic.phase == "interrupt"):
-            message = text.partition(MESSAGE_HEAD.strip())[2].strip("\n")
-            return "turn_held", {"epic": epic.id, **({"session": session} if session else {}),
-                                 **({"message": message} if queued else {})}
-        return "prompted", {"epic": epic.id, **({"session": session} if session else {})}
+            return "turn_held", known
+        return "prompted", {**known, **({"transcript": told["transcript"]} if told.get("transcript") else {})}
     if kind == "turn_ended" or kind == "notice" and epic.phase == "work":
         return None if told.get("background") else (
             "turn_ended", {"epic": epic.id, "last": last,
@@ -19337,6 +19349,16 @@ PIT_WORDS = {
     "refused":           "refused",
     "environment":       "environment",
     "internal":          "bug",
+}
+PIT_EXITS = {
+    # row of EXIT_CODES  what it means here
+    "ok":                "it is so now; where it was so before, the answer says `changed: false`",
+    "failed":            "`watch` ran out of time, or some epics failed: the answer says which and why",
+    "invalid":           "usage or .pit.json wrong, a program missing, or no repository with a commit",
+    "missing":           "no such epic or ticket",
+    "refused":           "something would be lost, or somebody else holds it: the answer says what",
+    "environment":       "the environment is at fault (no space, no permission)",
+    "bug":               "pitboss itself broke",
 }
 
 
@@ -19980,8 +20002,14 @@ class PitDaemon:
 
     async def effect_tell(self, epic: Epic) -> None:
         """Give its agent a message while it works."""
+        begun = bool(epic.todo.get("begun"))
         text = MESSAGE_HEAD + get_blob(self.project.folder, epic.messages[0])
-        await DRIVERS[epic.headless].tell(self, epic, text)
+        if not begun:
+            size = 0
+            with contextlib.suppress(OSError):
+                size = os.path.getsize(epic.transcript)
+            self.record("send_begun", epic=epic.id, size=size)
+        await DRIVERS[epic.headless].tell(self, self.epic(epic.id), text, begun)
         self.record("epic_told", epic=epic.id)
 
     async def effect_recheck(self, epic: Epic) -> None:
@@ -20177,7 +20205,8 @@ class PitDaemon:
         if found:
             self.record(found[0], **found[1])
         epic = self.epic(epic.id)
-        return {"epic": epic.id, "state": epic.state, "ticket": epic.ticket, "changed": found is not None}
+        return {"epic": epic.id, "state": epic.state, "ticket": epic.ticket, "changed": found is not None,
+                **({"message": "queued"} if params.get("message") is not None else {})}
 
     async def stop(self, params: Mapping[str, Any]) -> dict:
         """End agents and give back what they have not finished."""
@@ -20639,12 +20668,31 @@ async def tmux_interrupt(daemon: PitDaemon, epic: Epic) -> None:
         await interrupt_turn(daemon.tmux_server(), TUI_AGENTS[epic.agent], epic.pane)
 
 
-async def tmux_tell(daemon: PitDaemon, epic: Epic, text: str) -> None:
-    """Type a message into an agent's window: it takes it up when it can."""
-    tmux = daemon.tmux_server()
+async def tmux_tell(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> None:
+    """Type a message into an agent's window: it takes it up when it can.
+
+    That it waits in the agent's line is seen in the transcript, where the agent has one; what a daemon before
+    this one may have typed is looked for there.  A turn that ends meanwhile makes a prompt of it, whose
+    event ends this.
+    """
+    tmux, tells = daemon.tmux_server(), TUI_AGENTS[epic.agent].tells_queued and epic.transcript
+
+    async def queued(seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not is_queued(epic.transcript, epic.todo["size"], text):
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(QUEUED_LOOK_S)
+        return True
+
+    if begun and tells and (await queued(0) or await enter_prompt(tmux, epic.pane, queued, TELL_ENTERS_S)):
+        return
     await tmux.paste(epic.pane, guard_prompt(text))
     await asyncio.sleep(PASTE_S)
-    await tmux.press(epic.pane, "Enter")
+    if not tells:
+        await tmux.press(epic.pane, "Enter")
+    elif not await enter_prompt(tmux, epic.pane, queued, TELL_ENTERS_S):
+        sys.stderr.write(f"{epic.id}: its agent did not say that it has the message; see its window\n")
 
 
 async def tmux_end(daemon: PitDaemon, epic: Epic) -> None:
@@ -20833,7 +20881,7 @@ async def headless_interrupt(daemon: PitDaemon, epic: Epic) -> None:
         await ask_run(daemon, epic, "cancel_worker", task_id=actor.id, reason="paused")
 
 
-async def headless_tell(daemon: PitDaemon, epic: Epic, text: str) -> None:
+async def headless_tell(daemon: PitDaemon, epic: Epic, text: str, begun: bool) -> None:
     """Tell a hand that works something, in its session."""
     await ask_run(daemon, epic, "reprompt_worker", task_id=epic.hand, prompt=text)
 
@@ -21327,7 +21375,7 @@ def pit_cleanup(call: PitCall) -> dict:
             import shutil
 
             shutil.rmtree(path, ignore_errors=True)
-    return {"removed": removed, "kept": kept}
+    return {"removed": removed, "kept": kept, **({"dry_run": True} if options.dry_run else {})}
 
 
 def names_of_folders(base: str) -> list[str]:
@@ -22874,6 +22922,7 @@ class DemoTerminal(DemoAgent):
         self.box = ""                    # what was typed and not sent
         self.closing = ""                # the command that closes the ticket
         self.armed = self.left = False   # C-c was pressed once; the ticket is not to be closed now
+        self.in_turn = False
         self.asked = False               # a person's Enter is waited for
         self.tasks: list[float] = []     # when each background task ends (monotonic)
 
@@ -22921,9 +22970,13 @@ class DemoTerminal(DemoAgent):
         if words:
             self.show("".join(f"● {clean_text(line)}\n" for line in str(words).split("\n")))
         if event["type"] in ("assistant", "user"):
-            os.makedirs(self.sessions, mode=0o700, exist_ok=True)
-            with open(self.transcript(), "a", encoding="utf-8") as f:
-                f.write(json.dumps(event) + "\n")
+            self.keep(event)
+
+    def keep(self, event: dict) -> None:
+        """Put a line into the transcript."""
+        os.makedirs(self.sessions, mode=0o700, exist_ok=True)
+        with open(self.transcript(), "a", encoding="utf-8") as f:
+            f.write(json.dumps(event) + "\n")
 
     def transcript(self) -> str:
         """Where the transcript of this conversation is."""
@@ -23012,6 +23065,8 @@ class DemoTerminal(DemoAgent):
         """Queue what was entered: a prompt, or a command; an empty text only wakes who waits for a person."""
         words = text.strip()
         message = ({"command": words} if words.startswith(("/", "!")) else {"prompt": text}) if words else {}
+        if "prompt" in message and self.in_turn:
+            self.keep({"type": "queue-operation", "operation": "enqueue", "content": text})
         with self.news:
             self.inbox += [message] if message else []
             self.inbox += [None] if words == "/exit" else []
@@ -23042,7 +23097,7 @@ class DemoTerminal(DemoAgent):
 
     def take_up(self, message: dict) -> None:
         """One turn: tell of the prompt, follow the script, close the ticket, tell of the end."""
-        self.interrupted, self.left, self.last = False, False, "done"
+        self.interrupted, self.left, self.last, self.in_turn = False, False, "done", True
         self.show(f"\n> {clean_text(message['prompt'])[:500]}\n")
         self.hook("UserPromptSubmit", prompt=message["prompt"])
         self.show("\x1b]2;⠂ demo\x07")
@@ -23054,6 +23109,7 @@ class DemoTerminal(DemoAgent):
             self.end_turn("StopFailure", str(e))
         except DemoInterrupt:                # no hook tells of it
             self.show("Interrupted\n")
+        self.in_turn = False
         self.show("\x1b]2;✳ demo\x07> ")
 
     def end_turn(self, name: str, words: str) -> None:
@@ -26083,7 +26139,7 @@ def parse_pit(argv: list[str], prog: str) -> tuple[str, Any, str]:
     """
     name, rest, pretty, folder = pit_words(argv)
     if name in PIT_COMMANDS:
-        parser = make_parser(prog, name, PIT_COMMANDS.get(name), PIT_FLAGS)
+        parser = make_parser(prog, name, PIT_COMMANDS.get(name), PIT_FLAGS, PIT_EXITS)
         options, odd = parser.parse_known_args(rest)
         if odd:
             flags = [f for names, _ in (*PIT_COMMANDS[name].args, *PIT_FLAGS) for f in names if f[:1] == "-"]
@@ -26115,7 +26171,7 @@ def pit_help(commands: Iterable[PitCommand], prog: str) -> str:
     rows = [(f"{c.name} {c.usage}".strip(), c.help) for c in commands]
     lines = render_table([[f"  {call}", what] for call, what in rows])
     return (f"Example: {prog} ticket list\n\n{cmd_pit.__doc__}\n\ncommands:\n" + "\n".join(lines)
-            + f"\n\n{prog} COMMAND --help says more of one command.\n\n{exit_codes_text()}\n")
+            + f"\n\n{prog} COMMAND --help says more of one command.\n\n{exit_codes_text(PIT_EXITS)}\n")
 
 
 def typed_commands() -> list[tuple[str, str, list]]:
@@ -26372,10 +26428,12 @@ COMMANDS = {c.name: c for c in (
 HELP_WIDTH = 98            # columns of a help text, on a wider terminal too
 
 
-def make_parser(prog: str, name: str, command: Any = None, flags: tuple = ()) -> Any:
+def make_parser(prog: str, name: str, command: Any = None, flags: tuple = (),
+                exits: Mapping[str, str] | None = None) -> Any:
     """The argument parser of one command, or with an empty name the one that lists them all.
 
-    `command`: a row that is not in COMMANDS, with `flags` that all rows of its table take.
+    `command`: a row that is not in COMMANDS, with `flags` that all rows of its table take and `exits`, what
+    rows of EXIT_CODES mean there.
     """
     import argparse
     import shutil
@@ -26397,7 +26455,7 @@ def make_parser(prog: str, name: str, command: Any = None, flags: tuple = ()) ->
             print(self.format_help(), end="", file=file)       # argparse hides that there is no room
 
     parser = Parser(prog=f"{prog} {name}".rstrip(), usage=None if name else f"{prog} COMMAND ...",
-                    add_help=False, epilog=exit_codes_text(),
+                    add_help=False, epilog=exit_codes_text(exits),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width))
     command = command or COMMANDS.get(name)
     if command:
@@ -26432,9 +26490,10 @@ def commands_text() -> str:
     return "commands:\n" + "\n".join(lines)
 
 
-def exit_codes_text() -> str:
-    """The exit codes, as they stand below every help text."""
-    return "exit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.values())
+def exit_codes_text(own: Mapping[str, str] | None = None) -> str:
+    """The exit codes, as they stand below every help text; `own`: those of a table, in its words."""
+    rows = EXIT_CODES.values() if own is None else [(EXIT_CODES[word][0], text) for word, text in own.items()]
+    return "exit codes:\n" + "\n".join(f"  {code:>3}  {text}" for code, text in rows)
 
 
 def parse_command(argv: list[str], prog: str) -> tuple[str, Any]:

@@ -185,6 +185,16 @@ def test_a_message_waits_until_the_agent_is_in_a_turn():
     assert pitboss.verb_of(book.state.epics["a"]) == "tell"
 
 
+@pytest.mark.parametrize("told, left", [("look left", ()), ("look\tleft ", ()), ("look right", ("look left",)), (None, ("look left",))])
+def test_a_prompt_that_is_a_message_which_was_typed_is_its_delivery(told, left):
+    book = Book().at_work().tell("epic_messaged", epic="a", message="look left")
+    prompt = {"event": "prompt", "session": "s1", "prompt": "Do it." if told is None else f"Message from the orchestrator:\n{told}"}
+    kind, facts = pitboss.decide_agent_event(book.state.epics["a"], prompt)
+    assert kind == "prompted" and book.tell(kind, **facts).state.epics["a"].messages == ("look left",), "it was not typed yet"
+    book.tell("send_begun", epic="a", size=7).tell(kind, **facts)
+    assert book.state.epics["a"].messages == left
+
+
 def test_a_resumed_message_is_sent_once():
     book = Book().at_work().tell("epic_paused", epic="a", reason="NEEDS_HUMAN_INPUT", detail="?")
     book.tell("epic_resumed", epic="a", message="yes")

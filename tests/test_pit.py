@@ -101,7 +101,8 @@ def test_every_kind_of_pause_that_an_agent_causes_and_how_each_ends(pit):
     assert reasons["slow"] == "TIMEOUT: repo-slow.1 took more than 0.1 minutes"
     assert pit.statuses() == dict.fromkeys(pit.statuses(), "in_progress"), "a pause keeps the claim"
 
-    assert pit.pit("resume", "leave", "--message", "file l.txt")["changed"]
+    answer = pit.pit("resume", "leave", "--message", "file l.txt")
+    assert answer["changed"] and answer["message"] == "queued"
     pit.tmux("send-keys", "-t", epics["permit"]["pane"], "Enter")
     pit.watch("done", 50, "--epics", "leave,permit")
     assert pit.commits("pit/leave") == ["left"] and pit.commits("pit/permit") == ["permitted"]
@@ -544,7 +545,7 @@ def test_session_folders_that_nobody_needs_are_removed(pit):
     folder = str(pit.folder)
     assert pit.pit("cleanup") == {"removed": [], "kept": [{"path": folder, "why": "has a living daemon"}]}
     pit.pit("daemon", "stop")
-    assert pit.pit("cleanup", "--dry-run")["removed"] == [folder] and os.path.isdir(folder)
+    assert pit.pit("cleanup", "--dry-run") == {"removed": [folder], "kept": [], "dry_run": True} and os.path.isdir(folder)
     assert pit.pit("cleanup", cwd=pit.home.root)["removed"] == [folder] and not os.path.exists(folder)
     assert pit.pit("cleanup") == {"removed": [], "kept": []}
 

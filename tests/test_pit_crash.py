@@ -66,6 +66,27 @@ def test_a_daemon_killed_at_any_moment(pit, round_, headless):
             [f"repo-{name}.1", f"repo-{name}.2"]
 
 
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [n / 10 for n in range(max(ROUNDS, 6))])
+def test_a_message_is_told_once_though_the_daemon_dies_with_it(pit, after_s):
+    log, gate, begun = pit.home.root / "worked.log", pit.home.root / "gate", pit.home.root / "begun"
+    pit.epic("Auth", f"$ run touch {begun}; until test -e {gate}; do sleep 0.1; done\n$ leave And then?")
+    pit.pit("start", "--epics", "auth")
+    wait_for(begun.exists, 30, "the first step")
+    teller = pit.spawn("resume", "auth", "--message", f"$ run echo told >>{log}\n{work(1)}")
+    wait_for(lambda: [e for e in pit.events("send_begun") if e.get("size")], 20, "the message")
+    time.sleep(after_s)
+    for pid in daemons(pit):
+        os.kill(pid, signal.SIGKILL)
+    teller.communicate(timeout=30)
+    pit.pit("daemon", "start")
+    wait_for(lambda: pit.events("epic_told"), 30, "the message, told")
+    gate.touch()
+    pit.watch("done", 60)
+    assert log.read_text().split() == ["told"] and pit.commits("pit/auth") == ["work 1"]
+
+
 def slow_to_tell(pit: Pit, hook: str, seconds: float) -> None:
     """The scripted agent, taken for claude, whose hook waits; `hook.began` has a line for each time that it ran."""
     began = pit.home.root / "hook.began"

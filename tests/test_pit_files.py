@@ -338,3 +338,9 @@ def test_a_key_acts_on_the_epic_of_its_window(server, tmp_path):
     server.tmux("run-shell", "-b", "-t", "work:", server.tmux("show-options", "-gqv", "@script").rstrip("\n"))
     wait_for(seen.exists, 20, "the key's command")
     assert seen.read_text() == "none|-C|/tmp/my $(repo) 'x|resume|--|repo-a.1|"
+
+
+def test_every_exit_code_of_the_ticket_loop_is_told_in_its_own_words():
+    assert {"ok", *pitboss.PIT_WORDS.values()} == set(pitboss.PIT_EXITS)
+    told = pitboss.exit_codes_text(pitboss.PIT_EXITS)
+    assert "   4  something would be lost" in told and "tree --check" not in told and "  143" not in told

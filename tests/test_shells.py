@@ -567,7 +567,7 @@ def test_a_full_disk_is_said_in_one_line(dealt, line):
 @pytest.mark.parametrize("line", [*READING, "dispatch -q m.toml"])
 def test_an_empty_environment_is_enough(dealt, line):
     env = {"PATH": dealt.env["PATH"]}
-    runs = ["--run-dir", str(dealt.runs)] if re.match(r"(list|status R|attach|dispatch)", line) else []
+    runs = ["--run-dir", str(dealt.runs)] if re.match(r"(list|status R|attach|dispatch|doctor)", line) else []
     done = subprocess.run(dealt.argv(*words_of(dealt, line), *runs), env=env, cwd=dealt.root, text=True,
                           capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
     assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout
