@@ -9,6 +9,8 @@
 # PYTHON=... names the Python; without it the first one of at least 3.11 is taken. Where it has no pytest,
 # one is installed into a virtual environment under ~/.cache/pitboss-tests, outside the checkout.
 
+unexport PYTHONDONTWRITEBYTECODE       # pytest would rewrite every test file at each of its starts
+
 TESTS ?= tests
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pitboss-tests
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
