@@ -15,7 +15,7 @@ import time
 import pytest
 
 from pit_desk import Pit, needs_tmux, work
-from tools import processes_with, wait_for
+from tools import git, processes_with, wait_for
 
 ROUNDS = int(os.environ.get("PITBOSS_TEST_ROUNDS", "2"))
 
@@ -64,6 +64,39 @@ def test_a_daemon_killed_at_any_moment(pit, round_, headless):
         assert pit.commits(f"pit/{name}") == ["work 1", "work 2"]
         assert sorted(e["ticket"] for e in pit.events("ticket_closed") if e["epic"] == name) == \
             [f"repo-{name}.1", f"repo-{name}.2"]
+
+
+@needs_tmux
+@pytest.mark.slow
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_a_tmux_server_killed_at_any_moment(pit, round_):
+    """Its epics are paused with that reason; who resumes them gets all the work, each ticket closed once."""
+    draw = random.Random(os.environ.get("PITBOSS_TEST_SEED", "tmux") + str(round_))
+    names = ("auth", "pay")
+    for name in names:
+        pit.epic(name.title(), *(f"$ run sleep 0.{n}\n{work(n)}" for n in (1, 2, 3)))
+    pit.pit("start", "--epics", ",".join(names))
+    kills = paused = 0
+    deadline = time.monotonic() + 150
+    while set(pit.statuses().values()) != {"closed"}:
+        assert time.monotonic() < deadline, f"{kills} kills\n{pit.status()}\n{pit.daemon_log()}\n{pit.screens()}"
+        if kills < 4:
+            time.sleep(draw.uniform(0.0, 1.5))
+            kills += not subprocess.run(["tmux", "-S", pit.tmux_socket, "kill-server"], env=pit.env,
+                                        capture_output=True).returncode
+        pit.watch("settled", 60)
+        for name, epic in pit.status()["epics"].items():
+            if epic["state"] == "paused":
+                assert epic["reason"].split(":")[0] in ("WINDOW_GONE", "AGENT_START", "AGENT_EXITED"), epic
+                paused += 1
+                pit.pit("resume", name)
+    assert kills, "no server was ever killed"
+    pit.watch("done", 60)
+    for name in names:
+        assert list(dict.fromkeys(pit.commits(f"pit/{name}"))) == ["work 1", "work 2", "work 3"]
+        assert sorted(e["ticket"] for e in pit.events("ticket_closed") if e["epic"] == name) == \
+            [f"repo-{name}.{n}" for n in (1, 2, 3)]
+    assert git(pit.repo, "status", "--porcelain") == ""
 
 
 @needs_tmux
