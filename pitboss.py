@@ -19930,7 +19930,7 @@ class PitDaemon:
         while True:
             tickets = await self.look(epic)
             rows = [[t.id, t.title, t.status] for t in tickets]
-            if any(t.id == epic.ticket and t.status == "closed" for t in tickets):      # before its window went
+            if any(t.id == epic.ticket and t.status == "closed" for t in tickets):   # earlier
                 return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows)
             verdict, found = decide_pick(epic, tickets, lost)
             if verdict == "done":
