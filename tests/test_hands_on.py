@@ -157,7 +157,8 @@ def test_the_real_claude_in_an_operators_hands(tree: ClaudeTree):  # noqa: F811
     wait_for(lambda: asked(run, "wait_for_worker"), 60, "the lead's wait")
     one, two = spawned(run)
     home.pitboss("pause", run.name, one, "--freeze", check=0)
-    assert states_of(run, one) == {"T"} and "T" not in states_of(run, two)
+    wait_for(lambda: states_of(run, one) == {"T"}, DEADLINE_S, "all to stand still")
+    assert "T" not in states_of(run, two)
     assert "Frozen" in home.pitboss("reprompt", run.name, one, "x", check=4).stderr
     home.pitboss("continue", run.name, one, check=0)
     assert "T" not in states_of(run, one)

@@ -52,7 +52,9 @@ def test_a_run_in_the_background_ends_with_the_agent_that_dispatched_it(home):
     home.pitboss("dispatch", outer, check=0)
     runs = runs_of(home)
     wait_for(lambda: finished(runs["inner"]), 30, "the end of the inner run")
-    assert record_of(runs["inner"])["status"] == "Cancelled" and record_of(runs["outer"])["status"] == "Success"
+    # all of its processes are told to end at once: an inner agent may have gone before its dispatcher gave up
+    assert record_of(runs["inner"])["status"] in ("Cancelled", "Failed")
+    assert record_of(runs["outer"])["status"] == "Success"
     wait_for(lambda: not processes_with(f"PITBOSS_RUN_ID={runs['outer'].name}"), 30, "the end of its processes")
 
 
