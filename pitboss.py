@@ -12323,6 +12323,7 @@ class Ui(NamedTuple):
     search: str = ""           # in a log
     hit: int | None = None     # entries from the end of the log to the place that was found
     rows: int = 1              # of a log that were shown
+    more: bool = False         # there is more of a text than fits
     head: int = 0              # rows by which what stands above a log is scrolled
     need: str = ""             # the request that Tab went to
     box: Box | None = None
@@ -12360,9 +12361,12 @@ DIFF_BYTES = 256 << 10     # of a diff that are shown
 PANE_ROWS = {"*": 1, "<": 1, ">": 3, "v": 3, "!": 3}       # of an entry of a log, below the tiles
 CARD_WIDTH, CARD_HEIGHT = 26, 4            # of the narrowest tile, cells
 COMPACT_BELOW = 14         # rows of a terminal that shows one line an actor by itself
-PLAIN_GLYPHS = str.maketrans("▸▹▾◂←→✓✗⧗⊘⊝⊖─│╭╮╰╯▓░…━┃┏┓┗┛", ">>v<<>+xTo---|++++#.~=#####")
+WIDE = 60                  # columns from which there is room for more than the most important
+HELP_COLUMNS = 80          # columns of a terminal that one column of the help takes
+PLAIN_GLYPHS = str.maketrans("▸▹▾◂←→✓✗⧗⊘⊝⊖─│╭╮╰╯▓░…━┃┏┓┗┛", ">>v<<>+xTCRA-|++++#.~=#####")
 # a frame of the focus and one of others: corners, sides
 EDGES = {True: ("┏", "┓", "┗", "┛", "━", "┃"), False: ("╭", "╮", "╰", "╯", "─", "│")}
+FOCUS_MARKS = {True: EDGES[True][5], False: " "}           # before what has the focus and has no frame
 LEAD_MARKS = {True: "★", False: "[LEAD]"}  # by whether the terminal has UTF-8
 
 
@@ -12381,13 +12385,17 @@ def to_ascii(text: str) -> str:
 
 def fit_spans(spans: Iterable[tuple[str, str]], width: int, style: str = "") -> list[tuple[str, str]]:
     """Spans clipped and filled up to exactly `width` cells."""
-    fitted, used = [], 0
-    for text, kind in spans:
+    fitted, used, left = [], 0, [*spans]
+    while left:
+        text, kind = left.pop(0)
         size = count_cells(text)
         if used + size > width:
-            text = clip_cells(text, width - used)
-            size = count_cells(text)
-            used += size
+            text = text + "".join(more for more, _ in left)
+            while used == width and fitted and text.strip():   # the mark takes the last cell that was filled
+                before, kind = fitted.pop()
+                text, used = before + text, used - count_cells(before)
+            text = clip_cells(text, width - used) if text.strip() else " " * (width - used)
+            used += count_cells(text)
             fitted.append((text, kind))
             break
         fitted.append((text, kind))
@@ -12418,6 +12426,12 @@ def cut_cells(text: str, width: int) -> list[tuple[int, int]]:
         lines.append((start, end))
         start = end
     return lines
+
+
+def wrap_most(text: str, width: int, most: int) -> list[str]:
+    """wrap_cells in `most` lines, the last with a mark where the text goes on."""
+    rows = wrap_cells(text, width)
+    return rows if len(rows) <= most else [*rows[:most - 1], clip_cells(" ".join(rows[most - 1:]), width)]
 
 
 def wrap_text(text: str, width: int) -> list[str]:
@@ -12558,13 +12572,14 @@ def draw_card(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool,
     end = f"{word} {glyph}".rstrip()
     room = width - 4
     if count_cells(named) + count_cells(end) + 1 > room:
-        end = glyph or word
-        named = clip_cells(named, max(4, room - count_cells(end) - 1))
+        named = clip_cells(named, max(4, room - count_cells(glyph or word) - 1))
+        spare = room - count_cells(named) - 1 - count_cells(f" {glyph}")
+        end = f"{clip_cells(word, spare)} {glyph}" if glyph and spare >= 5 else glyph or word
     lead = "bold cyan" if actor.role in LEADERS else "bold"
     left, right, low_left, low_right, across, side = EDGES[focused]
-    fill = across * max(0, room - count_cells(named) - count_cells(end) - 2)
-    top = [(left, edge), (f" {named} ", f"{lead} reverse" if focused else lead), (fill, edge),
-           (f" {end}" if room > count_cells(named) + 2 else "", style)]
+    gap = room - count_cells(named) - count_cells(end)
+    top = [(left, edge), (f" {named} ", f"{lead} reverse" if focused else lead),
+           (f"{across * (gap - 2)} " if gap > 1 else "", edge), (end if gap else "", style), (" ", edge)]
     model = shown_model(actor)
     tokens = render_tokens(sum(actor.usage.plus(actor.hand_usage)))
     cost = render_usd(cost_of(actor))
@@ -12588,10 +12603,12 @@ def draw_line(scene: Scene, actor: Actor, width: int, focused: bool, utf8: bool,
     """An actor in one row."""
     glyph, word, style = shown_state(actor)
     lead = actor.role in LEADERS
-    wide = width >= 60
-    name = f"{shown_mark(actor, utf8)} {clean_text(actor.id)}" + ("!" if needed else "")
-    name = name if lead else f"  {name}"
-    spans = [(pad_cells(name, 22 if wide else max(8, width - 24)), "bold cyan" if lead else "bold"),
+    wide = width >= WIDE
+    name = f"{shown_mark(actor, utf8)} {clean_text(actor.id)}"
+    name = name if lead or actor.parent is None else f"  {name}"
+    room = 22 if wide else max(8, width - 25)
+    name = clip_cells(name, room - 1) + "!" if needed else name
+    spans = [(FOCUS_MARKS[focused], ""), (pad_cells(name, room), "bold cyan" if lead else "bold"),
              (" " + pad_cells(f"{glyph or ' '} {word}", 12), style),
              (pad_cells(shown_age(scene, actor), 7, True), "")]
     if wide:
@@ -12613,15 +12630,15 @@ def draw_header(scene: Scene, ui: Ui, lead: Actor, width: int, utf8: bool) -> li
     spent, budget = spent_in(run, lead.id), layer.budget_usd
     pending = sum(1 for asked in run.approvals.values() if run.actors[asked.actor].layer == lead.id)
     focused = ui.header and ui.focus == lead.id
-    spans = [(f"{'▹' if lead.id in ui.folded else '▾'} {LEAD_MARKS[utf8]} {clean_text(lead.id)}",
-              "bold cyan reverse" if focused else "bold cyan"), (f"  {word} {glyph}".rstrip(), style)]
-    spans.append((f"  {render_usd(spent)}" + (f" of {render_usd(budget)} " if budget else ""), ""))
-    spans += draw_bar(spent, budget, 6 if width >= 100 else 0)
-    spans.append((f"  {len(below)} worker{'s' * (len(below) != 1)}"
-                  + (f" ({layer.live} live)" if layer.live else ""), ""))
-    spans += [(f"  {pending} pending", "yellow")] if pending else []
-    spans += [("  read_down", "dim")] if layer.read_down else []
-    return fit_spans(spans, width)
+    named = f"{'▹' if lead.id in ui.folded else '▾'} {LEAD_MARKS[utf8]} {clean_text(lead.id)}"
+    parts = [[(named, "bold cyan" + " reverse" * focused), (f"  {word} {glyph}".rstrip(), style)]]
+    parts += [[(f"{pending} pending", "yellow")]] if pending else []
+    parts.append([(f"{render_usd(spent)}" + (f" of {render_usd(budget)}" if budget else ""), ""),
+                  *draw_bar(spent, budget, 6 if width >= 100 else 0)])
+    parts.append([(f"{len(below)} worker{'s' * (len(below) != 1)}"
+                   + (f" ({layer.live} live)" if layer.live else ""), "")])
+    parts += [[("read_down", "dim")]] if layer.read_down else []
+    return join_parts(parts, width, 1, (FOCUS_MARKS[focused], ""))
 
 
 def draw_bar(spent: float, budget: float | None, width: int) -> list[tuple[str, str]]:
@@ -12630,7 +12647,7 @@ def draw_bar(spent: float, budget: float | None, width: int) -> list[tuple[str, 
         return []
     full = min(width, max(0, round(width * spent / budget)))
     style = "red" if spent > budget else "yellow" if spent > 0.8 * budget else "green"
-    return [("▓" * full, style), ("░" * (width - full), "dim")]
+    return [(" " * bool(width), ""), ("▓" * full, style), ("░" * (width - full), "dim")]
 
 
 def draw_tiles(scene: Scene, ui: Ui, width: int, height: int, utf8: bool, compact: bool) -> Frame:
@@ -12700,13 +12717,13 @@ def draw_title(scene: Scene, ui: Ui, width: int) -> list:
     word = "draining" if run.draining and scene.state == "running" else scene.state
     word = "cancelling" if run.cancelled and scene.state == "running" else word
     until = run.finished_at or scene.until
-    spans = [(f" {run.run_id[:8]} {clean_text(run.name or '-')}", "bold"), (f"  {word}", style),
-             (f"  {render_duration(until - run.opened_at)}" if run.opened_at else "", ""),
-             (f"  {run.mode}", "dim"),
-             (f"  made by {clean_text(scene.origin)}, only read here" if scene.origin else "", "dim"),
-             (f"  filter: {clean_text(ui.filter)}" if ui.filter else "", "yellow"),
-             ("  settled ones hidden" if ui.hides_settled else "", "yellow")]
-    return fit_spans(spans, width)
+    name = clip_cells(clean_text(run.name or "-"), max(8, width // 3))
+    parts = [(f"{run.run_id[:8]} {name}", "bold"), (word, style),
+             (f"filter: {clean_text(ui.filter)}" if ui.filter else "", "yellow"),
+             ("settled ones hidden" if ui.hides_settled else "", "yellow"),
+             (render_duration(until - run.opened_at) if run.opened_at else "", ""), (run.mode, "dim"),
+             (f"made by {clean_text(scene.origin)}, only read here" if scene.origin else "", "dim")]
+    return join_parts([[part] for part in parts if part[0]], width, 2 + bool(ui.filter) + ui.hides_settled)
 
 
 def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
@@ -12715,13 +12732,15 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
         return fit_spans([(" nothing needs you", "dim")], width)
     here = next((n for n, need in enumerate(scene.needs) if need.actor == ui.focus and need.actor), 0)
     order = scene.needs[here:] + scene.needs[:here]
+    wide = width >= WIDE
     spans = [(f" needs you: {len(scene.needs)} ", "bold reverse yellow")]
     for n, need in enumerate(order):
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
         advice = advise(need, scene.run.run_id[:13])
         words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{advice}: {need.text}"
-        spans += [("  ", ""), (f"{need.kind} " if need.actor else "", f"bold {colour}"),
+        spans += [("  " if wide or n else " ", ""),
+                  (f"{need.kind} " if need.actor and wide else "", f"bold {colour}"),
                   (words if not n else clip_cells(words, max(20, width // 2)), "bold" if focused else "")]
     return fit_spans(spans, width)
 
@@ -12739,15 +12758,25 @@ def count_states(run: RunState) -> list[tuple[str, str]]:
              styles[word].replace("bold", "")) for word in dict.fromkeys(order) if word in counts]
 
 
-def join_parts(parts: list[list[tuple[str, str]]], width: int) -> list:
-    """Parts side by side; those that find no room are left out."""
-    spans: list = []
-    for part in parts:
-        more = [("  ", "")] * bool(spans) + part
-        if sum(count_cells(text) for text, _ in spans + more) > width - 1:
-            continue
-        spans += more
-    return fit_spans([(" ", ""), *spans], width)
+def join_parts(parts: list[list[tuple[str, str]]], width: int, always: int = 0,
+               before: tuple[str, str] = (" ", "")) -> list:
+    """Parts side by side after `before`; those that find no room are left out, the first `always` clipped.
+
+    Where a part was left out there is a mark at the end.
+    """
+    def size(spans: list) -> int:
+        return sum(count_cells(text) for text, _ in spans)
+
+    gap = [("  ", "")]
+    whole = sum(size(part) + 2 for part in parts) - 1
+    room = width if whole <= width else width - 2
+    spans, left_out = [before], False
+    for n, part in enumerate(parts):
+        more = gap * bool(n) + part
+        fits = n < always or size(spans + more) <= room
+        spans += more if fits else []
+        left_out = left_out or not fits
+    return fit_spans(spans + [(" …", "dim")] * left_out, width)
 
 
 def draw_status(scene: Scene, width: int) -> list:
@@ -12756,17 +12785,17 @@ def draw_status(scene: Scene, width: int) -> list:
     root = next((name for name in run.layers if not run.actors[name].parent), "")
     spent = sum(cost_of(a) or 0.0 for a in run.actors.values())
     budget = run.layers[root].budget_usd if root else None
-    money = [(render_usd(spent) + (f" of {render_usd(budget)} " if budget else ""), "bold")]
-    parts = [money + draw_bar(spent, budget, 10 if width >= 100 else 5 if width >= 60 else 0)]
+    money = [(render_usd(spent) + (f" of {render_usd(budget)}" if budget else ""), "bold")]
+    parts = [money + draw_bar(spent, budget, 10 if width >= 100 else 5 if width >= WIDE else 0)]
     asks = len(run.approvals)
     parts += [[(f"{asks} pending", "bold yellow")]] if asks else []
-    if root:
-        spawned = sum(1 for a in run.actors.values() if a.role == "worker")
-        parts.append([(f"{spawned} worker{'s' * (spawned != 1)} spawned", "")])
-    parts += [[pair] for pair in count_states(run)]
     for hold in holds_of(run):
         left = f" {render_duration(hold['until_unix'] - scene.now)}" if hold["until"] else ""
         parts.append([(f"{hold['agent']}: {HOLDS[hold['kind']].words}{left}", "yellow")])
+    spawned = sum(1 for a in run.actors.values() if a.role == "worker")
+    workers = [[(f"{spawned} worker{'s' * (spawned != 1)} spawned", "")]] if root else []
+    states = [[pair] for pair in count_states(run)]
+    parts += workers + states if width >= WIDE else states + workers
     if not run.holds and scene.state == "running":
         agents = dict.fromkeys(a.agent for a in run.actors.values() if STATES[a.state].live)
         parts += [[(f"{', '.join(agents)} ok", "dim")]] if agents else []
@@ -12797,6 +12826,7 @@ WHENS = {
     "rests":   lambda scene, ui: can_act(scene, ui, "paused", "frozen"),
     "lives":   lambda scene, ui: can_act(scene, ui),
     "search":  lambda scene, ui: bool(ui.search),
+    "more":    lambda scene, ui: ui.more,
     "rules":   lambda scene, ui: bool(ui.rules),
     "unsaved": lambda scene, ui: [*ui.rules] != public_rules(scene.run.policy),
     "runs":    lambda scene, ui: bool(scene.runs),
@@ -12805,9 +12835,7 @@ WHENS = {
 
 
 def draw_foot(scene: Scene, ui: Ui, width: int) -> list:
-    """The last row: what was just said, else the keys that do something here, some of them always."""
-    if ui.message:
-        return fit_spans([(f" {clean_text(ui.message)}", f"bold {ui.tone}")], width)
+    """The last row: the keys that do something here, some of them always."""
     keys = [key for key in scene.keys if key.short and ui.views[-1] in key.where
             and WHENS[key.when](scene, ui)]
 
@@ -12825,6 +12853,12 @@ def draw_foot(scene: Scene, ui: Ui, width: int) -> list:
         more = [] if key.always else spans_of([key])
         spans += more if size(spans + more + end) <= width else []
     return fit_spans(spans + end, width)
+
+
+def draw_said(ui: Ui, width: int, most: int) -> list[list]:
+    """What was just said, in `most` rows at most; none where nothing was."""
+    rows = wrap_most(clean_text(ui.message), width - 1, most) if ui.message else []
+    return [fit_spans([(f" {row}", f"bold {ui.tone}")], width) for row in rows]
 
 
 def draw_rule(title: str, width: int, style: str = "dim") -> list:
@@ -12855,6 +12889,7 @@ def draw_log(scene: Scene, ui: Ui, width: int, height: int,
         rows = next(wrap_log([(mark, text)], width, most))
         hit = rows_with(text, ui.search, max(2, width - 3)) if ui.search and not most else ()
         light = "bold reverse" if n == ui.hit else "reverse"
+        rows = [(f"▸{words[1:]}", colour) for words, colour in rows[:1]] + rows[1:] if n == ui.hit else rows
         kept[:0] = [(words, f"{colour} {light}" if k in hit else colour)
                     for k, (words, colour) in enumerate(rows)]
         if len(kept) >= wanted:
@@ -12976,20 +13011,21 @@ def describe_actor(scene: Scene, actor: Actor, width: int, utf8: bool) -> list[l
         (actor.pauses, "paused"), (actor.reprompts, "reprompted"), (actor.asked, "asked"),
         (actor.approved, "approved"), (actor.rejected, "rejected")) if count]
     done += [shown_counts(scene, actor)] if shown_counts(scene, actor) else []
-    cells = [("who", f"{path}  {actor.role}"),
-             ("agent", f"{actor.agent}  {clean_text(actor.model or '')}  session {actor.session_id or '-'}"),
-             ("task", " ".join(clean_text(actor.prompt_preview).split())),
-             ("where", clean_text(closed.get("path") or place.get("path") or actor.directory)),
-             ("branch", clean_text(place.get("branch") or "")),
-             ("tokens", f"{render_tokens(sum(usage))}: in {render_tokens(usage.input)}, out "
-                        f"{render_tokens(usage.output)}, cache read {render_tokens(usage.cache_read)}, "
-                        f"written {render_tokens(usage.cache_creation)}"),
-             ("cost", render_usd(cost_of(actor))), ("did", ", ".join(done)),
-             *(("waits", f"for you: {one_line(asked.summary)} (a)") for asked in run.approvals.values()
+    cells = [*(("waits", f"for you: {one_line(asked.summary)} (a)") for asked in run.approvals.values()
                if asked.actor == actor.id),
              ("why", clean_text((public_reason(actor.reason) or {}).get("message") or "")),
+             ("who", f"{path}  {actor.role}"),
+             ("task", " ".join(clean_text(actor.prompt_preview).split())),
+             ("agent", f"{actor.agent}  {clean_text(actor.model or '')}  session {actor.session_id or '-'}"),
+             ("cost", render_usd(cost_of(actor))),
+             ("tokens", f"{render_tokens(sum(usage))}: in {render_tokens(usage.input)}, out "
+                        f"{render_tokens(usage.output)}, cache read {render_tokens(usage.cache_read)}, "
+                        f"written {render_tokens(usage.cache_creation)}"), ("did", ", ".join(done)),
+             ("where", clean_text(closed.get("path") or place.get("path") or actor.directory)),
+             ("branch", clean_text(place.get("branch") or "")),
              ("kept", clean_text(closed.get("kept") or "")), ("saved", closed.get("rescue_ref") or "")]
-    head = [(f" {shown_mark(actor, utf8)} {clean_text(actor.id)}", "bold"), (f"  {word} {glyph}", style),
+    head = [(f" {shown_mark(actor, utf8)} {clean_text(actor.id)}", "bold"),
+            (f"  {word} {glyph}".rstrip(), style),
             (f"  {shown_age(scene, actor)}", "")]
     return [head, *([(f" {name if not n else '':7}", "dim"), (line, "yellow" if name == "waits" else "")]
                     for name, text in cells if text
@@ -13024,11 +13060,12 @@ def body_detail(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fr
         return body_floor(scene, ui, width, height, utf8)
     facts = describe_actor(scene, actor, width, utf8)
     most = max(3, height * 2 // 3 - len(facts) - 1)
-    name, *facts = facts + describe_changes(scene.changes, min(most, 12))
-    room = max(0, height - 5)
+    name, *facts = facts + describe_changes(scene.changes, most)
+    room = max(0, height - 2 - min(3, max(1, len(scene.log))))   # the log keeps three rows, if it has them
     head = min(ui.head, max(0, len(facts) - room))
     below = len(facts) - head - room
     facts = facts[head:head + room]
+    name += [(f"  {head} above: h", "dim")] if head else []
     if below > 0 and facts:
         facts[-1] = [(f" … {below + 1} more rows: l", "dim")]
     rows = [fit_spans(spans, width) for spans in (name, *facts)]
@@ -13050,7 +13087,8 @@ def body_diff(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fram
     rows: list = []
     for line in found["text"].split("\n")[:-1]:
         style = next(style for start, style in DIFF_STYLES if line.startswith(start))
-        rows += [(row, style) for row in wrap_cells(clean_text(line.expandtabs(4)), width - 1)]
+        cut = wrap_cells(clean_text(line.expandtabs(4)), width - 3)
+        rows += [(f"… {row}" if n else row, style) for n, row in enumerate(cut)]
     if found["cut"]:
         rows.append((f"… cut here: it is longer than {render_bytes(DIFF_BYTES)}", "bold yellow"))
     rows = rows or [(clean_text(found["note"] or "nothing was changed"), "dim")]
@@ -13059,7 +13097,8 @@ def body_diff(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fram
     shown = [fit_spans([(" ", ""), row], width) for row in rows[top:top + room]]
     shown += [[(" " * width, "")] for _ in range(room - len(shown))]
     where = f"  {top + 1} to {min(top + room, len(rows))} of {len(rows)} rows" if len(rows) > room else ""
-    return Frame([draw_rule(f"{ui.focus}: changes{where}", width), *shown], ui._replace(back=top))
+    return Frame([draw_rule(f"{ui.focus}: changes{where}", width), *shown],
+                 ui._replace(back=top, more=bool(where)))
 
 
 def log_title(scene: Scene, ui: Ui, back: int) -> str:
@@ -13087,7 +13126,10 @@ def body_log(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame
 
 def draw_list(rows: list[list], ui: Ui, width: int, height: int, kind: str, empty: str,
               first: int = 0) -> Frame:
-    """Rows of spans of which one is picked, scrolled so that it is in sight; `first` rows stay on top."""
+    """Rows of spans of which one is picked and marked, scrolled so that it is in sight.
+
+    `first` rows stay on top.
+    """
     head, items = rows[:first], rows[first:]
     pick = min(max(ui.pick, 0), max(0, len(items) - 1))
     room = max(1, height - first)
@@ -13096,6 +13138,7 @@ def draw_list(rows: list[list], ui: Ui, width: int, height: int, kind: str, empt
     spots = []
     for n, spans in enumerate(items[top:top + room], top):
         spots.append((len(shown), 0, 1, width, kind, n))
+        spans = [("▸ " if n == pick else "  ", ""), *spans]
         shown.append(fit_spans([(t, f"{s} reverse".strip() if n == pick else s) for t, s in spans], width,
                                "reverse" if n == pick else ""))
     if not items:
@@ -13115,11 +13158,18 @@ def left_of(asked: dict, now: float) -> str:
 
 def body_approvals(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The requests that wait: who asks, of what category, the time left, for what."""
-    rows = [[(f" {clean_text(PATH_ARROW.join(a['actor_path']))}", "bold"), (f"  {a['category']}", "cyan"),
+    rows = [[(clean_text(PATH_ARROW.join(a["actor_path"])), "bold"), (f"  {a['category']}", "cyan"),
              (f"  {left_of(a, scene.now)}".rstrip(), "yellow"),
              (f"  {clean_text(' '.join(str(a['summary']).split()))}", "")] for a in scene.asks]
-    frame = draw_list(rows, ui, width, height - 1, "ask", "nothing waits for you")
-    return Frame([draw_rule("approvals", width), *frame.rows], frame.ui,
+    words: list = []
+    if rows:                                   # what finds no room in its row is told below the list
+        *_, (text, _) = picked = rows[min(max(ui.pick, 0), len(rows) - 1)]
+        cut = sum(count_cells(t) for t, _ in picked) + 2 > width
+        most = max(1, height // 3, height - 1 - len(rows))
+        words = wrap_most(text.strip(), width - 1, most) if cut else []
+    frame = draw_list(rows, ui, width, height - 1 - len(words), "ask", "nothing waits for you")
+    return Frame([draw_rule("approvals", width), *frame.rows,
+                  *(fit_spans([(f" {line}", "cyan")], width) for line in words)], frame.ui,
                  tuple((y + 1, *rest) for y, *rest in frame.spots))
 
 
@@ -13135,12 +13185,13 @@ def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame
     asked = next((a for a in scene.asks if a["request_id"] == ui.request), None)
     inner = width - 4
     if asked is None:
-        return Frame(frame_box("answered", [[("This request waits no more. Esc goes back.", "")]], width), ui)
+        lines = wrap_cells("This request waits no more. Esc goes back.", inner)
+        return Frame(frame_box("answered", [[(line, "")] for line in lines], width), ui)
     title = "[PRE-FLIGHT PLAN]" if asked["kind"] == "plan" else "[IN-FLIGHT ACTION]"
     facts = [asked["category"], asked["tool_name"] or "", "" if asked["cost_estimate"] is None else
              f"costs {render_usd(asked['cost_estimate'])}", left_of(asked, scene.now)]
-    rows = [[(clean_text(PATH_ARROW.join(asked["actor_path"])), "bold"),
-             (f"  {clean_text('  '.join(filter(None, facts)))}", "dim")], []]
+    rows = [*pack_pairs([(clean_text(PATH_ARROW.join(asked["actor_path"])), ""),
+                         *(("", clean_text(fact)) for fact in facts if fact)], inner, "dim"), []]
     rows += [[(line, "bold")] for line in wrap_text(str(asked["summary"]), inner)]
     for key, label, style in PLAN_SECTIONS:
         value = (asked["plan"] or {}).get(key)
@@ -13150,13 +13201,31 @@ def draw_ask(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame
             lines = wrap_text(str(text), max(2, inner - 2))
             rows += [[(("- " if not n and isinstance(value, list) else "  ") + line, style)]
                      for n, line in enumerate(lines)]
-    room = max(1, height - 4)
+    keys = pack_pairs((("y", " yes"), ("Y", " yes, and say"), ("n", " no, and why"), ("e", " edit"),
+                       ("Esc", " later")), inner)
+    room = max(1, height - 3 - len(keys))
+    if len(rows) <= room:
+        keys = [[], *keys]
+    else:
+        rows, room = [row for row in rows if row], room + 1      # text goes before empty rows
     top = min(ui.back, max(0, len(rows) - room))
+    title += f"  {top} rows above" if top else ""
     more = [[("… j reads on", "dim")]] if len(rows) - top > room else []
-    keys = [("y", "bold"), (" yes  ", ""), ("Y", "bold"), (" yes, and say  ", ""), ("n", "bold"),
-            (" no, and why  ", ""), ("e", "bold"), (" edit  ", ""), ("Esc", "bold"), (" later", "")]
-    return Frame(frame_box(title, [*rows[top:top + room - len(more)], *more, [], keys], width),
+    return Frame(frame_box(title, [*rows[top:top + room - len(more)], *more, *keys], width),
                  ui._replace(back=top))
+
+
+def pack_pairs(pairs: Iterable[tuple[str, str]], width: int, style: str = "") -> list[list]:
+    """Pairs of (a bold text, one in `style`) side by side, in as many rows as they need."""
+    rows: list = []
+    used = width
+    for pair in pairs:
+        size = count_cells("".join(pair))
+        begins = used + 2 + size > width
+        rows += [[]] * begins
+        used = size if begins else used + 2 + size
+        rows[-1] = [*rows[-1], ("" if begins else "  ", ""), (pair[0], "bold"), (pair[1], style)]
+    return rows
 
 
 def frame_box(title: str, rows: list[list], width: int, style: str = "cyan") -> list:
@@ -13188,14 +13257,12 @@ def draw_box(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame
                 cursor = len(rows)
             else:
                 rows.append([(piece, "reverse" if box.fresh else "")])
-    room = max(1, height - 4)
+    room = max(1, height - 6)
     top = max(0, min(cursor - 1, len(rows) - 1) - room + 1)
-    keys = [("Enter" if box.one_line else "F2", "bold"), (" sends  ", "dim"), ("Esc", "bold"),
-            (" goes back", "dim")]
-    if not box.one_line:
-        keys = [*keys[:2], ("Enter", "bold"), (" new line  ", "dim"), *keys[2:]]
-    hint = [[("typing replaces it; an arrow keeps it", "dim")]] if box.fresh else []
-    return Frame(frame_box(clean_text(box.title), [*rows[top:top + room], *hint, [], keys], width), ui)
+    keys = pack_pairs([("Enter" if box.one_line else "F2", " sends"), *([] if box.one_line else [
+        ("Enter", " new line")]), ("Esc", " goes back")], inner, "dim")
+    hint = [[("typing replaces it; arrows keep it", "dim")]] if box.fresh else []
+    return Frame(frame_box(clean_text(box.title), [*rows[top:top + room], *hint, [], *keys], width), ui)
 
 
 def split_cells(text: str, width: int) -> list[tuple[int, str]]:
@@ -13214,28 +13281,32 @@ def draw_confirm(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> F
     """The question before something that cannot be taken back."""
     what, about = ui.question
     whom = f"Cancel {clean_text(about)}?" if about else "Cancel the whole run, every agent of it?"
-    keys = [("y", "bold"), (" yes  ", ""), ("r", "bold"), (" yes, with a reason  ", ""), ("n", "bold"),
-            (" no", "")]
-    rows = [[(whom, "bold")], [("Its work so far is kept.", "dim")], [], keys]
+    keys = pack_pairs((("y", " yes"), ("r", " yes, with a reason"), ("n", " no")), width - 4)
+    lines = wrap_cells(whom, width - 4)
+    rows = [*([(line, "bold")] for line in lines), [("Its work so far is kept.", "dim")], [], *keys]
     return Frame(frame_box("sure?", rows, width, "red"), ui)
 
 
 def draw_unsaved(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The question before changed rules are left."""
-    keys = [("s", "bold"), (" save  ", ""), ("d", "bold"), (" drop  ", ""), ("Esc", "bold"), (" stay", "")]
-    rows = [[("These rules are not in force yet.", "bold")], [], keys]
+    keys = pack_pairs((("s", " save"), ("d", " drop"), ("Esc", " stay")), width - 4)
+    rows = [[("These rules are not in force yet.", "bold")], [], *keys]
     return Frame(frame_box("changed rules", rows, width, "yellow"), ui)
 
 
 def body_runs(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The runs there are, newest first."""
-    rows = []
+    rows, wide = [], width >= WIDE
+    names = max((count_cells(clean_text(entry["name"])) for entry in scene.runs), default=1)
+    room = max(1, min(names, width // 3))
     for entry in scene.runs:
         style = {"running": "bold green", "stale": "red"}.get(entry["state"], "")
         age = render_duration(scene.now - entry["started_unix"]) if entry["started_unix"] else "-"
-        here = "▸" if entry["run_id"] == scene.run.run_id else " "
-        rows.append([(f" {here} {entry['run_id'][:13]}", ""), (f"  {pad_cells(entry['state'], 9)}", style),
-                     (f"{age:>7} ago  ", "dim"), (clean_text(entry["name"] or "-"), "bold")])
+        rows.append([(entry["run_id"][:13 if wide else 8], ""), (f"  {pad_cells(entry['state'], 9)}", style),
+                     (f"{age:>6} ago  " if wide else f"{age:>6}  ", "dim"),
+                     (pad_cells(clean_text(entry["name"] or "-"), room), "bold"),
+                     (f"  {entry['mode']}" if wide else "", "dim"),
+                     ("  shown now" if wide and entry["run_id"] == scene.run.run_id else "", "dim")])
     frame = draw_list(rows, ui, width, height - 1, "run", "there are no runs")
     return Frame([draw_rule("runs", width), *frame.rows], frame.ui,
                  tuple((y + 1, *rest) for y, *rest in frame.spots))
@@ -13256,24 +13327,35 @@ ACTION_WORDS = {
 }
 
 
-def first_column(column: int, width: int) -> int:
-    """The first column of the rules that is shown, so that `column` is in sight."""
-    sizes = [size + 1 for _, size, *_ in POLICY_COLUMNS]
-    return next(n for n in range(column + 1) if n == column or 4 + sum(sizes[n:column + 1]) <= width)
+def place_columns(column: int, width: int) -> list[tuple[int, int]]:
+    """(column of the rules, its cells) of those that are shown, so that `column` is in sight.
+
+    The action stays, where there is room for it; texts take what is left over of a wide terminal.
+    """
+    sizes = [row[1] for row in POLICY_COLUMNS]
+    texts = [n for n, row in enumerate(POLICY_COLUMNS) if not row[2] and n < len(sizes) - 1]
+    spare = width - 5 - sum(size + 1 for size in sizes)
+    for n in texts:
+        sizes[n] += max(0, min(30, spare // len(texts)))
+    for first in range(1, column + 1):
+        if 5 + sum(sizes[n] + 1 for n in (0, *range(first, column + 1))) <= width:
+            return [(n, sizes[n]) for n in (0, *range(first, len(sizes)))]
+    return [(n, sizes[n]) for n in range(column, len(sizes))]
 
 
 def body_policy(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
     """The rules about approvals, to be changed: the first that matches decides."""
-    first = first_column(ui.column, width)
-    columns = [*enumerate(POLICY_COLUMNS)][first:]
-    head = [(" ◂  " if first else "    ", "dim")] + [(pad_cells(name, size) + " ", "bold")
-                                                     for _, (name, size, *_) in columns]
+    columns = place_columns(ui.column, width)
+    hides = len(columns) < len(POLICY_COLUMNS)
+    head = [("  ◂  " if hides else "     ", "dim")] + [(pad_cells(POLICY_COLUMNS[n][0], size) + " ", "bold")
+                                                       for n, size in columns]
     pick = min(max(ui.pick, 0), max(0, len(ui.rules) - 1))
     rows: list = [head]
     words = ""
     for n, rule in enumerate(ui.rules):
-        spans = [(f" {n:>2} ", "")]
-        for column, (name, size, _, about) in columns:
+        spans = [(f"{n:>2} ", "")]
+        for column, size in columns:
+            name, _, _, about = POLICY_COLUMNS[column]
             value = rule["action"] if name == "action" else rule["match"].get(name)
             text = pad_cells("any" if value is None else clean_text(f"{value}"), size)
             style = "bold" if value is not None else "dim"
@@ -13283,30 +13365,54 @@ def body_policy(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fr
         rows.append(spans)
     default = scene.run.facts.get("approval_policy", "block")
     words = [(line, "cyan") for line in wrap_cells(words, max(8, width - 2))]
-    last = f" -  {default}: what no rule matches ({ACTION_WORDS[default]})"
+    last = f"  - {default}: what no rule matches ({ACTION_WORDS[default]})"
     words += [(line, "dim") for line in wrap_cells(last, max(8, width - 2))]
     words = words[:max(1, height // 2)]
     frame = draw_list(rows, ui, width, height - 1 - len(words), "rule", "no rules; n makes one", first=1)
-    title = "approval rules" + ("  changed: s saves them" if WHENS["unsaved"](scene, ui) else "")
+    title = "approval rules" + ("  changed: s saves" if WHENS["unsaved"](scene, ui) else "")
     return Frame([draw_rule(title, width), *frame.rows,
                   *(fit_spans([(" ", ""), span], width) for span in words)], frame.ui,
                  tuple((y + 1, *rest) for y, *rest in frame.spots))
 
 
-def body_help(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+def tell_keys(scene: Scene, ui: Ui, width: int) -> list[list]:
     """Every key once, by the first view in which it counts; first that from which the help was opened."""
     rows: list = []
     told: list = []
     beneath = ui.views[-2] if len(ui.views) > 1 else "floor"
+    indent, room = (3, 15) if width >= WIDE else (1, 13)
     for view in dict.fromkeys((beneath, *VIEW_KINDS)):
         title = VIEW_KINDS[view][0]
         keys = [key for key in scene.keys if view in key.where and key not in told]
         told += keys
         rows += [[]] * bool(rows) + [[(f" {title}", "bold cyan")]] if keys else []
         for key in keys:
-            lines = wrap_cells(key.help, max(10, width - 21))
-            rows += [[(f"   {key.shown:15}" if not n else " " * 18, "bold"), (f" {line}", "")]
+            lines = wrap_cells(key.help, max(10, width - indent - room - 3))
+            rows += [[(" " * indent + pad_cells("" if n else key.shown, room), "bold"), (f" {line}", "")]
                      for n, line in enumerate(lines)]
+    return rows
+
+
+def stack_parts(rows: list[list], height: int) -> list[list]:
+    """Rows, in parts with an empty row between them, as columns of `height` rows; no part is cut."""
+    columns: list = [[]]
+    ends = [*(n for n, row in enumerate(rows) if not row), len(rows)]
+    for start, end in zip([0, *(n + 1 for n in ends)], ends):
+        column = columns[-1]
+        if column and len(column) + 1 + end - start > height:
+            columns.append([])
+        columns[-1] += [[]] * bool(columns[-1]) + rows[start:end]
+    return columns
+
+
+def body_help(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Frame:
+    """Every key; side by side, where that makes them all fit."""
+    rows = tell_keys(scene, ui, width)
+    columns = stack_parts(tell_keys(scene, ui, HELP_COLUMNS), height)
+    if len(rows) > height and len(columns) * HELP_COLUMNS <= width and max(map(len, columns)) <= height:
+        size = width // len(columns)
+        rows = [[span for column in columns for span in fit_spans((column[y:] or [[]])[0], size)]
+                for y in range(height)]
     top = min(ui.pick, max(0, len(rows) - height))
     shown = [fit_spans(spans, width) for spans in rows[top:top + height]]
     if len(rows) > top + height:
@@ -13337,7 +13443,7 @@ def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = Tru
     """The whole screen."""
     base = next(view for view in reversed(ui.views) if VIEW_KINDS[view][1])
     chrome = CHROME_ROWS if height >= 8 else 1 if height >= 3 else 0
-    frame = VIEW_KINDS[base][2](scene, ui, width, max(1, height - chrome), utf8)
+    frame = VIEW_KINDS[base][2](scene, ui._replace(more=False), width, max(1, height - chrome), utf8)
     rows, ui = frame.rows[:max(1, height - chrome)], frame.ui
     above = [draw_title(scene, ui, width), draw_needs(scene, ui, width)] if chrome > 1 else []
     rows = [*above, *rows, *([draw_status(scene, width)] if chrome > 1 else []),
@@ -13349,6 +13455,8 @@ def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = Tru
         left, start = (width - size) // 2, max(0, (height - len(over)) // 2)
         for n, row in enumerate(over):
             rows[start + n] = fit_spans([(" " * left, ""), *row], width)
+    said = draw_said(ui, width, max(1, height // 3))
+    rows = rows[:len(rows) - len(said)] + said
     if not utf8:
         rows = [[(to_ascii(text), style) for text, style in row] for row in rows]
     return Frame(rows, ui, tuple((y + len(above), *rest) for y, *rest in frame.spots))
@@ -14739,9 +14847,9 @@ KEYS = (
     FloorKey(("enter",), "Enter", "read", "read the request in full, its plan too", ("approvals",),
              key_read_ask, "asks"),
     FloorKey(("j", "k", "down", "up", "J", "K", "g", "G", "home", "end", "ctrl-d", "ctrl-u", "pgdn", "pgup",
-              "wheel-up", "wheel-down"), "j k g G", "", "read on, back, from the begin, the end",
+              "wheel-up", "wheel-down"), "j k g G", "read on", "read on, back, from the begin, the end",
              ("ask", "diff"),
-             key_read_on),
+             key_read_on, "more"),
     FloorKey(("r",), "r", "reprompt", "interrupt the actor and tell it something else", _ACTS, key_reprompt,
              "told"),
     FloorKey(("p",), "p", "pause", "pause the actor: its process ends, its session is kept", _ACTS,

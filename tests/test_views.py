@@ -126,37 +126,52 @@ def hostile() -> Maker:
     return make.ended("plain", "Failed", "a\x1b[2J\x1b]0;owned\x07b\u202ec")
 
 
-# name: (the scene, where the operator looks, columns, rows, UTF-8)
-FRAMES = {
-    "tree_80x24": lambda: (scene(tree()), Ui(), 80, 24, True),
-    "tree_40x12": lambda: (scene(tree()), Ui(focus="worker-4"), 40, 12, True),
-    "tree_200x60": lambda: (scene(tree()), Ui(focus="worker-7"), 200, 60, True),
-    "tree_ascii": lambda: (scene(tree()), Ui(focus="worker-5"), 80, 24, False),
+TEXT = pitboss.Box("tell worker-1", "use the old\n漢字 parser", 14)
+RULE_TEXT = pitboss.Box("tool_name (empty: any)", "Bash", 4, one_line=True, fresh=True)
+# view: (the scene, where the operator looks); each has a picture of every size
+VIEWS = {
+    "tree": lambda: (scene(tree()), Ui(focus="worker-4")),
+    "crowd": lambda: (scene(crowd()), Ui(focus="task-100")),
+    "detail": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-4")),
+    "log": lambda: (scene(tree(), log=LOG * 20, log_cut=5_000_000), Ui(("floor", "log"), "worker-1", back=3, search="passed", hit=9)),
+    "diff": lambda: (scene(tree(), diff=DIFF), Ui(("floor", "diff"), "worker-1")),
+    "approvals": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals"), pick=1)),
+    "ask": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e")),
+    "plan": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals", "ask"), request="77")),
+    "policy": lambda: (scene(tree()), Ui(("floor", "policy"), rules=RULES, pick=1, column=4)),
+    "unsaved": lambda: (scene(tree()), Ui(("floor", "policy", "unsaved"), rules=RULES, question=("back", ""))),
+    "runs": lambda: (scene(tree()), Ui(("floor", "runs"), pick=1)),
+    "confirm": lambda: (scene(tree()), Ui(("floor", "confirm"), "worker-1", question=("cancel", "worker-1"))),
+    "box": lambda: (scene(tree()), Ui(("floor", "box"), "worker-1", box=TEXT)),
+    "help": lambda: (scene(tree()), Ui(("floor", "help"))),
+}
+PAPER = {
+    # of a picture: columns, rows, UTF-8
+    "80x24": (80, 24, True), "40x12": (40, 12, True), "200x60": (200, 60, True), "ascii": (80, 24, False),
+}
+# what only one picture shows: (the scene, where the operator looks, columns, rows, UTF-8)
+MORE = {
     "tree_compact": lambda: (scene(tree(), words={"worker-2": "reads the lexer"}), Ui(compact=True, focus="worker-2"), 100, 24, True),
     "tree_folded": lambda: (scene(tree()), Ui(focus="sub-1", header=True, folded=frozenset(["sub-1"])), 80, 24, True),
     "tree_filtered": lambda: (scene(tree()), Ui(filter="haiku"), 80, 24, True),
+    "tree_filtered_40x12": lambda: (scene(tree()), Ui(filter="haiku", focus="worker-8"), 40, 12, True),
     "tree_stale": lambda: (scene(tree(), "stale"), Ui(hides_settled=True), 80, 24, True),
-    "crowd_80x24": lambda: (scene(crowd()), Ui(focus="task-100"), 80, 24, True),
+    "tree_said": lambda: (scene(tree(), "stale"), Ui(message=DIED, tone="red"), 40, 12, True),
     "hostile": lambda: (scene(hostile()), Ui(focus="wide"), 80, 24, True),
-    "detail_80x24": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-1"), 80, 24, True),
-    "detail_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-4"), 40, 12, True),
-    "log_80x24": lambda: (scene(tree(), log=LOG * 9, log_cut=5_000_000), Ui(("floor", "log"), "worker-1", back=3, search="passed", hit=9), 80, 24, True),
-    "approvals_80x24": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals"), pick=1), 80, 24, True),
-    "ask_80x24": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e"), 80, 24, True),
-    "ask_40x12": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e", back=4), 40, 12, True),
-    "plan_80x24": lambda: (scene(tree().asked("boss", "77", "Rewrite it", form="plan")), Ui(("floor", "approvals", "ask"), request="77"), 80, 24, False),
-    "policy_80x24": lambda: (scene(tree()), Ui(("floor", "policy"), rules=RULES, pick=1, column=4), 80, 24, True),
-    "runs_80x24": lambda: (scene(tree()), Ui(("floor", "runs"), pick=1), 80, 24, True),
-    "detail_small_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "sub-1", head=5), 40, 12, True),
-    "diff_80x24": lambda: (scene(tree(), diff=DIFF), Ui(("floor", "diff"), "worker-1"), 80, 24, True),
-    "policy_40x12": lambda: (scene(tree()), Ui(("floor", "policy"), rules=RULES, pick=1, column=4), 40, 12, True),
-    "unsaved_80x24": lambda: (scene(tree()), Ui(("floor", "policy", "unsaved"), rules=RULES, question=("back", "")), 80, 24, True),
     "nobody_80x24": lambda: (scene(tree()), Ui(filter="nobody is called so", focus="worker-1"), 80, 24, True),
     "few_40x12": lambda: (scene(Maker("flat").actor("only", "task", None)), Ui(focus="only"), 40, 12, True),
-    "confirm_80x24": lambda: (scene(tree()), Ui(("floor", "confirm"), "worker-1", question=("cancel", "worker-1")), 80, 24, True),
-    "box_80x24": lambda: (scene(tree()), Ui(("floor", "box"), "worker-1", box=pitboss.Box("tell worker-1", "use the old\n漢字 parser", 14)), 80, 24, True),
-    "help_80x24": lambda: (scene(tree()), Ui(("floor", "help")), 80, 24, True),
+    "detail_works": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-1"), 80, 24, True),
+    "detail_small_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "sub-1", head=5), 40, 12, True),
+    "detail_asks_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "sub-1"), 40, 12, True),
+    "ask_read_on": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e", back=4), 40, 12, True),
+    "approvals_cut_40x12": lambda: (scene(tree().asked("worker-8", "78", "Rewrite the parser by hand " * 9)), Ui(("floor", "approvals"), pick=1), 40, 12, True),
+    "rule_box_40x12": lambda: (scene(tree()), Ui(("floor", "policy", "box"), rules=RULES, pick=1, column=3, box=RULE_TEXT), 40, 12, True),
+    "answered_40x12": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="gone"), 40, 12, True),
+    "no_rules_40x12": lambda: (scene(tree()), Ui(("floor", "policy")), 40, 12, True),
 }
+DIED = "its dispatcher died: pitboss resume 0192f3a0-1111 goes on, pitboss cancel 0192f3a0-1111 ends it"
+FRAMES = {**{f"{view}_{paper}": lambda of=of, size=size: (*of(), *size) for view, of in VIEWS.items()
+             for paper, size in PAPER.items()}, **MORE}
 SIZES = [(80, 24), (40, 12), (200, 60), (20, 5), (1, 1), (9, 3), (80, 8), (300, 10)]
 
 
@@ -171,7 +186,9 @@ def test_a_frame_is_as_its_picture(name):
 
 def test_every_picture_is_looked_at_and_every_view_has_one():
     assert {p.stem for p in PICTURES.glob("*.txt")} == set(FRAMES)
-    assert {view for make in FRAMES.values() for view in make()[1].views} == set(pitboss.VIEW_KINDS)
+    for size in PAPER.values():
+        shown = {where.views[-1] for _, where, *paper in (make() for make in FRAMES.values()) if (*paper,) == size}
+        assert shown == set(pitboss.VIEW_KINDS), size
 
 
 @pytest.mark.parametrize("columns, rows", SIZES)
@@ -198,13 +215,112 @@ def test_colours_of_leads_models_and_states():
     styles = {text.strip(): style for row in frame.rows for text, style in row}
     assert "cyan" in styles["★ boss"] and styles["haiku-4-5"] == "green" and styles["opus-4-8"] == "magenta"
     assert styles["sonnet-4-6"] == "blue" and styles["Frozen"] == "blue" and styles["Failed ✗"] == "red"
-    assert any("reverse" in style for row in frame.rows for text, style in row if text == " ▸ worker-7 ")
+    assert any("reverse" in style for row in frame.rows for text, style in row if text == " ▸ worker-4 ")
 
 
 def test_risks_have_the_colour_of_warnings():
     rows = render_floor(*FRAMES["ask_80x24"]()).rows
     styles = {text.strip(): style for row in rows for text, style in row}
     assert "yellow" in styles["- a cold start"] and "yellow" in styles["RISKS"] and styles["- two minutes"] == ""
+
+
+# ------------------------------------------------------------------ nothing is told by colour alone
+
+ASKED = lambda: scene(tree().asked("boss", "77", "Rewrite it", form="plan"))  # noqa: E731
+CHOSEN = {
+    # what: (words of a row, where the operator looks when it is chosen, and when something else is)
+    "tile": ("▸ worker-1", Ui(focus="worker-1"), Ui(focus="worker-5")),
+    "line": ("▸ worker-1", Ui(focus="worker-1", compact=True), Ui(focus="worker-5", compact=True)),
+    "group": ("sub-1  Running", Ui(focus="sub-1", header=True), Ui(focus="worker-5")),
+    "request": ("boss→sub-1", Ui(("floor", "approvals")), Ui(("floor", "approvals"), pick=1)),
+    "rule": ("auto_approve", Ui(("floor", "policy"), rules=RULES), Ui(("floor", "policy"), rules=RULES, pick=1)),
+    "cell": (" - block:", Ui(("floor", "policy"), rules=RULES), Ui(("floor", "policy"), rules=RULES, column=2)),
+    "run": ("nightly", Ui(("floor", "runs"), pick=1), Ui(("floor", "runs"))),
+    "place in a log": ("12 passed", Ui(("floor", "log"), "boss", search="passed", hit=3), Ui(("floor", "log"), "boss", search="passed")),
+}
+
+
+@pytest.mark.parametrize("utf8", [True, False])
+@pytest.mark.parametrize("what", CHOSEN)
+def test_what_is_chosen_is_seen_without_colour(what, utf8):
+    words, *looks = CHOSEN[what]
+    words = words if utf8 else pitboss.to_ascii(words)
+    found = []
+    for ui in looks:
+        lines = pitboss.frame_lines(render_floor(ASKED(), ui, 80, 24, utf8), False)[2:]
+        at = next(n for n, line in enumerate(lines) if words in line)
+        found.append(lines[at - (what == "cell")])     # of a cell the row above its words tells
+    assert found[0] != found[1]
+
+
+def test_ends_are_told_apart_without_colour_and_utf8():
+    glyphs = [pitboss.to_ascii(row.glyph) for row in pitboss.STATUSES.values()]
+    assert len({*glyphs}) == len(glyphs) and "?" not in glyphs
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_without_colour_a_frame_is_text_alone(name):
+    assert "\x1b" not in picture(name)
+
+
+# ------------------------------------------------------------------ what finds no room
+
+@pytest.mark.parametrize("texts, width, row", [
+    (("one", "two"), 6, "onetwo"), (("one", "two"), 5, "onet…"), (("one", "two"), 3, "on…"), (("one", " "), 3, "one"),
+    (("one", "  "), 4, "one "), (("漢字", "x"), 4, "漢… "), (("", "one", "", "two"), 3, "on…"), (("one",), 0, "")])
+def test_what_is_cut_has_a_mark(texts, width, row):
+    shown = "".join(text for text, _ in pitboss.fit_spans([(text, "") for text in texts], width))
+    assert (shown, cell_width(shown)) == (row, width)
+
+
+@pytest.mark.parametrize("width, always, row", [
+    (12, 0, " aa  bbb  cc"), (11, 0, " aa  bbb …"), (9, 0, " aa  cc …"), (4, 0, "  …"), (7, 2, " aa  b…"), (40, 0, " aa  bbb  cc")])
+def test_parts_without_room_are_left_out_and_marked(width, always, row):
+    spans = pitboss.join_parts([[("aa", "")], [("bbb", "")], [("cc", "")]], width, always)
+    assert "".join(text for text, _ in spans).rstrip() == row
+
+
+def test_what_is_said_is_not_cut():
+    for width in (30, 40, 80):
+        frame = render_floor(scene(tree()), Ui(message=DIED), width, 24)
+        lines = pitboss.frame_lines(frame, False)
+        assert " ".join(" ".join(lines[-4:]).split()).endswith(DIED), lines[-4:]
+    lines = pitboss.frame_lines(render_floor(scene(tree()), Ui(message="word " * 500), 40, 12), False)
+    assert lines[-1].endswith("…") and lines[7].startswith("   ▸") and lines[8].startswith(" word")
+
+
+def test_a_request_that_finds_no_room_in_its_row_is_read_below_the_list():
+    asked = scene(tree().asked("worker-8", "78", "Rewrite the parser by hand, and then all of its tests in the folder"))
+    for pick in (0, 1):
+        lines = pitboss.frame_lines(render_floor(asked, Ui(("floor", "approvals"), pick=pick), 80, 24), False)
+        assert (" Rewrite the parser by hand, and then all of its tests in the folder" in lines) == (pick == 1)
+
+
+def test_a_rule_says_what_it_does_however_narrow_it_is():
+    for column in range(len(pitboss.POLICY_COLUMNS)):
+        lines = pitboss.frame_lines(render_floor(scene(tree()), Ui(("floor", "policy"), rules=RULES, column=column), 40, 12), False)
+        assert "auto_approve" in lines[4]
+
+
+def test_wide_terminals_show_wide_rules_and_the_whole_help():
+    rules = ({"match": {"actor": "a-name-that-has-more-than-thirty-letters"}, "action": "block"},)
+    frames = [render_floor(scene(tree()), Ui(("floor", *views), rules=rules), 200, 60) for views in (("policy",), ("help",))]
+    lines, told = (pitboss.frame_lines(frame, False) for frame in frames)
+    assert any("thirty-letters " in line for line in lines)
+    assert not any("more lines" in line for line in told)
+    assert all(key.help.split()[-1] in " ".join(told) for key in pitboss.KEYS)
+
+
+def test_what_stands_above_is_told_of():
+    lines = pitboss.frame_lines(render_floor(*FRAMES["detail_small_40x12"]()), False)
+    assert any(line.endswith("5 above: h") for line in lines)
+    assert any("4 rows above" in line for line in pitboss.frame_lines(render_floor(*FRAMES["ask_read_on"]()), False))
+
+
+def test_reading_on_is_in_the_last_row_where_there_is_more():
+    for rows, shown in ((12, True), (40, False)):
+        lines = pitboss.frame_lines(render_floor(scene(tree(), diff=DIFF), Ui(("floor", "diff"), "worker-1"), 80, rows), False)
+        assert ("j read on" in lines[-1]) is shown
 
 
 # ------------------------------------------------------------------ focus
