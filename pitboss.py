@@ -13061,7 +13061,8 @@ def body_detail(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fr
     facts = describe_actor(scene, actor, width, utf8)
     most = max(3, height * 2 // 3 - len(facts) - 1)
     name, *facts = facts + describe_changes(scene.changes, most)
-    room = max(0, height - 2 - min(3, max(1, len(scene.log))))   # the log keeps three rows, if it has them
+    said = sum(len(lines) for lines in wrap_log(scene.log[-3:], width))
+    room = max(0, height - 2 - min(3, max(1, said)))           # the log keeps three rows, if it has them
     head = min(ui.head, max(0, len(facts) - room))
     below = len(facts) - head - room
     facts = facts[head:head + room]
@@ -13282,8 +13283,11 @@ def draw_confirm(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> F
     what, about = ui.question
     whom = f"Cancel {clean_text(about)}?" if about else "Cancel the whole run, every agent of it?"
     keys = pack_pairs((("y", " yes"), ("r", " yes, with a reason"), ("n", " no")), width - 4)
-    lines = wrap_cells(whom, width - 4)
-    rows = [*([(line, "bold")] for line in lines), [("Its work so far is kept.", "dim")], [], *keys]
+    with_it = sum(1 for a in scene.run.actors.values() if about and not a.status and a.id != about
+                  and about in path_of(scene.run, a.id))
+    rows = [[(line, "bold")] for line in wrap_cells(whom, width - 4)]
+    rows += [[(f"With it {with_it} that it leads.", "")]] if with_it else []
+    rows += [[("Its work so far is kept.", "dim")], [], *keys]
     return Frame(frame_box("sure?", rows, width, "red"), ui)
 
 
@@ -13439,6 +13443,18 @@ VIEW_KINDS = {
 CHROME_ROWS = 4            # title, needs, status bar, foot
 
 
+def lay_over(rows: list, over: list, left: int, width: int, below: int | None) -> int:
+    """Put a frame over the middle of the screen, one over another frame below what that one says.
+
+    `below`: the first row below that other one.  Returns the same of this one.
+    """
+    last = len(rows) - 1 - len(over)           # the last row of all stays
+    start = max(0, (len(rows) - len(over)) // 2 if below is None else min(below, last))
+    for n, row in enumerate(over):
+        rows[start + n] = fit_spans([(" " * left, ""), *row], width)
+    return start + len(over)
+
+
 def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = True) -> Frame:
     """The whole screen."""
     base = next(view for view in reversed(ui.views) if VIEW_KINDS[view][1])
@@ -13448,13 +13464,11 @@ def render_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool = Tru
     above = [draw_title(scene, ui, width), draw_needs(scene, ui, width)] if chrome > 1 else []
     rows = [*above, *rows, *([draw_status(scene, width)] if chrome > 1 else []),
             *([draw_foot(scene, ui, width)] if chrome else [])]
+    below = None
     for view in ui.views[ui.views.index(base) + 1:]:
-        size = min(width, 100 if width > 110 else width - 4 if width > 60 else width)
+        size = min(width, 100 if width > 110 else width - 4 if width > WIDE else width)
         drawn = VIEW_KINDS[view][2](scene, ui, size, max(5, height - 2), utf8)
-        over, ui = drawn.rows[:height], drawn.ui
-        left, start = (width - size) // 2, max(0, (height - len(over)) // 2)
-        for n, row in enumerate(over):
-            rows[start + n] = fit_spans([(" " * left, ""), *row], width)
+        ui, below = drawn.ui, lay_over(rows, drawn.rows[:height], (width - size) // 2, width, below)
     said = draw_said(ui, width, max(1, height // 3))
     rows = rows[:len(rows) - len(said)] + said
     if not utf8:

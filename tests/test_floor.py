@@ -124,6 +124,9 @@ def test_a_floor_is_left_with_q_and_the_terminal_is_as_before(stage, terminal):
     assert run.process.poll() is None, "the run goes on"
 
 
+PLAIN_CODES = {"", "0", "1", "2", "4", "7", "22", "24", "27", "39", "49"}     # bold, dim, underlined, reversed, and not so
+
+
 class Press:
     """One key in a view, and what is on the screen after it."""
 
@@ -170,7 +173,7 @@ DRIVEN = {
         Press("D", "worker-1: changes"), Press("esc", no="worker-1: changes"),
         Press("/", "show only", type="haiku"), Press("enter", "filter: haiku", "worker-2", no="worker-1"),
         Press("esc", "worker-1", no="filter"), Press("C", "settled ones hidden", no="▸ worker-2"), Press("C", "▸ worker-2"),
-        Press("v", "^  ▸ worker-1", no="╭"), Press("v", "╭"), Press("click", "who +boss  lead"), Press("esc", "╰ ← boss"),
+        Press("v", "^   ▸ worker-1", no="╭"), Press("v", "╭"), Press("click", "who +boss  lead"), Press("esc", "╰ ← boss"),
         Press("?", "fold or unfold the group"), Press("?", no="fold or unfold"), Press("q", "left 0")]),
     "detail": (("l", "enter"), [
         Press("", "who +boss→worker-1", "task ", "tokens", "changes +it has no worktree"),
@@ -494,7 +497,12 @@ def test_without_colour_and_utf8(stage, terminal):
     screen.type("l")
     shown = screen.wait(r"\[LEAD\] boss", "# > worker-1", "< boss", "> na\\?ve \\?\\?\\?\\?")
     assert shown.isascii()
-    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", screen.tmux("capture-pane", "-p", "-e"))
+    for keys, words in ((("L",), "worker-1: log"), (("esc", "P", "n"), "0 block"), (("esc",), "not in force"), (("d", "o"), "- runs -"),
+                        (("esc", "enter"), "who +boss"), (("esc", "x"), "Cancel worker-1"), (("n", "?"), "the floor")):
+        screen.type(*keys)
+        screen.wait(words)
+        codes = re.findall(r"\x1b\[([0-9;]*)m", screen.tmux("capture-pane", "-p", "-e"))
+        assert {code for some in codes for code in some.split(";")} <= PLAIN_CODES, words
 
 
 def test_output_of_agents_cannot_write_to_the_terminal(stage, terminal):

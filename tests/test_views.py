@@ -127,6 +127,7 @@ def hostile() -> Maker:
 
 
 TEXT = pitboss.Box("tell worker-1", "use the old\n漢字 parser", 14)
+WHY = pitboss.Box("why not?", "it is late", 10)
 RULE_TEXT = pitboss.Box("tool_name (empty: any)", "Bash", 4, one_line=True, fresh=True)
 # view: (the scene, where the operator looks); each has a picture of every size
 VIEWS = {
@@ -166,6 +167,10 @@ MORE = {
     "ask_read_on": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="5c1e", back=4), 40, 12, True),
     "approvals_cut_40x12": lambda: (scene(tree().asked("worker-8", "78", "Rewrite the parser by hand " * 9)), Ui(("floor", "approvals"), pick=1), 40, 12, True),
     "rule_box_40x12": lambda: (scene(tree()), Ui(("floor", "policy", "box"), rules=RULES, pick=1, column=3, box=RULE_TEXT), 40, 12, True),
+    **{f"why_not_{paper}": lambda size=PAPER[paper]: (scene(tree()), Ui(("floor", "approvals", "ask", "box"), request="5c1e", box=WHY), *size)
+       for paper in ("80x24", "40x12", "200x60")},
+    "confirm_sublead": lambda: (scene(tree()), Ui(("floor", "confirm"), "sub-1", question=("cancel", "sub-1")), 40, 12, True),
+    "confirm_run": lambda: (scene(tree()), Ui(("floor", "confirm"), "sub-1", question=("cancel", "")), 40, 12, True),
     "answered_40x12": lambda: (scene(tree()), Ui(("floor", "approvals", "ask"), request="gone"), 40, 12, True),
     "no_rules_40x12": lambda: (scene(tree()), Ui(("floor", "policy")), 40, 12, True),
 }
@@ -294,6 +299,25 @@ def test_a_request_that_finds_no_room_in_its_row_is_read_below_the_list():
     for pick in (0, 1):
         lines = pitboss.frame_lines(render_floor(asked, Ui(("floor", "approvals"), pick=pick), 80, 24), False)
         assert (" Rewrite the parser by hand, and then all of its tests in the folder" in lines) == (pick == 1)
+
+
+@pytest.mark.parametrize("paper", ["80x24", "40x12", "200x60"])
+def test_what_is_answered_is_read_while_the_answer_is_typed(paper):
+    lines = pitboss.frame_lines(render_floor(*FRAMES[f"why_not_{paper}"]()), False)
+    assert any("│ Delete the old cache" in line for line in lines) and any("│ it is late" in line for line in lines)
+
+
+def test_a_question_says_who_is_cancelled_too():
+    told = {about: "\n".join(pitboss.frame_lines(render_floor(scene(tree()), Ui(("floor", "confirm"), question=("cancel", about)), 80, 24), False))
+            for about in ("sub-1", "worker-1", "boss", "")}
+    assert "With it 2 that it leads" in told["sub-1"] and "With it 7 that it leads" in told["boss"]
+    assert "With it" not in told["worker-1"] + told[""]
+
+
+def test_a_log_of_one_long_entry_keeps_three_rows():
+    what = scene(tree(), log=(("!", "it broke in the middle of a long sentence that ends here"),))
+    lines = pitboss.frame_lines(render_floor(what, Ui(("floor", "detail"), "worker-4"), 40, 12), False)
+    assert " ! it broke in the middle of a long" in lines
 
 
 def test_a_rule_says_what_it_does_however_narrow_it_is():
