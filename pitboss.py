@@ -12721,8 +12721,8 @@ def draw_title(scene: Scene, ui: Ui, width: int) -> list:
     parts = [(f"{run.run_id[:8]} {name}", "bold"), (word, style),
              (f"filter: {clean_text(ui.filter)}" if ui.filter else "", "yellow"),
              ("settled ones hidden" if ui.hides_settled else "", "yellow"),
-             (render_duration(until - run.opened_at) if run.opened_at else "", ""), (run.mode, "dim"),
-             (f"made by {clean_text(scene.origin)}, only read here" if scene.origin else "", "dim")]
+             (f"made by {clean_text(scene.origin)}, only read here" if scene.origin else "", "yellow"),
+             (render_duration(until - run.opened_at) if run.opened_at else "", ""), (run.mode, "dim")]
     return join_parts([[part] for part in parts if part[0]], width, 2 + bool(ui.filter) + ui.hides_settled)
 
 
@@ -12738,7 +12738,8 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
         advice = advise(need, scene.run.run_id[:13])
-        words = f"{clean_text(need.actor)} {need.text}" if need.actor else f"{advice}: {need.text}"
+        whole = f"{advice}: {need.text}" if wide else f"{need.text}: {advice}"
+        words = f"{clean_text(need.actor)} {need.text}" if need.actor else whole
         spans += [("  " if wide or n else " ", ""),
                   (f"{need.kind} " if need.actor and wide else "", f"bold {colour}"),
                   (words if not n else clip_cells(words, max(20, width // 2)), "bold" if focused else "")]

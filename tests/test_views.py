@@ -26,7 +26,7 @@ class Maker:
 
     def __init__(self, mode: str = "hierarchical", **facts) -> None:
         self.seq, self.at, self.run = 0, START, pitboss.RunState()
-        self("run_opened", format=1, run_id=RUN_ID, name="refactor", mode=mode, max_parallel=100, **facts)
+        self("run_opened", format=1, run_id=RUN_ID, name="refactor", mode=mode, **{"max_parallel": 100, **facts})
 
     def __call__(self, kind: str, **facts) -> "Maker":
         self.seq, self.at = self.seq + 1, self.at + 1
@@ -119,6 +119,21 @@ def crowd() -> Maker:
     return make
 
 
+def held(hold: str) -> Maker:
+    """A flat run whose account is held: some work, some wait."""
+    make = Maker("flat", max_parallel=2)
+    for n in range(6):
+        make.actor(f"task-{n}", "task", None, running=n < 2)
+    return make("hold_began", account="claude:work", hold=hold, until=make.at + 400 if hold == "limit" else None)
+
+
+def ended() -> Maker:
+    """A tree that has come to its end."""
+    make = Maker().actor("boss", "lead", None).actor("worker-1").actor("worker-2", model="claude-opus-4-8")
+    make.ended("worker-1", "Success", usd=0.12).ended("worker-2", "TimedOut", "its time was up", usd=1.5).ended("boss", "Success")
+    return make("run_finished", ended_at=make.at, tasks_total=3, tasks_failed=1)
+
+
 def hostile() -> Maker:
     """Names and words that would wreck a terminal."""
     make = Maker("flat")
@@ -157,10 +172,15 @@ MORE = {
     "tree_filtered": lambda: (scene(tree()), Ui(filter="haiku"), 80, 24, True),
     "tree_filtered_40x12": lambda: (scene(tree()), Ui(filter="haiku", focus="worker-8"), 40, 12, True),
     "tree_stale": lambda: (scene(tree(), "stale"), Ui(hides_settled=True), 80, 24, True),
+    "tree_stale_40x12": lambda: (scene(tree(), "stale"), Ui(), 40, 12, True),
     "tree_said": lambda: (scene(tree(), "stale"), Ui(message=DIED, tone="red"), 40, 12, True),
     "hostile": lambda: (scene(hostile()), Ui(focus="wide"), 80, 24, True),
     "nobody_80x24": lambda: (scene(tree()), Ui(filter="nobody is called so", focus="worker-1"), 80, 24, True),
     "few_40x12": lambda: (scene(Maker("flat").actor("only", "task", None)), Ui(focus="only"), 40, 12, True),
+    "held_80x24": lambda: (scene(held("limit")), Ui(), 80, 24, True),
+    "held_40x12": lambda: (scene(held("auth")), Ui(), 40, 12, True),
+    "ended_40x12": lambda: (scene(ended(), "complete"), Ui(hides_settled=True), 40, 12, True),
+    "foreign_80x24": lambda: (scene(ended(), "complete", origin="another tool", log=()), Ui(focus="worker-2"), 80, 24, True),
     "detail_works": lambda: (scene(tree()), Ui(("floor", "detail"), "worker-1"), 80, 24, True),
     "detail_small_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "sub-1", head=5), 40, 12, True),
     "detail_asks_40x12": lambda: (scene(tree()), Ui(("floor", "detail"), "sub-1"), 40, 12, True),
@@ -283,6 +303,13 @@ def test_what_is_cut_has_a_mark(texts, width, row):
 def test_parts_without_room_are_left_out_and_marked(width, always, row):
     spans = pitboss.join_parts([[("aa", "")], [("bbb", "")], [("cc", "")]], width, always)
     assert "".join(text for text, _ in spans).rstrip() == row
+
+
+def test_what_an_operator_must_know_stands_first_in_a_narrow_terminal():
+    for name, row, words in (("held_40x12", 1, "claude: api auth fa"), ("tree_stale_40x12", 1, "its dispatcher died"),
+                             ("foreign_80x24", 0, "only read here"), ("tree_filtered_40x12", 0, "filter: ha"),
+                             ("held_40x12", -2, "api auth failed"), ("held_80x24", -2, "api rate-limited 5m24s")):
+        assert words in pitboss.frame_lines(render_floor(*FRAMES[name]()), False)[row], name
 
 
 def test_what_is_said_is_not_cut():
