@@ -12890,7 +12890,7 @@ def draw_log(scene: Scene, ui: Ui, width: int, height: int,
         rows = next(wrap_log([(mark, text)], width, most))
         hit = rows_with(text, ui.search, max(2, width - 3)) if ui.search and not most else ()
         light = "bold reverse" if n == ui.hit else "reverse"
-        rows = [(f"▸{words[1:]}", colour) for words, colour in rows[:1]] + rows[1:] if n == ui.hit else rows
+        rows = [(FOCUS_MARKS[n == ui.hit] + words[1:], colour) for words, colour in rows]
         kept[:0] = [(words, f"{colour} {light}" if k in hit else colour)
                     for k, (words, colour) in enumerate(rows)]
         if len(kept) >= wanted:
