@@ -5,6 +5,7 @@ Nothing here imports pitboss: a test that calls its functions does that itself.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -155,10 +156,11 @@ class Home:
 
     def end_everything(self) -> None:
         """SIGKILL whatever this home's runs left alive: a failed test must not disturb the next."""
-        if sys.platform == "linux":
-            for pid in processes_with(f"XDG_DATA_HOME={self.root}"):
-                if pid != os.getpid():
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
+        marker, deadline = f"XDG_DATA_HOME={self.root}", time.monotonic() + 10
+        while sys.platform == "linux" and time.monotonic() < deadline:       # one may be forked during a look
+            left = [pid for pid in processes_with(marker) if pid != os.getpid()]
+            if not left:
+                break
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
