@@ -57,7 +57,7 @@ def stop_nasty(root: Path, number: int) -> None:
 
 def nothing_survives(trial: Trial) -> Outcome:
     count = trial.count(500, 5)
-    good = trial.rounds(count, stop_nasty, wide=2)
+    good = trial.rounds(count, stop_nasty, wide=4)
     return all_of(trial, good, count, " rounds, 0 processes after 10 s")
 
 
