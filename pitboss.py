@@ -13697,7 +13697,7 @@ def events_of_records(head: dict, records: list[dict]) -> list[dict]:
             told = {"usage": usage, "cost_usd": r["cost_usd"] or 0.0}
             rows.append((begun, 3, "usage", {"actor": name, **told}))
     opened = {"format": JOURNAL_FORMAT, "run_id": head["run_id"], "name": head["name"] or "",
-              "mode": head["mode"] or "", "max_parallel": UNBOUNDED}
+              "mode": head["mode"] or "", "max_parallel": -UNBOUNDED}     # no slot is ever free
     rows = [(first, 0, "run_opened", opened), *sorted(rows, key=lambda row: row[:2])]
     if head["state"] == "complete":
         rows.append((last, 5, "run_finished", {"ended_at": last}))

@@ -79,9 +79,27 @@ def render_figures(part: str, figures: dict[str, list[dict]] | None = None) -> s
     return "\n".join(lines)
 
 
+def proof_rows() -> list[str]:
+    """The names of all rows that a proof has."""
+    return re.findall(r'^    \("(R\d+)", "', (ROOT / "tests" / "chaos" / "proof.py").read_text(encoding="utf-8"), re.M)
+
+
+def render_proof(figures: dict[str, list[dict]] | None = None) -> str:
+    """What became of the proof in a sentence for each row that missed or was not tried, and the table."""
+    rows = (read_figures() if figures is None else figures)["proof"]
+    missed = [row for row in rows if row["reached"] != "yes"]
+    absent = [name for name in proof_rows() if name not in {row["row"] for row in rows}]
+    lines = [f"{len(rows) - len(missed)} of {len(proof_rows())} rows reached their figure, each at the scale that its row "
+             f"names."]
+    lines += [f"**{row['row']} missed:** {row['measured']}; to reach: {row['figure']}." for row in missed]
+    lines += [f"Not measured: {', '.join(absent)}."] if absent else []
+    table = render_figures("proof", {"proof": rows})
+    return "\n\n".join([*lines, table]) if rows else table
+
+
 PARTS: dict[str, Callable[[], str]] = {
     # name in the README's comments: what stands between them
-    "proof": lambda: render_figures("proof"),
+    "proof": lambda: render_proof(),
     "bench": lambda: render_figures("bench"),
     "safety": lambda: pitboss.render_threats(pitboss.threat_with_tests),
     "reference": pitboss.render_reference,

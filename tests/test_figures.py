@@ -64,6 +64,18 @@ def test_a_proof_is_taken_as_it_was_measured(tmp_path):
     assert "| no |" in figures.render_figures("proof", {"proof": rows})
 
 
+def test_the_readme_says_which_row_missed_by_how_much_and_which_was_not_tried():
+    rows = [{"row": name, "promise": "p", "figure": "9 of 9", "measured": "9 of 9", "reached": "yes", "command": "make proof",
+             "scale": "1", "when": "2026-01-02"} for name in figures.proof_rows()]
+    assert len(rows) > 20 and figures.render_proof({"proof": rows}).startswith(f"{len(rows)} of {len(rows)} rows reached")
+    assert "missed" not in figures.render_proof({"proof": rows}) and "Not measured" not in figures.render_proof({"proof": rows})
+    rows[1] |= {"measured": "7 of 9", "reached": "no"}
+    told = figures.render_proof({"proof": rows[:-1]})
+    assert told.startswith(f"{len(rows) - 2} of {len(rows)} rows reached") and f"Not measured: {rows[-1]['row']}." in told
+    assert f"**{rows[1]['row']} missed:** 7 of 9; to reach: 9 of 9." in told
+    assert figures.render_proof({"proof": []}) == "No row has been measured yet."
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the verdicts come from /proc, which only Linux has")
 def test_a_proof_that_ran_can_be_taken(tmp_path):
     """What the runner itself writes of a row, not a copy of its shape."""

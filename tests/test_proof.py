@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "chaos"))
 
 import deaths  # noqa: E402
+import figures  # noqa: E402
 import proof  # noqa: E402
 from trial import CannotRun, Outcome, Trial  # noqa: E402
 
@@ -22,6 +23,10 @@ def test_a_row_has_a_promise_a_figure_and_a_function_of_its_own(row):
     assert re.fullmatch(r"R\d+", row.name) and row.promise and row.figure and callable(row.measure)
     for part in (row.name, row.promise, row.measure):
         assert sum(part in other for other in proof.ROWS) == 1, part
+
+
+def test_the_readmes_table_knows_all_rows():
+    assert figures.proof_rows() == [row.name for row in proof.ROWS]
 
 
 def all_well(trial: Trial) -> Outcome:

@@ -5,6 +5,7 @@ happened is read from tmux itself, the spool of the hooks and the process table.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -414,12 +415,29 @@ def test_an_event_tells_whose_prompt_it_is(told, is_it):
     assert not pitboss.is_prompt({"event": "turn_ended", "prompt": told}, "Do it now")
 
 
-def many_prompts(desk, pane, count: int) -> None:  # noqa: F811
+@contextlib.contextmanager
+def busy_cores():
+    """A loop on every core, meanwhile."""
+    loops = [subprocess.Popen([PYTHON, "-S", "-c", "while True: pass"]) for _ in range(os.cpu_count() or 2)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def shown_in(desk, pane) -> str:  # noqa: F811
+    """All that a window shows, with what has scrolled away."""
+    return desk.raw("capture-pane", "-p", "-S", "-", "-t", pane.pane_id, check=True)
+
+
+def many_prompts(desk, pane, count: int, seed: int = 7) -> None:  # noqa: F811
     """`count` prompts of changing kinds, some of them while a person scrolls or the agent hangs."""
     import random
     import threading
 
-    kinds, dice = [t for k, t in TEXTS.items() if k != "only ;"], random.Random(7)
+    kinds, dice = [t for k, t in TEXTS.items() if k != "only ;"], random.Random(seed)
     wanted, timers = [], []
     for n in range(count):
         text = f"number {n}: {kinds[n % len(kinds)] if n % 50 else LINE * 3000}"
@@ -445,13 +463,8 @@ def test_a_dozen_prompts_are_each_delivered_once(demo, monkeypatch):
 @pytest.mark.slow
 def test_many_prompts_are_each_delivered_once_while_the_machine_is_busy(demo):
     desk, _, pane = demo
-    loops = [subprocess.Popen([PYTHON, "-S", "-c", "while True: pass"]) for _ in range(os.cpu_count() or 2)]
-    try:
+    with busy_cores():
         many_prompts(desk, pane, int(os.environ.get("PITBOSS_TEST_PROMPTS", "60")))
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 # ------------------------------------------------------------------ conversations

@@ -136,7 +136,7 @@ def die_at_random(root: Path, number: int) -> int:
 
 def random_death_is_harmless(trial: Trial) -> Outcome:
     count = trial.count(1000, 4)
-    kills = trial.rounds(count, die_at_random)
+    kills = trial.rounds(count, die_at_random, wide=2)
     return all_of(trial, kills, count, f" finish, one record per task, 0 lost lines; {sum(kills)} kills")
 
 

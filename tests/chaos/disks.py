@@ -163,7 +163,8 @@ def full_disk_is_survived(trial: Trial) -> Outcome:
 
     kinds = {"call": (len(calls), lambda root, n: starve_call(root, *calls[n * STRIDE % len(calls)])),
              **({"disk": (60, small_disk)} if mounts else {}), **({"limit": (60, limited)} if limits else {})}
-    codes = [code for kind, (full, play) in kinds.items() for code in trial.rounds(trial.count(full), play, kind=kind)]
+    codes = [code for kind, (full, play) in kinds.items()
+             for code in trial.rounds(trial.count(full), play, wide=2, kind=kind)]
     count = sum(trial.count(full) for full, _ in kinds.values())
     found = Counter(codes)
     told = ", ".join(f"{found[code]} left with {code}" for code in sorted(found))

@@ -17,14 +17,13 @@ from pathlib import Path
 
 from trial import TESTS, CannotRun, Outcome, Trial, all_of, home_in, let_pass
 
+import golden
 import pitboss
 import test_approvals
 import test_holds
-import test_runs
 from checker import check_holds
-from rust_runs import RUN, record
 from stage import Operator, Stage
-from tools import PYTHON, Home, processes_with, read_records
+from tools import PYTHON, Home, processes_with, read_records, wait_for
 from tree_checker import calls_of
 
 
@@ -120,17 +119,23 @@ def approvals_are_decided_once(trial: Trial) -> Outcome:
 # ---- R19: prompts of agents in terminals
 
 PROMPTS = 25         # to one agent
+STRANGER = "cat; sleep 600"      # a window of somebody else: it would show, and keep, whatever came to it
 
 
 def prompt_one(root: Path, number: int) -> int:
-    """Prompts of many kinds to an agent in a terminal, while somebody scrolls and it hangs now and then."""
+    """Prompts of many kinds to an agent in a terminal, beside a person's own window, while somebody scrolls and it
+    hangs now and then."""
     import test_tmux
     from tmux_desk import Desk
 
     desk = Desk(root)
     try:
         _, pane = desk.start()
-        test_tmux.many_prompts(desk, pane, PROMPTS)
+        stranger = test_tmux.shell(desk, "mine", f"echo before; exec sh -c '{STRANGER}'")
+        wait_for(lambda: "before" in test_tmux.shown_in(desk, stranger), 20, "the stranger's window")
+        before = test_tmux.shown_in(desk, stranger)
+        test_tmux.many_prompts(desk, pane, PROMPTS, seed=number)
+        assert test_tmux.shown_in(desk, stranger) == before, "something came to a window that is not the agent's"
         return PROMPTS
     finally:
         desk.close()
@@ -141,11 +146,13 @@ def prompts_are_delivered_once(trial: Trial) -> Outcome:
         raise CannotRun("there is no tmux on PATH")
     if not (TESTS / "test_tmux.py").exists():
         raise CannotRun("this pitboss has no agents in terminals")
+    import test_tmux
     import tmux_desk
 
     tmux_desk.pin(str(trial.root))     # once, before several ask for it at a time
     count = trial.count(500 // PROMPTS)
-    good = trial.rounds(count, prompt_one, wide=2)
+    with test_tmux.busy_cores():
+        good = trial.rounds(count, prompt_one, wide=2)
     return Outcome(f"{sum(good)} of {PROMPTS * count}", len(good) == count)
 
 
@@ -232,53 +239,59 @@ def secrets_stay_out(trial: Trial) -> Outcome:
 
 # ---- R22: old runs
 
-def open_journal(root: Path, journal: Path) -> None:
-    """A run folder of which there is the journal and what a run is begun with opens in every reading command."""
-    home = home_in(root)
+WENT = {     # how each actor of the recorded journals came out; one that is not named never began
+    "approved": {"boss": "ApprovalTimedOut", "worker-1": "ApprovalRejected", "worker-2": "Cancelled"},
+    "cancelled": {"one": "Cancelled"},
+    "crashed": dict.fromkeys(("dead", "alive", "dealt", "waits"), "Success"),
+    "halted": {"one": "Failed"},
+    "heard": {"boss": "Success", "worker-1": "Failed"},
+    "led": {"boss": "Success", "worker-1": "Success", "worker-2": "Success", "worker-3": "Cancelled",
+            "worker-4": "Cancelled"},
+    "limited": dict.fromkeys(("t0", "t1", "t2"), "Success"),
+    "plain": {"good": "Success", "long": "Success", "bad": "Failed", "taken": "SpawnFailed", "late": "TimedOut",
+              "breaks": "Success", "gone": "SpawnFailed", "draft": "Success"},
+    "refused": {"t0": "Failed"},
+    "stopped": {"one": "Cancelled", "two": "Cancelled"},
+    "told": {"one": "Success"},
+    "tree": {"boss": "Success", "sublead-1": "Success", "sublead-2": "Cancelled", "worker-1": "Success",
+             "worker-2": "Cancelled"},
+}
+
+
+def open_journal(home: Home, name: str) -> None:
+    """A run folder of which there is the journal alone opens in every reading command, and tells what became of all."""
+    journal = TESTS / "data" / "journals" / f"{name}.jsonl"
     events = [json.loads(line) for line in journal.read_text().splitlines()]
     run_dir = home.runs / events[0]["run_id"]
     run_dir.mkdir(parents=True)
     (run_dir / "journal.jsonl").write_bytes(journal.read_bytes())
     (run_dir / "lock").touch()
-    for args in (["status", run_dir.name], ["status", run_dir.name, "--json"], ["list", "--json"],
-                 ["diff", run_dir.name, run_dir.name], ["prune"]):
-        done = home.pitboss(*args)
-        is_well = done.returncode == 0 and "Traceback" not in done.stderr
-        assert is_well, f"{args}: {done.returncode} {done.stderr[-500:]}"
-    shown = json.loads(home.pitboss("status", run_dir.name, "--json", check=0).stdout)
-    added = [e["actor"] for e in events if e["kind"] == "actor_added"]
-    assert sorted(a["task_id"] for a in shown["actors"]) == sorted(added), "not every actor is shown"
+    one_of_each = {row.words.split()[0]: row.words for row in reversed(golden.LOOKS)}
+    for command in one_of_each.keys() - {"tree", "policy"}:     # these are about more than a journal
+        golden.look(home, *[run_dir.name if word == "RUN" else word for word in one_of_each[command].split()])
+    shown = {a["task_id"]: a["status"] for a in json.loads(golden.look(home, "status", run_dir.name, "--json"))["actors"]}
+    assert {actor: status for actor, status in shown.items() if status} == WENT[name], shown
+    assert set(shown) == {e["actor"] for e in events if e["kind"] == "actor_added"}, "not every actor is shown"
 
 
-def open_rust_run(root: Path, state: str) -> None:
-    """A folder as the Rust tool leaves it is shown, compared, followed, and dealt again as a new run."""
+def open_old(root: Path, play: golden.Play) -> str:
+    """Do one thing with what an earlier program left; its name."""
     home = home_in(root)
-    env, seen = test_runs.stand_in(home)
-    run = test_runs.rust(home)
-    records = {"finished": [record("a"), record("b", "Failed")], "joined": [record("a"), record("b", "TimedOut")],
-               "half": [record("a", "Failed")], "begun": [], "empty": []}[state]
-    if state == "begun":
-        run.begin("a")
-    if state == "finished":
-        run.finish(*records)
-    else:
-        run.settle(*records, joined=state == "joined")
-    run.age(3600)
-    before = run.contents()
-    for args in (["status", RUN, "--json"], ["list", "--json"], ["diff", RUN, RUN], ["resume", "-q", RUN]):
-        done = home.pitboss(*args, env=env)
-        is_well = done.returncode == 0 and "Traceback" not in done.stderr
-        assert is_well, f"{args}: {done.returncode} {done.stderr[-500:]}"
-    assert run.contents() == before, "something was written into it"
-    assert sorted(os.listdir(seen)) == ["a", "b"], "not every task was dealt again"
+    try:
+        play.run(home, play.name)
+        return play.name
+    finally:
+        home.end_everything()
 
 
 def old_runs_open(trial: Trial) -> Outcome:
-    journals = sorted((TESTS / "data" / "journals").glob("*.jsonl"))
-    plays = [lambda root, n, j=j: open_journal(root, j) for j in journals]
-    plays += [lambda root, n, s=s: open_rust_run(root, s) for s in ("finished", "joined", "half", "begun", "empty")]
-    good = trial.rounds(len(plays), lambda root, n: plays[n % len(plays)](root, n))
-    return all_of(trial, good, len(plays), f" folders ({len(journals)} journals, 5 of the Rust tool)")
+    journals = sorted(path.stem for path in (TESTS / "data" / "journals").glob("*.jsonl"))
+    plays = [golden.Play(name, open_journal) for name in journals]
+    plays += [play for play in golden.PLAYS if not play.needs_tmux or shutil.which("tmux")]
+    good = trial.rounds(len(plays), lambda root, n: open_old(root, plays[n % len(plays)]))
+    kept = {play.name for play in golden.PLAYS} - set(golden.RUST)
+    which = f"{len(journals)} journals, {len(kept)} golden, {len(golden.RUST)} of the Rust tool"
+    return all_of(trial, good, len(plays), f" uses of {len(journals) + len(kept) + len(golden.RUST)} folders ({which})")
 
 
 # ---- R26: other Pythons

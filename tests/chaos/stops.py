@@ -57,7 +57,7 @@ def stop_nasty(root: Path, number: int) -> None:
 
 def nothing_survives(trial: Trial) -> Outcome:
     count = trial.count(500, 5)
-    good = trial.rounds(count, stop_nasty, wide=2)
+    good = trial.rounds(count, stop_nasty, wide=4)
     return all_of(trial, good, count, " rounds, 0 processes after 10 s")
 
 
@@ -312,6 +312,10 @@ def signal_in_phase(root: Path, number: int) -> str:
         assert not (wrong := seat.faults()), wrong
         assert b"Traceback" not in seat.shown or is_before_main(seat, home), f"{seat.shown[-800:]!r}"
         if has_begun(home):
+            first = (*PHASES[phase][1], what)[0]
+            if finished and was_drained(home.run_dir()):
+                want = 143 if first == signal.SIGTERM else 130
+                assert code == want, f"exit {code}, not {want}, though a signal came before the last actor settled"
             check_what_is_left(crew, finished, phase, what)
         return phase
     except AssertionError as error:
@@ -320,6 +324,12 @@ def signal_in_phase(root: Path, number: int) -> str:
         if seat:
             seat.close()
         home.end_everything()
+
+
+def was_drained(run_dir: Path) -> bool:
+    """Whether a signal was written down before some actor settled, or one never began."""
+    seq = {e["kind"]: e["seq"] for e in read_events(run_dir)}      # of the last event of each kind
+    return "drained" in seq and (seq["drained"] < seq.get("closed", 0) or len(read_records(run_dir)) < 4)
 
 
 def is_before_main(seat: Seat, home: Home) -> bool:
