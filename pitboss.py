@@ -10167,9 +10167,7 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
         for name in ("tasks", "blobs", "worktrees", *(("approvals",) if asks else ())):
             os.mkdir(os.path.join(beside, name), 0o700)
         write_file(os.path.join(beside, "manifest.snapshot.toml"), order.data)
-        pin_self(beside)
-        if order.manifest.mode == "hierarchical":
-            pin_bridge(beside)
+        pin_program(beside, order.manifest.mode)
         keep_reserve(beside)
         write_json(os.path.join(beside, "resolved.json"), render_resolved(order, run_id), mask)
         write_json(os.path.join(beside, "meta.json"), render_meta(order, run_id, now, env), mask,
@@ -10183,6 +10181,15 @@ def create_run(order: Order, env: Mapping[str, str], mask: Mask) -> str:
         fault.hint = fault.hint or "set XDG_DATA_HOME, or give --run-dir, a folder that can be written"
         raise fault from None
     return run_dir
+
+
+def pin_program(run_dir: str, mode: str) -> None:
+    """Put what the run's processes start into its folder, as far as it is not there."""
+    pins = {pin_self: ("pitboss.py", "start"),
+            **({pin_bridge: ("pitboss_bridge.py", "bridge")} if mode == "hierarchical" else {})}
+    for pin, names in pins.items():
+        if not all(os.path.exists(os.path.join(run_dir, "self", name)) for name in names):
+            pin(run_dir)
 
 
 def render_meta(order: Order, run_id: str, now: float, env: Mapping[str, str]) -> dict:
@@ -10257,6 +10264,7 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
         journal = Journal(run_dir, mask, run.seq, run.last_at)
         open_journal(journal, run, manifest, meta, env)
         export_records(run_dir, run, mask)
+        pin_program(run_dir, manifest.mode)
         with contextlib.suppress(OSError):
             keep_reserve(run_dir)
     except OSError as e:
@@ -19047,7 +19055,8 @@ def on_turn_ended(state: PitState, event: dict) -> None:
         alter(state, epic.id, state="running", reason="", detail="")
         set_phase(state, epic.id, "ask", last=event.get("last", ""), usage=event.get("usage"),
                   **({"transcript": event["transcript"]} if event.get("transcript") else {}),
-                  **({"failed": event["failed"]} if event.get("failed") else {}))
+                  **({"failed": event["failed"]} if event.get("failed") else {}),
+                  **({"begun": True} if epic.todo.get("begun") and epic.messages else {}))
 
 
 def on_ticket_closed(state: PitState, event: dict) -> None:
@@ -20109,6 +20118,10 @@ class PitDaemon:
             if epic.todo.get("transcript"):        # its last message may have come after the hook
                 usage = transcript_usage(epic.todo["transcript"]) or usage
             return self.record("ticket_closed", epic=epic.id, ticket=epic.ticket, tickets=rows, usage=usage)
+        if epic.messages:              # it came too late for the turn, or waits in the agent's own line
+            typed = {"begun": True} if epic.todo.get("begun") else {}
+            return self.record("epic_went_on", epic=epic.id, phase="send",
+                               todo={"message": epic.messages[0], **typed})
         reason, detail = decide_unclosed(str(epic.todo.get("last") or ""), epic.todo.get("failed"))
         self.record("epic_paused", epic=epic.id, reason=reason, tickets=rows, detail=detail)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import re
 import signal
 import threading
@@ -1560,6 +1561,18 @@ def test_with_failed_a_lead_that_failed_is_dealt_again(stage, home):
     run.settle(1)
     again = Path(home.pitboss("resume", run.run.name, "--failed", check=1).stdout.splitlines()[-1])
     assert [r["task_id"] for r in read_records(again)] == ["boss"]
+
+
+def test_a_run_without_its_copy_of_the_program_gets_another_one(stage, home):
+    """As after a copy of run folders that left it out: its agents are dealt again from there."""
+    run = stage(script='$ call spawn_worker {"prompt": "$ say here"}\n$ call wait_for_worker {"task_id": "<1.task_id>"}\n$ run true')
+    wait_for(lambda: run.events("hand_started", actor="boss"), DEADLINE_S, "the lead")
+    run.process.kill()
+    run.process.wait()
+    home.end_everything()
+    shutil.rmtree(run.run / "self")
+    home.pitboss("resume", run.run.name, check=0)
+    assert {r["status"] for r in read_records(run.run)} == {"Success"}
 
 
 def test_a_killed_run_goes_on_in_place(stage, home):

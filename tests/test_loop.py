@@ -195,6 +195,16 @@ def test_a_prompt_that_is_a_message_which_was_typed_is_its_delivery(told, left):
     assert book.state.epics["a"].messages == left
 
 
+def test_a_message_that_a_turn_ended_before_is_still_its_agents():
+    book = Book().at_work().tell("epic_messaged", epic="a", message="look left").tell("send_begun", epic="a", size=7)
+    book.tell("turn_ended", epic="a")
+    epic = book.state.epics["a"]
+    assert pitboss.verb_of(epic) == "ask" and epic.todo["begun"], "it may wait in the agent's own line"
+    told = {"event": "prompt", "session": "s1", "prompt": "Message from the orchestrator:\nlook left"}
+    kind, facts = pitboss.decide_agent_event(epic, told)
+    assert book.tell(kind, **facts).state.epics["a"].messages == ()
+
+
 def test_a_resumed_message_is_sent_once():
     book = Book().at_work().tell("epic_paused", epic="a", reason="NEEDS_HUMAN_INPUT", detail="?")
     book.tell("epic_resumed", epic="a", message="yes")

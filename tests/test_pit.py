@@ -210,6 +210,20 @@ def test_a_killed_daemon_and_a_killed_tmux_server_lose_nothing(pit):
 
 @needs_tmux
 @pytest.mark.slow
+def test_a_message_to_an_agent_that_is_gone_comes_after_its_ticket(pit):
+    """The turn of the ticket may be over before the message is typed: then it is the next prompt."""
+    pit.epic("Auth", "$ leave Which file?")
+    pit.pit("start", "--epics", "auth")
+    pit.watch("paused")
+    pit.tmux("kill-server")
+    pit.pit("resume", "auth", "--message", "$ write l.txt 1\n$ commit left")
+    pit.watch("done")
+    assert pit.commits("pit/auth") == ["left"] and prompts(pit, "auth") == 2
+    assert len([e for e in pit.events("prompted") if e.get("message")]) == 1
+
+
+@needs_tmux
+@pytest.mark.slow
 def test_what_a_teardown_would_lose_is_refused_then_saved(pit):
     pit.epic("Auth", work(1) + "\n$ write left.txt here")
     pit.epic("Pay", "$ run true")
