@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import re
+import shutil
 import signal
 import threading
 import time
