@@ -4,6 +4,7 @@ PITBOSS_TEST_ROUNDS sets how many projects are tried (2), PITBOSS_TEST_SEED what
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shlex
@@ -33,6 +34,16 @@ def daemons(pit: Pit) -> list[int]:
     return [pid for pid, words in processes_with(f"XDG_DATA_HOME={pit.home.root}").items() if "pit daemon run" in words]
 
 
+def kill_daemons(pit: Pit) -> int:
+    """SIGKILL to this project's daemon; how many there were."""
+    killed = 0
+    for pid in daemons(pit):
+        with contextlib.suppress(ProcessLookupError):          # it has left just now
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    return killed
+
+
 @needs_tmux
 @pytest.mark.slow
 @pytest.mark.parametrize("headless", [False, True])
@@ -51,8 +62,7 @@ def test_a_daemon_killed_at_any_moment(pit, round_, headless):
         try:
             watch.wait(draw.uniform(0.1, 2.5))
         except subprocess.TimeoutExpired:
-            for pid in daemons(pit) if kills < 12 else ():
-                os.kill(pid, signal.SIGKILL)
+            if kills < 12 and kill_daemons(pit):
                 kills += 1
                 gate.touch()
     out, err = watch.communicate(timeout=30)
@@ -110,8 +120,7 @@ def test_a_message_is_told_once_though_the_daemon_dies_with_it(pit, after_s):
     teller = pit.spawn("resume", "auth", "--message", f"$ run echo told >>{log}\n{work(1)}")
     wait_for(lambda: [e for e in pit.events("send_begun") if e.get("size")], 20, "the message")
     time.sleep(after_s)
-    for pid in daemons(pit):
-        os.kill(pid, signal.SIGKILL)
+    kill_daemons(pit)
     teller.communicate(timeout=30)
     pit.pit("daemon", "start")
     wait_for(lambda: pit.events("epic_told"), 30, "the message, told")
@@ -145,8 +154,7 @@ def kill_daemon_once(pit: Pit, count: int) -> None:
     """Kill the daemon when the slow hook has run `count` times, then have the next one."""
     began = pit.home.root / "hook.began"
     wait_for(lambda: began.exists() and len(began.read_text().split()) >= count, 40, "the hook")
-    for pid in daemons(pit):
-        os.kill(pid, signal.SIGKILL)
+    kill_daemons(pit)
     pit.pit("daemon", "start")
 
 
