@@ -333,6 +333,7 @@ def test_a_key_acts_on_the_epic_of_its_window(server, tmp_path):
     made = subprocess.run([sys.executable, "-c", script, str(stand)], capture_output=True, text=True, check=True,
                           env={**server.env, "PYTHONPATH": str(Path(pitboss.__file__).parent)}).stdout.strip()
     server.tmux("set-option", "-g", "@script", made)
+    server.tmux("set-environment", "-g", "PIT_EPIC", "who-started-the-server")
     server.tmux("set-option", "-w", "-t", "work", "@pit-epic", "repo-a.1")
     server.tmux("set-option", "-w", "-t", "work", "@pit-project", "/tmp/my $(repo) 'x")
     server.tmux("run-shell", "-b", "-t", "work:", server.tmux("show-options", "-gqv", "@script").rstrip("\n"))

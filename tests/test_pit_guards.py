@@ -65,7 +65,8 @@ def work_in_an_awkward_project(pit: Pit) -> None:
     before = users_own()
     pit.epic("V1.2", "/clear it\n" + work(1), f"!touch {evil}\n" + work(2), "x" * 200_000 + "\n" + work(3))
     pit.epic("Pay", work(4))
-    began = pit.pit("start", "--epics", "v1.2,pay")
+    around = {"GIT_DIR": "/nowhere", "GIT_INDEX_FILE": "/nowhere/index", "PIT_WAKE": '["false"]'}     # as a git hook has it
+    began = pit.pit("start", "--epics", "v1.2,pay", env=around)
     assert began["epics"]["pay"]["state"] == "queued" and began["epics"]["v1.2"]["branch"] == "pit-v1.2"
     wait_for(lambda: len(pit.events("prompted")) == 1, 30, "the first prompt")
     lines = pit.watch("done", 100)
