@@ -11,9 +11,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -47,6 +49,84 @@ def compiled(source: bytes, folder: Path) -> Path:
     launcher = folder / "pitboss.py"
     launcher.write_text(f"import sys\nsys.path.insert(0, {str(folder / 'lib')!r})\nfrom pitboss import main\nsys.exit(main())\n")
     return launcher
+
+
+# Commands that only read, or tell a dispatcher something: a short one takes mostly what Python and the imports take.
+SHORT = frozenset("validate status list init schema tree diff prune doctor completions complete reference version --version help "
+                  "--help -h attach report policy approvals approve reject pause continue reprompt agents-md man".split())
+FORKER = """
+import argparse, asyncio, json, os, socket, sys, time, tomllib, traceback
+import pitboss
+link = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    data, fds, _, _ = socket.recv_fds(link, 1 << 17, 3)
+    if not data:
+        break
+    asked, pid = json.loads(data), os.fork()
+    if pid == 0:
+        link.close()
+        for n, fd in enumerate(fds):
+            os.dup2(fd, n)
+            os.close(fd)
+        os.chdir(asked["cwd"])
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        time.tzset()
+        sys.argv, code = asked["argv"], 1
+        try:
+            code = pitboss.main()
+            sys.stdout.flush()
+        except SystemExit as e:
+            sys.stdout.flush()
+            code = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    for fd in fds:
+        os.close(fd)
+    link.send(b"%d" % pid)
+    link.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+class Forker:
+    """A process that has the compiled program in it and forks one of its own for each short command."""
+
+    def __init__(self) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.busy = threading.Lock()
+        lib = program().parent / "lib"
+        subprocess.Popen([PYTHON, *ISOLATED, "-c", f"import sys; sys.path.insert(0, {str(lib)!r})\n{FORKER}", str(theirs.fileno())],
+                         pass_fds=[theirs.fileno()], env={"PATH": os.environ["PATH"], "LC_ALL": "C"}, stdin=subprocess.DEVNULL)
+        theirs.close()
+
+    def run(self, argv: list[str], env: dict, cwd: str, timeout: float) -> subprocess.CompletedProcess:
+        """One command to its end, with nothing to read and its output in files."""
+        with open(os.devnull) as none, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            socket.send_fds(self.link, [json.dumps({"argv": argv, "env": env, "cwd": cwd}).encode()],
+                            [none.fileno(), out.fileno(), err.fileno()])
+            pid = int(self.link.recv(100))
+            self.link.settimeout(timeout)
+            try:
+                code = int(self.link.recv(100))
+            except TimeoutError:
+                os.kill(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(argv, timeout) from None
+            finally:
+                self.link.settimeout(None)
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode().replace("\r\n", "\n"))
+        return subprocess.CompletedProcess(argv, code, *texts)
+
+
+@functools.lru_cache(maxsize=1)
+def forker() -> Forker | None:
+    """The one of this test run; None where every command is to be started as a user does."""
+    plain = os.environ.get("PITBOSS_TEST_PLAIN") or "PITBOSS_TEST_PYTHON" in os.environ
+    return None if plain or sys.platform != "linux" else Forker()
 
 
 def wait_for(predicate, deadline_s: float = 30, what: str = ""):
@@ -135,12 +215,29 @@ class Home:
     def pitboss(self, *args, input: str | None = None, timeout: float = 60, check: int | None = None,
                 env: dict | None = None, **options) -> subprocess.CompletedProcess:
         """Run one command line to its end; with `check`, its exit code must be that."""
-        feed = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
-        options = {"cwd": self.root, "text": True, "capture_output": True, **options}
-        done = subprocess.run(self.argv(*args), env={**self.env, **(env or {})}, timeout=timeout, **feed, **options)
+        done = self.fork(args, timeout, env or {}, options) if input is None else None
+        done = done or self.start_and_wait(args, input, timeout, env or {}, options)
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def fork(self, args: tuple, timeout: float, env: dict, options: dict) -> subprocess.CompletedProcess | None:
+        """The same of a short command whose environment leaves Python's own words alone; None for any other."""
+        words, others = [*map(str, args)], [k for k in env if k.startswith(("LC_", "LANG", "PYTHON"))]
+        is_plain = "argv" not in vars(self) and not set(options) - {"cwd"} and not others and sum(map(len, words)) < 1 << 16
+        if not (is_plain and words and words[0] in SHORT and forker() and forker().busy.acquire(blocking=False)):
+            return None
+        try:
+            return forker().run([str(program()), *words], {**self.env, **env}, str(options.get("cwd", self.root)), timeout)
+        finally:
+            forker().busy.release()
+
+    def start_and_wait(self, args: tuple, input: str | None, timeout: float, env: dict,
+                       options: dict) -> subprocess.CompletedProcess:
+        """The same of any command, started as a user does."""
+        feed = {"input": input} if input is not None else {"stdin": subprocess.DEVNULL}
+        options = {"cwd": self.root, "text": True, "capture_output": True, **options}
+        return subprocess.run(self.argv(*args), env={**self.env, **env}, timeout=timeout, **feed, **options)
 
     def repo(self, name: str = "repo", files: int = 10) -> Path:
         return make_repo(self.root / name, files)
