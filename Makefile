@@ -42,12 +42,12 @@ SCALE ?= 0.2
 
 .PHONY: test lint bench proof check-claude check-agents check-shells print-python
 
-# Three parts at once, for a test waits about as long as it works; 5 is pytest's word for "no test was chosen".
+# Four parts at once, for a test waits about as long as it works; 5 is pytest's word for "no test was chosen".
 test:
 	@$(with_pytest); logs=$$(mktemp -d); bad=0; \
-	run() { PITBOSS_TEST_SHARD=$$1/3 "$$py" -m pytest -q -m 'not slow and not real' $(TESTS) $(ARGS); }; \
-	for n in 1 2; do { run $$n >"$$logs/$$n" 2>&1; echo $$? >"$$logs/$$n.status"; } & done; \
-	run 0; echo $$? >"$$logs/0.status"; wait; cat "$$logs/1" "$$logs/2"; \
+	run() { PITBOSS_TEST_SHARD=$$1/4 "$$py" -m pytest -q -m 'not slow and not real' $(TESTS) $(ARGS); }; \
+	for n in 1 2 3; do { run $$n >"$$logs/$$n" 2>&1; echo $$? >"$$logs/$$n.status"; } & done; \
+	run 0; echo $$? >"$$logs/0.status"; wait; cat "$$logs/1" "$$logs/2" "$$logs/3"; \
 	case $$(cat "$$logs"/?.status | sort -u | tr -d '\n') in 0|05) ;; *) bad=1 ;; esac; \
 	rm -rf "$$logs"; exit $$bad
 
