@@ -9135,17 +9135,16 @@ class Dispatcher:
     async def serve(self) -> None:
         """Deal the run to its end, or to a fault that is kept in `fault`."""
         self.ended, self.sync_wanted = asyncio.Event(), asyncio.Event()
+        owed = list(self.run.owed)     # before anything can be recorded, which would act on it, too
+        self.run.fresh.clear()
         self.subreaper = be_subreaper()
         sockets = Sockets(self.run_dir, self.env, self.doors(self), self.tell_bug)
         async with asyncio.TaskGroup() as self.group:
-            own = [self.group.create_task(self.keep_synced(), name="sync"),
-                   self.group.create_task(self.keep_ticking(), name="tick")]
+            own = [self.group.create_task(self.keep_synced(), name="sync")]
             try:
                 await sockets.open()
                 own.append(self.group.create_task(sockets.watch(), name="sockets"))
                 with self.signals():
-                    owed = list(self.run.owed)
-                    self.run.fresh.clear()
                     if self.cancel_first is not None:      # before slots are given to those that wait
                         self.record("cancelled", why="operator", reason=self.cancel_first)
                     self.record("dispatcher_started", pid=os.getpid(), host=os.uname().nodename,
@@ -9155,6 +9154,7 @@ class Dispatcher:
                     self.settle_approvals()
                     for key in owed:
                         self.act(key)
+                    own.append(self.group.create_task(self.keep_ticking(), name="tick"))
                     await self.ended.wait()
             except EnvironmentFault as e:
                 self.give_up(e)

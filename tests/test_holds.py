@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -596,6 +597,11 @@ def test_other_accounts_go_on_when_one_is_refused(home):
 
 # ------------------------------------------------------------------ without the shared database
 
+def hands_started(run_dir: Path) -> Counter:
+    """How often each hand was started."""
+    return Counter((e["actor"], e["hand"]) for e in read_events(run_dir) if e["kind"] == "hand_started")
+
+
 def test_a_broken_database_stops_nothing_and_is_said_once(home):
     path = home.root / "data/pitboss/house.sqlite"
     path.parent.mkdir(parents=True)
@@ -603,6 +609,7 @@ def test_a_broken_database_stops_nothing_and_is_said_once(home):
     done = home.pitboss("dispatch", write(home, {t: quota(home, 1) for t in "ab"}), check=0)
     assert done.stderr.count("house.sqlite") == 1 and "file is not a database" in done.stderr
     assert check_holds(home.run_dir()) == [] and path.read_bytes() == b"no database\n" * 1000
+    assert hands_started(home.run_dir()) == {("a", 1): 1, ("a", 2): 1, ("b", 1): 1, ("b", 2): 1}
 
 
 def test_a_run_that_meets_nothing_makes_no_database(home):
