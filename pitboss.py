@@ -6038,9 +6038,7 @@ class Git:
 
     async def forget_missing(self, repo: Repo, path: str) -> bool:
         """Clear git's entry of a worktree whose folder was removed, where a branch holds what it was on."""
-        entries = os.path.join(repo.common, "worktrees")
-        for name in os.listdir(entries):
-            entry = os.path.join(entries, name)
+        for entry in worktree_entries(repo.common):
             if (read_text(os.path.join(entry, "gitdir")) == os.path.join(path, ".git")
                     and read_text(os.path.join(entry, "HEAD")).startswith("ref: ")):
                 return not (await self.run(repo.top, "worktree", "remove", "--force", "--force", path))[0]
@@ -6256,12 +6254,19 @@ def worktree_gitdir(path: str) -> str:
     return gitdir if gitdir and os.path.isfile(os.path.join(gitdir, "commondir")) else ""
 
 
+def worktree_entries(common: str) -> list[str]:
+    """The folders in which git keeps what it knows of linked worktrees; their own goes with the last one."""
+    folder = os.path.join(common, "worktrees")
+    try:
+        return [os.path.join(folder, name) for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+
+
 def is_checked_out(common: str, ref: str) -> bool:
     """Whether a worktree of the repository, or its main one, is on a branch (gitrepository-layout(5))."""
-    entries = os.path.join(common, "worktrees")
-    names = os.listdir(entries) if os.path.isdir(entries) else []
-    heads = [os.path.join(common, "HEAD"), *(os.path.join(entries, name, "HEAD") for name in names)]
-    return any(read_text(head) == f"ref: {ref}" for head in heads)
+    return any(read_text(os.path.join(place, "HEAD")) == f"ref: {ref}"
+               for place in (common, *worktree_entries(common)))
 
 
 def unlock_worktree(place: Place) -> None:

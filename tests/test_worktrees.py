@@ -14,6 +14,8 @@ import threading
 from pathlib import Path
 
 import pytest
+
+import pitboss
 from tools import Home, git, make_repo, read_records, wait_for
 from trees import CONFIGS, Case, deal_cases, make_base, note_of, problems_of, read_found, read_tree
 
@@ -1067,3 +1069,10 @@ def test_resume_failed_deals_only_what_failed_in_its_old_tree(home):
     first, second = (home.root / "bad").read_text().splitlines()
     assert first == second
     assert (home.root / "good").read_text() == "x\n"
+
+
+def test_where_git_knows_of_no_worktree_only_the_main_one_is_on_a_branch(tmp_path):
+    """git removes the folder of its entries with the last one, whoever looks into it just then."""
+    common = str(make_repo(tmp_path / "repo") / ".git")
+    assert pitboss.worktree_entries(common) == []
+    assert pitboss.is_checked_out(common, "refs/heads/main") and not pitboss.is_checked_out(common, "refs/heads/other")

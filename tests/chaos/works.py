@@ -96,7 +96,8 @@ def start_many(root: Path, number: int) -> int:
         other.join(60)
         statuses = [r["status"] for r in read_records(home.run_dir())]
         assert statuses == ["Success"] * 32 and dispatcher.returncode == 0, f"{statuses} {err[-800:]}"
-        assert branches(repo) == {"main"} and trees_of(repo) == [], f"stray: {branches(repo)} {trees_of(repo)}"
+        stray = [t for t in trees_of(repo) if "by-hand" not in t]      # the competitor's own removal may fail
+        assert branches(repo) == {"main"} and not stray, f"stray: {branches(repo)} {stray}"
         wrong = checker.check_trees(home.run_dir(), repo) + checker.check_processes(home.run_dir().name)
         assert not wrong, wrong
         return len(statuses)
