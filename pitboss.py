@@ -10255,9 +10255,7 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
     except OSError as e:
         raise fault_of(e, "taking over the run") from None
     try:
-        meta = read_json(os.path.join(run_dir, "meta.json"))
-        if not isinstance(meta, dict):
-            raise Refused(f"{run_dir} has no meta.json that can be read: it is not a whole run folder")
+        meta = read_meta(run_dir)
         if manifest is None:
             _, manifest = read_snapshot(run_dir, meta)
         path = os.path.join(run_dir, "journal.jsonl")
@@ -10279,6 +10277,17 @@ def take_over(run_dir: str, env: Mapping[str, str], manifest: Manifest | None = 
         os.close(lock)
         raise
     return Taken(manifest, journal, run, lock)
+
+
+def read_meta(run_dir: str) -> dict:
+    """A run's meta.json.  Raises Refused where there is none, OSError where it cannot be read just now."""
+    meta = None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        with open(os.path.join(run_dir, "meta.json"), "rb") as f:
+            meta = json.loads(f.read())
+    if not isinstance(meta, dict):
+        raise Refused(f"{run_dir} has no meta.json that can be read: it is not a whole run folder")
+    return meta
 
 
 def read_snapshot_bytes(run_dir: str) -> bytes:
