@@ -12672,10 +12672,10 @@ def draw_bar(spent: float, budget: float | None, width: int) -> list[tuple[str, 
     return [(" " * bool(width), ""), ("▓" * full, style), ("░" * (width - full), "dim")]
 
 
-def draw_tiles(scene: Scene, ui: Ui, width: int, height: int, utf8: bool, compact: bool) -> Frame:
-    """The tiles, scrolled so that the focus is in sight."""
+def draw_tiles(scene: Scene, ui: Ui, width: int, height: int, utf8: bool, compact: bool,
+               blocks: list[Block]) -> Frame:
+    """The tiles, laid out in `blocks`, scrolled so that the focus is in sight."""
     columns = max(1, width // CARD_WIDTH)
-    blocks = lay_out(scene.run, ui, columns, compact)
     ui = settle_focus(scene.run, blocks, ui)
     total = blocks[-1].top + blocks[-1].height if blocks else 0
     room = height - 1 if total > height > 2 else height        # the last row says how many are out of sight
@@ -12756,7 +12756,7 @@ def draw_needs(scene: Scene, ui: Ui, width: int) -> list:
     order = scene.needs[here:] + scene.needs[:here]
     wide = width >= WIDE
     spans = [(f" needs you: {len(scene.needs)} ", "bold reverse yellow")]
-    for n, need in enumerate(order):
+    for n, need in enumerate(order[:1 + width // 8]):      # more find no room: none is shorter
         colour = NEEDS[need.kind].colour
         focused = need.actor == ui.focus and need.actor
         advice = advise(need, scene.run.run_id[:13])
@@ -13012,7 +13012,7 @@ def body_floor(scene: Scene, ui: Ui, width: int, height: int, utf8: bool) -> Fra
     needed = blocks[-1].top + blocks[-1].height if blocks else 1
     spare = height - needed - 1                # tiles leave what they do not need
     pane = max(pane, spare) if blocks and (pane or spare >= 3) else 0
-    frame = draw_tiles(scene, ui, width, height - pane, utf8, compact)
+    frame = draw_tiles(scene, ui, width, height - pane, utf8, compact, blocks)
     actor = scene.run.actors.get(frame.ui.focus)
     rows, ui = frame.rows, frame.ui
     if pane:
@@ -18575,7 +18575,7 @@ def clean_lines(screen: str) -> list[str]:
 
 PASTE_S = 0.3              # from a paste to its Enter: an agent takes a paste in during that time
 KEYS_S = 0.1               # between keys that an agent must not take for one paste
-EMPTY_AGAIN_S = 1.5        # between two emptyings: claude 2.1.197 quits at two Ctrl-C within 0.8 s
+EMPTY_AGAIN_S = 1.0        # between two emptyings: claude 2.1.197 quits at two Ctrl-C within 0.8 s
 PASTE_AGAIN, PASTE_SHOWN_S = 4, 5.0      # of a paste into an empty box that is told by its screen
 CONFIRM_S = 2.0            # from an Enter to the event that tells of the prompt
 ENTERS_S = (CONFIRM_S, CONFIRM_S, 20.0)       # the same for each Enter
